@@ -6,15 +6,15 @@ A family names its format by a string, a key of `FORMATS`; everything else is he
 |---|---|---|
 | `raw` | base models, GPT | the text of one user message, as the tokenizer encodes a bare prompt |
 | `chatglm2` | ChatGLM2 | `[gMASK] sop`, then "[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]…" as one text |
-| `chatglm3` | ChatGLM3 | `[gMASK] sop`, then role id, "\\n", content, each encoded by itself; ends with the assistant's id |
-| `baichuan` | Baichuan v1 13B chat | marker id (195 user, 196 assistant) and content, ends with 196; no system message |
+| `chatglm3` | ChatGLM3 | `[gMASK] sop`, then role id, "\\n" and content encoded separately; ends with the assistant's id |
+| `baichuan` | Baichuan v1 13B chat | marker id (195 user, 196 assistant) and content, ends with 196; no system |
 | `baichuan2` | Baichuan2 chat | the same after the bare system text; whole rounds are dropped from the oldest |
 | `qwen` | Qwen v1 chat | ChatML, role, newline and content encoded separately; a default system message |
 | `qwen2` | Qwen2 chat | ChatML, "role\\ncontent" encoded together; a default system message |
 
 `chat_ids(format, tokenizer, messages)` builds the ids, `stop_ids(format, tokenizer)` gives the ids that end an answer.
-The text of a message never becomes a control token, whatever it spells: in Qwen v1 that is what upstream does; the
-templates of Qwen2 in `transformers` do parse it, which lets a user end the turn.
+Outside `raw`, the text of a message never becomes a control token, whatever it spells: in Qwen v1 that is what upstream
+does; the templates of Qwen2 in `transformers` do parse it, which lets a user end the turn.
 Sources: UPSTREAM_SEMANTICS sections 1, 2, 4 and 5, and the published prompt formats of ChatGLM3 and Qwen2.
 """
 
@@ -119,19 +119,18 @@ def stop_ids(format_name: str, tokenizer: Tokenizer) -> list[int]:
 def _raw(tokenizer: Tokenizer, conversation: Conversation, limit: int | None) -> list[int]:
     if len(conversation.turns) != 1:
         raise LogitLockError(
-            f"the raw format is one text to continue, but {len(conversation.turns)} messages came: send one user message"
+            f"the raw format is one text to continue, but {len(conversation.turns)} messages came: send one of the user"
         )
-    return tokenizer.encode(conversation.turns[0].content, parse_special=False)
+    return tokenizer.encode(conversation.turns[0].content)
 
 
 def _chatglm2(tokenizer: Tokenizer, conversation: Conversation, limit: int | None) -> list[int]:
-    turns = conversation.turns
-    rounds = [
-        f"[Round {number}]\n\n问：{turn.content}\n\n答："
-        + (turns[2 * number - 1].content if 2 * number <= len(turns) else "")
-        for number, turn in enumerate(turns[::2], start=1)
-    ]
-    return tokenizer.encode("\n\n".join(rounds), parse_special=False)
+    texts = [turn.content for turn in conversation.turns]
+    rounds = zip(texts[::2], [*texts[1::2], ""], strict=True)
+    prompt = "\n\n".join(
+        f"[Round {n}]\n\n问：{asked}\n\n答：{answered}" for n, (asked, answered) in enumerate(rounds, 1)
+    )
+    return tokenizer.encode(prompt, parse_special=False)
 
 
 def _chatglm3(tokenizer: Tokenizer, conversation: Conversation, limit: int | None) -> list[int]:
@@ -283,9 +282,7 @@ def _check_shape(name: str, chat: ChatFormat, message: Mapping[str, str], where:
         raise LogitLockError(f"{where} must be an object with role and content")
     unknown = sorted(set(message) - set(chat.keys))
     if unknown:
-        raise LogitLockError(
-            f"{where} has the key {unknown[0]!r}, and the {name} format knows only {', '.join(chat.keys)}"
-        )
+        raise LogitLockError(f"{where} has the key {unknown[0]!r}; the {name} format knows only {', '.join(chat.keys)}")
     for key, value in message.items():
         if not isinstance(value, str):
             raise LogitLockError(f"{where}: {key} must be text, not {type(value).__name__}")
@@ -306,6 +303,6 @@ def _marker(tokenizer: Tokenizer, role: str, format_name: str) -> int:
     found = tokenizer.special.user if role == "user" else tokenizer.special.assistant
     if found is None:
         raise LogitLockError(
-            f"the {format_name} format needs the id that marks the {role}: put {role}_token_id into generation_config.json"
+            f"the {format_name} format needs the id that marks the {role}: give {role}_token_id in generation_config.json"
         )
     return found

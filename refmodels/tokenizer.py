@@ -9,7 +9,7 @@ Three file formats cover all families, and `load_tokenizer` picks by the files t
 All of them answer to one class, `Tokenizer`. Two switches of `encode` matter for fidelity: `add_special` adds what the
 upstream tokenizer puts around a bare prompt (ChatGLM: `[gMASK] sop`), and `parse_special` says whether text that spells
 a control token becomes that token. Upstream differs (Qwen's plain `encode` does, its chat prompt does not), so the
-default follows the upstream tokenizer and `refmodels.chat` always turns it off.
+default follows the upstream tokenizer and `refmodels.chat` turns it off in chats.
 
 The libraries (`tiktoken`, `sentencepiece`, `tokenizers`) are imported when a file of their format is opened.
 """
@@ -69,7 +69,7 @@ def load_tokenizer(directory: str | Path, *, family: str, generation: str | None
     """The tokenizer of a model directory.
 
     family: the family's name (`chatglm2`, `chatglm3`, `baichuan`, `qwen`, `qwen2`, `gpt` …); it decides what the files
-        leave open: ChatGLM's control tokens and prefix, Baichuan's role markers, the split pattern of a bare vocabulary.
+        leave open: ChatGLM's control tokens and prefix, Baichuan's role markers, how a bare vocabulary splits text.
     generation: which names Qwen v1's control tokens have, `dec2023` or `aug2023`; None reads it off `config.json`.
     Raises LogitLockError when no tokenizer file is there, one is damaged, or its library is not installed.
     """
@@ -110,7 +110,7 @@ def _load_tiktoken(folder: Path, generation: str | None) -> Tokenizer:
     declared = _read_json(folder / "generation_config.json").get("eos_token_id")
     if isinstance(declared, int) and declared != len(ranks):
         raise LogitLockError(
-            f"{path} is damaged or of another model: it has {len(ranks)} ranks, so <|endoftext|> would be {len(ranks)}, "
+            f"{path} is damaged or of another model: after its {len(ranks)} ranks <|endoftext|> is {len(ranks)}, "
             f"but generation_config.json says eos_token_id {declared}"
         )
     if generation is None:
@@ -176,8 +176,8 @@ def _load_byte_bpe(folder: Path, family: str) -> Tokenizer:
     if path.is_file():
         try:
             model = library.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
-            raise LogitLockError(f"{path} is not a tokenizer of the tokenizers library (damaged?): {error}") from None
+        except Exception as error:
+            raise LogitLockError(f"{path} is not a tokenizer of the tokenizers library (damaged?): {error}") from error
         if type(model.model).__name__ != "BPE" or type(model.decoder).__name__ != "ByteLevel":
             raise LogitLockError(
                 f"{path} is a {type(model.model).__name__} tokenizer with {type(model.decoder).__name__} decoding; "
@@ -210,8 +210,8 @@ def _bpe_from_vocabulary(folder: Path, settings: dict[str, Any], family: str, li
         raise LogitLockError(f"{vocabulary} needs merges.txt beside it, and {merges} is missing")
     try:
         model = library.Tokenizer(library.models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
-        raise LogitLockError(f"{vocabulary} with {merges.name} is not a BPE vocabulary (damaged?): {error}") from None
+    except Exception as error:
+        raise LogitLockError(f"{vocabulary} with {merges.name} is not a BPE vocabulary (damaged?): {error}") from error
     byte_level = library.pre_tokenizers.ByteLevel
     if family == "qwen2" or settings.get("tokenizer_class") == "Qwen2Tokenizer":
         model.normalizer = library.normalizers.NFC()

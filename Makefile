@@ -1,0 +1,31 @@
+# Two commands: `make demo` and `make test`. Each makes its own virtual environment in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+# torch comes first and by itself: a later, wider range would otherwise choose a build with gigabytes of CUDA packages.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf engines/qwen-fp16
+	$(BIN)/python -m export --model qwen --precision fp16
+	$(BIN)/logitlock generate --bundle engines/qwen-fp16 --prompt '世界上第二高的山峰是哪座？'
+	$(BIN)/logitlock diff --model qwen --bundle engines/qwen-fp16
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) engines

@@ -1,0 +1,96 @@
+"""ChatGLM2-6B, ChatGLM2-6B-32k, ChatGLM3-6B.
+
+Upstream: modeling_chatglm.py of THUDM/chatglm2-6b.  The rotary table is made wholly in the working dtype there, angles
+included; the first half of each head is rotated in interleaved pairs.
+"""
+
+from __future__ import annotations
+
+from refmodels import weights
+from refmodels.families.config import Config, Family
+from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from refmodels.weights import Part, WeightMap
+
+
+def _spec(config: Config) -> ModelSpec:
+    config.require("rmsnorm", True, True)
+    config.require("post_layer_norm", True, True)
+    config.require("apply_residual_connection_post_layernorm", False, False)
+    config.require("fp32_residual_connection", False, False)
+    config.require("pre_seq_len", None, None)
+    config.require("quantization_bit", 0, 0)
+    heads = config.get(int, "num_attention_heads")
+    head_dim = config.get(int, "kv_channels")
+    multi_query = config.get(bool, "multi_query_attention", default=False)
+    ratio = config.get(float, "rope_ratio", default=1.0)
+    third = bool(config.variant.get("chatglm3", "chatglm3" in str(config.data.get("_name_or_path", ""))))
+    bias = config.get(bool, "add_bias_linear", default=False)
+    variant = ("chatglm3" if third else "chatglm2") + ("-32k" if ratio != 1.0 else "")
+    return ModelSpec(
+        family="chatglm2",
+        variant=variant,
+        vocab_size=config.get(int, "padded_vocab_size"),
+        hidden_size=config.get(int, "hidden_size"),
+        layers=config.get(int, "num_layers"),
+        max_positions=config.get(int, "seq_length"),
+        norm=NormSpec(kind="rms", eps=config.get(float, "layernorm_epsilon"), weight_in_float=True),
+        attention=AttentionSpec(
+            heads=heads,
+            kv_heads=config.get(int, "multi_query_group_num") if multi_query else heads,
+            head_dim=head_dim,
+            qkv_bias=bias or config.get(bool, "add_qkv_bias", default=False),
+            out_bias=bias,
+            scale=head_dim**-0.5,
+            upstream_arithmetic="sdpa",
+        ),
+        mlp=MlpSpec(width=config.get(int, "ffn_hidden_size"), activation="silu", gated=True, bias=bias),
+        position="rope",
+        rope=RopeSpec(
+            dim=head_dim // 2,
+            # ChatGLM3-32k multiplies the base; ChatGLM2-32k divides the position.
+            theta=10000.0 * (ratio if third else 1.0),
+            position_divisor=1.0 if third else ratio,
+            interleaved=True,
+            table="working_arithmetic",
+        ),
+        chat_format="chatglm3" if third else "chatglm2",
+    )
+
+
+def _weights(spec: ModelSpec) -> WeightMap:
+    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
+    inner = a.heads * a.head_dim
+    per_head = a.heads if a.kv_heads == a.heads else 0
+    table = weights.embedding(
+        "embed", "transformer.embedding.word_embeddings", rows=spec.vocab_size, columns=h
+    ) | weights.norm("final_norm", "transformer.encoder.final_layernorm", width=h, bias=False)
+    for i in range(spec.layers):
+        ours, theirs = f"blocks.{i}", f"transformer.encoder.layers.{i}"
+        fused = f"{theirs}.self_attention.query_key_value"
+        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.input_layernorm", width=h, bias=False)
+        table |= weights.linear(
+            f"{ours}.attn.qkv", fused, rows=(spec.qkv_width,), columns=h, bias=a.qkv_bias, interleaved_heads=per_head
+        )
+        table |= weights.linear(
+            f"{ours}.attn.out", f"{theirs}.self_attention.dense", rows=(h,), columns=inner, bias=a.out_bias
+        )
+        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", width=h, bias=False)
+        for part, rows in (("gate", (0, ffn)), ("up", (ffn, 2 * ffn))):
+            name = f"{theirs}.mlp.dense_h_to_4h"
+            table[f"{ours}.mlp.{part}.weight"] = (Part(name=f"{name}.weight", shape=(2 * ffn, h), rows=rows),)
+            if spec.mlp.bias:
+                table[f"{ours}.mlp.{part}.bias"] = (Part(name=f"{name}.bias", shape=(2 * ffn,), rows=rows),)
+        table |= weights.linear(
+            f"{ours}.mlp.out", f"{theirs}.mlp.dense_4h_to_h", rows=(h,), columns=ffn, bias=spec.mlp.bias
+        )
+    return table | weights.linear("head", "transformer.output_layer", rows=(spec.vocab_size,), columns=h)
+
+
+FAMILY = Family(
+    name="chatglm2",
+    model_types=("chatglm",),
+    describes="ChatGLM2-6B, ChatGLM2-6B-32k, ChatGLM3-6B",
+    spec=_spec,
+    weights=_weights,
+    ignored=(r"transformer\.rotary_pos_emb\.inv_freq",),
+)

@@ -1,0 +1,109 @@
+"""Reading Hugging Face configs with errors that name the file and the key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from refmodels.errors import LogitLockError
+from refmodels.spec import Activation, ModelSpec
+from refmodels.weights import WeightMap
+
+T = TypeVar("T", int, float, bool, str)
+
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A parsed config.json; every getter takes aliases, the first one present wins."""
+
+    data: Mapping[str, Any]
+    variant: Mapping[str, Any]
+    where: str
+
+    def has(self, key: str) -> bool:
+        return self.data.get(key) is not None
+
+    def get(self, kind: type[T], *keys: str, default: T | None = None) -> T:
+        """The value of the first key present (null counts as absent).
+
+        Raises:
+            LogitLockError: no key present and no default, or a value of another type.
+        """
+        for key in keys:
+            value = self.data.get(key)
+            if value is None:
+                continue
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise LogitLockError(f"{self.where}: {key} is {value!r}; it must be of type {kind.__name__}")
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise LogitLockError(f"{self.where}: {key} is {value!r}; it must be at least 1")
+            return value
+        if default is None:
+            raise LogitLockError(f"{self.where} lacks the key {' or '.join(map(repr, keys))}")
+        return default
+
+    def require(self, key: str, expected: object, default: object) -> None:
+        """Refuse a setting that changes the mathematics and is not implemented."""
+        value = self.data.get(key, default)
+        if value is None:
+            value = default
+        if value != expected:
+            raise LogitLockError(f"{self.where}: {key} = {value!r} is not supported; only {expected!r} is")
+
+    def activation(self, *keys: str, default: str | None = None) -> Activation:
+        name = self.get(str, *keys, default=default)
+        if name not in _ACTIVATIONS:
+            raise LogitLockError(
+                f"{self.where}: activation {name!r} is not supported; known ones: {', '.join(_ACTIVATIONS)}"
+            )
+        return _ACTIVATIONS[name]
+
+    def rope_theta(self, default: float) -> float:
+        """Base of the rotary embedding, from the old key or transformers 5's `rope_parameters`.
+
+        Raises:
+            LogitLockError: a rope type other than the default one.
+        """
+        nested = self.data.get("rope_parameters") or self.data.get("rope_scaling") or {}
+        kind = nested.get("rope_type", nested.get("type", "default")) if isinstance(nested, Mapping) else nested
+        if kind != "default":
+            raise LogitLockError(f"{self.where}: rope type {kind!r} is not supported; only 'default' is")
+        return float(nested.get("rope_theta", self.get(float, "rope_theta", default=default)))
+
+    def divided(self, width: int, heads: int) -> int:
+        if width % heads:
+            raise LogitLockError(f"{self.where}: hidden size {width} is not a multiple of {heads} attention heads")
+        return width // heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        name: as on the command line; also the name of the bundled toy.
+        model_types: values of `model_type` in config.json that this family reads.
+        describes: the published models it covers, for `logitlock models`.
+        spec: config -> facts.
+        weights: facts -> where each parameter comes from.
+        ignored: regular expressions of checkpoint tensors that are buffers, not weights.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    describes: str
+    spec: Callable[[Config], ModelSpec]
+    weights: Callable[[ModelSpec], WeightMap]
+    ignored: tuple[str, ...] = ()

@@ -1,0 +1,160 @@
+"""GPT-2, GPTBigCode (SantaCoder, StarCoder, Granite) and StarCoder2.
+
+Upstream: transformers models/gpt2, models/gpt_bigcode, models/starcoder2 (read at 5.23.0), eager attention.
+"""
+
+from __future__ import annotations
+
+from refmodels import weights
+from refmodels.families.config import Config, Family
+from refmodels.spec import AttentionArithmetic, AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from refmodels.weights import WeightMap
+
+
+def _spec(config: Config) -> ModelSpec:
+    return _starcoder2(config) if config.data.get("model_type") == "starcoder2" else _learned(config)
+
+
+def _learned(config: Config) -> ModelSpec:
+    """GPT-2 and GPTBigCode: learned positions, LayerNorm, tied head."""
+    bigcode = config.data.get("model_type") == "gpt_bigcode"
+    hidden = config.get(int, "n_embd", "hidden_size")
+    heads = config.get(int, "n_head", "num_attention_heads")
+    head_dim = config.divided(hidden, heads)
+    multi_query = bigcode and config.get(bool, "multi_query", default=True)
+    config.require("add_cross_attention", False, False)
+    softmax_in_float = bigcode or config.get(bool, "reorder_and_upcast_attn", default=False)
+    arithmetic: AttentionArithmetic = "eager_multiply_float32" if softmax_in_float else "eager_multiply"
+    return ModelSpec(
+        family="gpt",
+        variant="gpt_bigcode" if bigcode else "gpt2",
+        vocab_size=config.get(int, "vocab_size"),
+        hidden_size=hidden,
+        layers=config.get(int, "n_layer", "num_hidden_layers"),
+        max_positions=config.get(int, "n_positions", "max_position_embeddings"),
+        norm=NormSpec(kind="layer", eps=config.get(float, "layer_norm_epsilon", default=1e-5)),
+        attention=AttentionSpec(
+            heads=heads,
+            kv_heads=1 if multi_query else heads,
+            head_dim=head_dim,
+            qkv_bias=True,
+            out_bias=True,
+            scale=head_dim**-0.5 if config.get(bool, "scale_attn_weights", default=True) else 1.0,
+            scale_by_layer=config.get(bool, "scale_attn_by_inverse_layer_idx", default=False),
+            upstream_arithmetic=arithmetic,
+        ),
+        mlp=MlpSpec(
+            width=config.get(int, "n_inner", default=4 * hidden),
+            activation=config.activation("activation_function", default="gelu_new"),
+            gated=False,
+            bias=True,
+        ),
+        position="learned",
+        tied_head=config.get(bool, "tie_word_embeddings", default=True),
+    )
+
+
+def _starcoder2(config: Config) -> ModelSpec:
+    config.require("mlp_type", "default", "default")
+    config.require("norm_type", "layer_norm", "layer_norm")
+    hidden = config.get(int, "hidden_size")
+    heads = config.get(int, "num_attention_heads")
+    head_dim = config.get(int, "head_dim", default=config.divided(hidden, heads))
+    bias = config.get(bool, "use_bias", default=True)
+    return ModelSpec(
+        family="gpt",
+        variant="starcoder2",
+        vocab_size=config.get(int, "vocab_size"),
+        hidden_size=hidden,
+        layers=config.get(int, "num_hidden_layers"),
+        max_positions=config.get(int, "max_position_embeddings"),
+        norm=NormSpec(kind="layer", eps=config.get(float, "norm_epsilon", default=1e-5)),
+        attention=AttentionSpec(
+            heads=heads,
+            kv_heads=config.get(int, "num_key_value_heads", default=heads),
+            head_dim=head_dim,
+            qkv_bias=bias,
+            out_bias=bias,
+            scale=head_dim**-0.5,
+            upstream_arithmetic="eager_multiply_float32",
+            window=config.get(int, "sliding_window") if config.has("sliding_window") else None,
+        ),
+        mlp=MlpSpec(
+            width=config.get(int, "intermediate_size"),
+            activation=config.activation("hidden_act", default="gelu_pytorch_tanh"),
+            gated=False,
+            bias=bias,
+        ),
+        position="rope",
+        rope=RopeSpec(dim=head_dim, theta=config.rope_theta(default=10000.0), table="working"),
+        tied_head=config.get(bool, "tie_word_embeddings", default=True),
+    )
+
+
+def _weights(spec: ModelSpec) -> WeightMap:
+    return _starcoder2_weights(spec) if spec.variant == "starcoder2" else _learned_weights(spec)
+
+
+def _learned_weights(spec: ModelSpec) -> WeightMap:
+    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
+    conv1d = spec.variant == "gpt2"
+    per_head = a.heads if not conv1d and a.kv_heads == a.heads else 0
+    table = weights.embedding("embed", "transformer.wte", rows=spec.vocab_size, columns=h)
+    table |= weights.embedding("position_embed", "transformer.wpe", rows=spec.max_positions, columns=h)
+    for i in range(spec.layers):
+        ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
+        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.ln_1", width=h, bias=True)
+        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.ln_2", width=h, bias=True)
+        for name, source, rows, columns, interleaved in (
+            ("attn.qkv", "attn.c_attn", spec.qkv_width, h, per_head),
+            ("attn.out", "attn.c_proj", h, h, 0),
+            ("mlp.up", "mlp.c_fc", ffn, h, 0),
+            ("mlp.out", "mlp.c_proj", h, ffn, 0),
+        ):
+            table |= weights.linear(
+                f"{ours}.{name}",
+                f"{theirs}.{source}",
+                rows=(rows,),
+                columns=columns,
+                bias=True,
+                transposed=conv1d,
+                interleaved_heads=interleaved,
+            )
+    table |= weights.norm("final_norm", "transformer.ln_f", width=h, bias=True)
+    if not spec.tied_head:
+        table |= weights.linear("head", "lm_head", rows=(spec.vocab_size,), columns=h)
+    return table
+
+
+def _starcoder2_weights(spec: ModelSpec) -> WeightMap:
+    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
+    inner, kv, bias = a.heads * a.head_dim, a.kv_heads * a.head_dim, a.out_bias
+    table = weights.embedding("embed", "model.embed_tokens", rows=spec.vocab_size, columns=h)
+    for i in range(spec.layers):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.input_layernorm", width=h, bias=True)
+        table |= weights.linear(
+            f"{ours}.attn.qkv",
+            *(f"{theirs}.self_attn.{p}_proj" for p in "qkv"),
+            rows=(inner, kv, kv),
+            columns=h,
+            bias=bias,
+        )
+        table |= weights.linear(f"{ours}.attn.out", f"{theirs}.self_attn.o_proj", rows=(h,), columns=inner, bias=bias)
+        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", width=h, bias=True)
+        table |= weights.linear(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc", rows=(ffn,), columns=h, bias=bias)
+        table |= weights.linear(f"{ours}.mlp.out", f"{theirs}.mlp.c_proj", rows=(h,), columns=ffn, bias=bias)
+    table |= weights.norm("final_norm", "model.norm", width=h, bias=True)
+    if not spec.tied_head:
+        table |= weights.linear("head", "lm_head", rows=(spec.vocab_size,), columns=h)
+    return table
+
+
+FAMILY = Family(
+    name="gpt",
+    model_types=("gpt2", "gpt_bigcode", "starcoder2"),
+    describes="GPT-2, GPTBigCode (SantaCoder, StarCoder, Granite), StarCoder2",
+    spec=_spec,
+    weights=_weights,
+    ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", r".*rotary_emb\.inv_freq"),
+)

@@ -1,0 +1,157 @@
+"""Qwen v1 (1.8B, 7B, 14B, 72B; base and chat; both config generations) and Qwen2.
+
+Upstream of v1: modeling_qwen.py of Qwen/Qwen-7B (December 2023), and its first revision (August 2023), told apart by
+their config keys; of Qwen2: transformers models/qwen2.
+"""
+
+from __future__ import annotations
+
+from refmodels import weights
+from refmodels.families.config import Config, Family
+from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from refmodels.weights import WeightMap
+
+
+def _spec(config: Config) -> ModelSpec:
+    return _qwen2(config) if config.data.get("model_type") == "qwen2" else _qwen1(config)
+
+
+def _qwen1(config: Config) -> ModelSpec:
+    first_generation = config.has("n_embd")
+    heads = config.get(int, "num_attention_heads", "n_head")
+    head_dim = config.get(int, "kv_channels", default=128)
+    seq_length = config.get(int, "seq_length")
+    bias = not config.get(bool, "no_bias", default=True)
+    config.require("scale_attn_weights", True, True)
+    config.require("use_cache_quantization", False, False)
+    return ModelSpec(
+        family="qwen",
+        variant="qwen",
+        vocab_size=config.get(int, "padded_vocab_size", "vocab_size"),
+        hidden_size=config.get(int, "hidden_size", "n_embd"),
+        layers=config.get(int, "num_hidden_layers", "n_layer"),
+        max_positions=config.get(int, "max_position_embeddings", "n_positions"),
+        norm=NormSpec(kind="rms", eps=config.get(float, "layer_norm_epsilon")),
+        attention=AttentionSpec(
+            heads=heads,
+            kv_heads=heads,
+            head_dim=head_dim,
+            qkv_bias=True,
+            out_bias=bias,
+            scale=head_dim**-0.5,
+            upstream_arithmetic="eager_divide" if first_generation else "sdpa",
+            logn_seq_length=seq_length if config.get(bool, "use_logn_attn", default=False) else None,
+        ),
+        # Both generations store twice the real width.
+        mlp=MlpSpec(
+            width=config.get(int, "intermediate_size", "ffn_hidden_size") // 2, activation="silu", gated=True, bias=bias
+        ),
+        position="rope",
+        rope=RopeSpec(
+            dim=int(head_dim * config.get(float, "rotary_pct", default=1.0)),
+            theta=config.get(float, "rotary_emb_base", default=10000.0),
+            ntk_seq_length=seq_length if config.get(bool, "use_dynamic_ntk", default=False) else None,
+        ),
+        position_origin="slot",
+        tied_head=config.get(bool, "tie_word_embeddings", default=False),
+        chat_format="qwen",
+    )
+
+
+def _qwen2(config: Config) -> ModelSpec:
+    hidden = config.get(int, "hidden_size")
+    heads = config.get(int, "num_attention_heads")
+    head_dim = config.get(int, "head_dim", default=config.divided(hidden, heads))
+    sliding = config.get(bool, "use_sliding_window", default=False)
+    return ModelSpec(
+        family="qwen",
+        variant="qwen2",
+        vocab_size=config.get(int, "vocab_size"),
+        hidden_size=hidden,
+        layers=config.get(int, "num_hidden_layers"),
+        max_positions=config.get(int, "max_position_embeddings"),
+        norm=NormSpec(kind="rms", eps=config.get(float, "rms_norm_eps")),
+        attention=AttentionSpec(
+            heads=heads,
+            kv_heads=config.get(int, "num_key_value_heads", default=heads),
+            head_dim=head_dim,
+            qkv_bias=True,
+            out_bias=False,
+            scale=head_dim**-0.5,
+            upstream_arithmetic="eager_multiply_float32",
+            window=config.get(int, "sliding_window") if sliding else None,
+            window_first_layer=config.get(int, "max_window_layers", default=28) if sliding else 0,
+        ),
+        mlp=MlpSpec(
+            width=config.get(int, "intermediate_size"),
+            activation=config.activation("hidden_act"),
+            gated=True,
+            bias=False,
+        ),
+        position="rope",
+        rope=RopeSpec(dim=head_dim, theta=config.rope_theta(default=10000.0), table="working"),
+        tied_head=config.get(bool, "tie_word_embeddings", default=False),
+        chat_format="qwen2",
+    )
+
+
+def _weights(spec: ModelSpec) -> WeightMap:
+    return _qwen2_weights(spec) if spec.variant == "qwen2" else _qwen1_weights(spec)
+
+
+def _qwen1_weights(spec: ModelSpec) -> WeightMap:
+    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
+    inner = a.heads * a.head_dim
+    table = weights.embedding("embed", "transformer.wte", rows=spec.vocab_size, columns=h)
+    for i in range(spec.layers):
+        ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
+        bias = spec.mlp.bias
+        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.ln_1", width=h, bias=False)
+        table |= weights.linear(
+            f"{ours}.attn.qkv", f"{theirs}.attn.c_attn", rows=(3 * inner,), columns=h, bias=a.qkv_bias
+        )
+        table |= weights.linear(f"{ours}.attn.out", f"{theirs}.attn.c_proj", rows=(h,), columns=inner, bias=a.out_bias)
+        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.ln_2", width=h, bias=False)
+        # w2 is the gate: upstream computes w1(x) * silu(w2(x)).
+        table |= weights.linear(f"{ours}.mlp.gate", f"{theirs}.mlp.w2", rows=(ffn,), columns=h, bias=bias)
+        table |= weights.linear(f"{ours}.mlp.up", f"{theirs}.mlp.w1", rows=(ffn,), columns=h, bias=bias)
+        table |= weights.linear(f"{ours}.mlp.out", f"{theirs}.mlp.c_proj", rows=(h,), columns=ffn, bias=bias)
+    table |= weights.norm("final_norm", "transformer.ln_f", width=h, bias=False)
+    if not spec.tied_head:
+        table |= weights.linear("head", "lm_head", rows=(spec.vocab_size,), columns=h)
+    return table
+
+
+def _qwen2_weights(spec: ModelSpec) -> WeightMap:
+    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
+    inner, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    table = weights.embedding("embed", "model.embed_tokens", rows=spec.vocab_size, columns=h)
+    for i in range(spec.layers):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.input_layernorm", width=h, bias=False)
+        table |= weights.linear(
+            f"{ours}.attn.qkv",
+            *(f"{theirs}.self_attn.{p}_proj" for p in "qkv"),
+            rows=(inner, kv, kv),
+            columns=h,
+            bias=True,
+        )
+        table |= weights.linear(f"{ours}.attn.out", f"{theirs}.self_attn.o_proj", rows=(h,), columns=inner)
+        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", width=h, bias=False)
+        table |= weights.linear(f"{ours}.mlp.gate", f"{theirs}.mlp.gate_proj", rows=(ffn,), columns=h)
+        table |= weights.linear(f"{ours}.mlp.up", f"{theirs}.mlp.up_proj", rows=(ffn,), columns=h)
+        table |= weights.linear(f"{ours}.mlp.out", f"{theirs}.mlp.down_proj", rows=(h,), columns=ffn)
+    table |= weights.norm("final_norm", "model.norm", width=h, bias=False)
+    if not spec.tied_head:
+        table |= weights.linear("head", "lm_head", rows=(spec.vocab_size,), columns=h)
+    return table
+
+
+FAMILY = Family(
+    name="qwen",
+    model_types=("qwen", "qwen2"),
+    describes="Qwen 1.8B, 7B, 14B, 72B (dynamic NTK, logn), Qwen2",
+    spec=_spec,
+    weights=_weights,
+    ignored=(r".*rotary_emb\.inv_freq", r"transformer\.h\.\d+\.attn\.(bias|masked_bias|logn_tensor)"),
+)

@@ -1,0 +1,258 @@
+"""The decoder core: embedding, pre-norm blocks, norm, head.  Everything that differs between families is in the spec.
+
+`Decoder.forward` is a pure graph over tensors with static control flow, because the exporter traces it with `torch.fx`
+and lowers exactly what it says.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refmodels.cache import KVCache, StepInputs
+from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
+from refmodels.positions import PositionTables, build_tables
+from refmodels.spec import Activation, ModelSpec, NormSpec, Numerics
+from refmodels.taps import active_recorder, tap
+
+
+class RmsNorm(nn.Module):
+    def __init__(self, width: int, norm: NormSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_rms_norm(x, self.weight, eps=self.norm.eps, weight_in_float=self.norm.weight_in_float)
+
+
+def make_norm(width: int, norm: NormSpec) -> nn.Module:
+    return RmsNorm(width, norm) if norm.kind == "rms" else nn.LayerNorm(width, eps=norm.eps)
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """The tanh approximation step by step: in half precision it rounds where transformers' NewGELUActivation does."""
+    return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def activate(x: Tensor, activation: Activation, *, stepwise: bool = False) -> Tensor:
+    """The activation of the MLP; `stepwise` repeats upstream's rounding of gelu_new in half precision."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "gelu_new" and stepwise:
+        return gelu_new(x)
+    return F.gelu(x, approximate="none" if activation == "gelu" else "tanh")
+
+
+class Attention(nn.Module):
+    """The two projections around `cached_attention`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        a = spec.attention
+        self.qkv = nn.Linear(spec.hidden_size, spec.qkv_width, bias=a.qkv_bias)
+        self.out = nn.Linear(a.heads * a.head_dim, spec.hidden_size, bias=a.out_bias)
+
+
+class Mlp(nn.Module):
+    def __init__(self, spec: ModelSpec, path: str, *, stepwise: bool) -> None:
+        super().__init__()
+        m = spec.mlp
+        self.spec, self.path, self.stepwise = m, path, stepwise
+        if m.gated:
+            self.gate = nn.Linear(spec.hidden_size, m.width, bias=m.bias)
+        self.up = nn.Linear(spec.hidden_size, m.width, bias=m.bias)
+        self.out = nn.Linear(m.width, spec.hidden_size, bias=m.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spec.gated:
+            gate = tap(f"{self.path}.gate", self.gate(x))
+            up = tap(f"{self.path}.up", self.up(x))
+            act = activate(gate, self.spec.activation) * up
+        else:
+            up = tap(f"{self.path}.up", self.up(x))
+            act = activate(up, self.spec.activation, stepwise=self.stepwise)
+        return tap(f"{self.path}.out", self.out(tap(f"{self.path}.act", act)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, spec: ModelSpec, layer: int, *, numerics: Numerics) -> None:
+        super().__init__()
+        self.path = f"blocks.{layer}"
+        self.spec, self.layer = spec, layer
+        self.arithmetic = spec.attention.upstream_arithmetic if numerics == "upstream" else "exact"
+        self.attn_norm = make_norm(spec.hidden_size, spec.norm)
+        self.attn = Attention(spec)
+        self.mlp_norm = make_norm(spec.hidden_size, spec.norm)
+        self.mlp = Mlp(spec, f"{self.path}.mlp", stepwise=numerics == "upstream")
+
+    def forward(
+        self,
+        x: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        cache_lengths: Tensor,
+        visible: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        query_scale: Tensor | None,
+        alibi_slopes: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        path, a = self.path, self.spec.attention
+        normed = tap(f"{path}.attn_norm", self.attn_norm(x))
+        context, key, value = cached_attention(
+            tap(f"{path}.attn.qkv", self.attn.qkv(normed)),
+            past_key,
+            past_value,
+            cache_lengths,
+            visible,
+            cos,
+            sin,
+            query_scale,
+            alibi_slopes,
+            heads=a.heads,
+            kv_heads=a.kv_heads,
+            scale=self.spec.scale(self.layer),
+            rotary_interleaved=self.spec.rope is not None and self.spec.rope.interleaved,
+            window=self.spec.window(self.layer),
+            arithmetic=self.arithmetic,
+        )
+        key, value = tap(f"{path}.key", key), tap(f"{path}.value", value)
+        context = tap(f"{path}.attn.context", context)
+        x = tap(f"{path}.resid_mid", x + tap(f"{path}.attn.out", self.attn.out(context)))
+        normed = tap(f"{path}.mlp_norm", self.mlp_norm(x))
+        return tap(path, x + self.mlp(normed)), key, value
+
+
+class Decoder(nn.Module):
+    """The reference model of every family.
+
+    Args:
+        spec: architecture facts.
+        numerics: "exact" (fp64/fp32 tables, reductions in fp32 or wider) or "upstream" (Hugging Face's rounding).
+
+    Build it through `refmodels.load` or `refmodels.checkpoint`; parameters are made in fp32 and not initialised to
+    anything useful.  Position tables are plain attributes, made for a capacity by `prepare_tables`: they have their
+    own dtype, which `Module.to(dtype)` must not change.
+    """
+
+    rope_cos: Tensor | None
+    rope_sin: Tensor | None
+    logn: Tensor | None
+    alibi_slopes: Tensor | None
+
+    def __init__(self, spec: ModelSpec, *, numerics: Numerics = "exact") -> None:
+        super().__init__()
+        self.spec, self.numerics = spec, numerics
+        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if spec.position == "learned":
+            self.position_embed = nn.Embedding(spec.max_positions, spec.hidden_size)
+        self.blocks = nn.ModuleList(Block(spec, i, numerics=numerics) for i in range(spec.layers))
+        self.final_norm = make_norm(spec.hidden_size, spec.norm)
+        self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        if spec.tied_head:
+            self.head.weight = self.embed.weight
+        self.table_positions = 0
+        self._tables_key: object = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def prepare_tables(self, positions: int) -> None:
+        """Make the position tables for caches of up to `positions` slots (kept while they are long enough)."""
+        key = (self.dtype, self.device)
+        if self._tables_key == key and positions <= self.table_positions:
+            return
+        self.use_tables(
+            build_tables(self.spec, positions=positions, numerics=self.numerics, dtype=self.dtype, device=self.device)
+        )
+        self._tables_key = key
+
+    def use_tables(self, tables: PositionTables) -> None:
+        """Run with these tables (also for tables altered on purpose, as the debugger's fault catalogue does)."""
+        self.table_positions = tables.positions
+        self.rope_cos, self.rope_sin = tables.rope_cos, tables.rope_sin
+        self.logn, self.alibi_slopes = tables.logn, tables.alibi_slopes
+
+    def new_cache(self, *, batch: int, capacity: int) -> KVCache:
+        """An empty cache in this model's dtype, on its device."""
+        self.prepare_tables(capacity)
+        return KVCache(self.spec, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache_lengths: Tensor,
+        attention_mask: Tensor,
+        logit_index: Tensor,
+        past_key: list[Tensor],
+        past_value: list[Tensor],
+        position_ids: Tensor,
+        ntk_table: Tensor,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The graph.  Shapes as in `StepInputs` and `KVCache`; `position_ids` and `ntk_table` are not read by models
+        without them.  Tables must have been prepared for the capacity of the cache.
+
+        Returns: logits [batch, N, vocab] and the updated caches (the same tensors, in eager execution).
+        """
+        spec = self.spec
+        x = self.embed(input_ids)
+        if spec.position == "learned":
+            x = x + self.position_embed(position_ids)
+        x = tap("embed", x)
+        visible = attention_mask.bool()
+        cos = sin = query_scale = None
+        if self.rope_cos is not None and self.rope_sin is not None:
+            rows = rope_rows(position_ids, ntk_table, self.table_positions) if spec.uses_ntk else position_ids
+            cos, sin = F.embedding(rows, self.rope_cos), F.embedding(rows, self.rope_sin)
+        if self.logn is not None:
+            query_scale = F.embedding(position_ids, self.logn[:, None]).squeeze(-1)
+        keys, values = [], []
+        for i, block in enumerate(self.blocks):
+            x, key, value = block(
+                x, past_key[i], past_value[i], cache_lengths, visible, cos, sin, query_scale, self.alibi_slopes
+            )
+            keys.append(key)
+            values.append(value)
+        x = tap("final_norm", self.final_norm(select_tokens(x, logit_index)))
+        return tap("logits", self.head(x)), keys, values
+
+    def step(
+        self,
+        input_ids: Tensor,
+        cache: KVCache,
+        attention_mask: Tensor | None = None,
+        *,
+        prompt_lengths: Tensor | None = None,
+        last_logits_only: bool = False,
+    ) -> Tensor:
+        """Run tokens (a prompt, a chunk of it, or one new token a row) and advance the cache.
+
+        Arguments and errors as `KVCache.plan`.  Returns logits [batch, tokens or 1, vocab].
+        """
+        plan = cache.plan(input_ids, attention_mask, prompt_lengths=prompt_lengths, last_logits_only=last_logits_only)
+        return self.run(plan, cache)
+
+    def run(self, plan: StepInputs, cache: KVCache) -> Tensor:
+        """Run a planned step and advance the cache."""
+        self.prepare_tables(cache.capacity)
+        recorder = active_recorder()
+        if recorder is not None:
+            recorder.live_slots = plan.attention_mask.shape[1]
+        inputs = {name: value.to(self.device) for name, value in plan.tensors().items()}
+        inputs.setdefault("position_ids", inputs["input_ids"])
+        inputs.setdefault("ntk_table", inputs["cache_lengths"])
+        logits: Tensor
+        logits, cache.key, cache.value = self(past_key=cache.key, past_value=cache.value, **inputs)
+        cache.advance(plan)
+        return logits

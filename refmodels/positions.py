@@ -1,0 +1,127 @@
+"""Position schemes as data: rope tables, NTK factors, logn factors and ALiBi slopes.
+
+The attention op receives these as tensors, so that one op and one kernel serve every family.  Two ways of making them:
+`upstream` repeats the arithmetic of the Hugging Face code, rounding included; `exact` computes in fp64 and rounds once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refmodels.spec import ModelSpec, Numerics, RopeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionTables:
+    """Tables for positions (or slots) below `positions`; None where the model has no such scheme.
+
+    rope_cos, rope_sin: [tables * positions, rope_dim / 2]; table t starts at row t * positions (dynamic NTK has one
+    table a factor, others have one).  logn: [positions].  alibi_slopes: [heads].
+    """
+
+    positions: int
+    rope_cos: Tensor | None = None
+    rope_sin: Tensor | None = None
+    logn: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of tables and reductions for a model in `dtype`: fp64 for fp64, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def build_tables(
+    spec: ModelSpec, *, positions: int, numerics: Numerics, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PositionTables:
+    """Make the tables for a model that runs in `dtype`.  `positions` is the cache capacity (slots)."""
+    cos = sin = logn = slopes = None
+    if spec.rope is not None:
+        pairs = [
+            rope_table(spec.rope, positions=positions, alpha=alpha, numerics=numerics, dtype=dtype)
+            for alpha in ntk_alphas(spec.rope, positions)
+        ]
+        cos = torch.cat([c for c, _ in pairs]).to(device)
+        sin = torch.cat([s for _, s in pairs]).to(device)
+    seq_length = spec.attention.logn_seq_length
+    if seq_length is not None:
+        logn = logn_table(positions, seq_length).to(dtype if numerics == "upstream" else wide_dtype(dtype)).to(device)
+    if spec.position == "alibi":
+        slopes = torch.tensor(alibi_slopes(spec.attention.heads), dtype=wide_dtype(dtype), device=device)
+    return PositionTables(positions=positions, rope_cos=cos, rope_sin=sin, logn=logn, alibi_slopes=slopes)
+
+
+def rope_table(
+    rope: RopeSpec, *, positions: int, alpha: float = 1.0, numerics: Numerics, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [positions, rope.dim / 2].
+
+    `exact`: fp64 arithmetic, rounded once to the wide dtype of `dtype`.  `upstream`: as `rope.table` says
+    (modeling_qwen.py 1287-1308, modeling_baichuan.py 91-119, modeling_chatglm.py 121-152, transformers qwen2 86-126).
+    `alpha` is the dynamic-NTK factor: base * alpha ** (dim / (dim - 2)).
+    """
+    theta = rope.theta * alpha ** (rope.dim / (rope.dim - 2)) if alpha != 1.0 else rope.theta
+    if numerics == "exact":
+        work = torch.float64
+    elif rope.table == "working_arithmetic":
+        work = dtype
+    else:
+        work = wide_dtype(dtype)
+    inverse_frequency = 1.0 / (theta ** (torch.arange(0, rope.dim, 2, dtype=work) / rope.dim))
+    index = torch.arange(positions, dtype=work)
+    if rope.position_divisor != 1.0:
+        index = index / rope.position_divisor
+    angle = torch.outer(index, inverse_frequency)
+    if work in (torch.float16, torch.bfloat16):
+        angle = angle.float()
+    final = dtype if numerics == "upstream" and rope.table != "float32" else wide_dtype(dtype)
+    return angle.cos().to(final), angle.sin().to(final)
+
+
+def ntk_alpha(tokens: int, seq_length: int) -> float:
+    """Qwen's dynamic-NTK factor for a prompt of `tokens` real tokens: 1 up to seq_length, then 3, 7, 15, ...
+
+    Source: modeling_qwen.py 735-739.
+    """
+    return max(2.0 ** math.ceil(math.log2(max(tokens, 1) / seq_length) + 1) - 1, 1.0)
+
+
+def ntk_alphas(rope: RopeSpec, positions: int) -> list[float]:
+    """The factors that prompts of at most `positions` tokens can get, one table each; [1.0] without NTK."""
+    if rope.ntk_seq_length is None:
+        return [1.0]
+    return [float(2 ** (t + 1) - 1) for t in range(ntk_table_index(positions, rope.ntk_seq_length) + 1)]
+
+
+def ntk_table_index(tokens: int, seq_length: int) -> int:
+    """Which table of `ntk_alphas` a prompt of `tokens` real tokens uses."""
+    return int(math.log2(ntk_alpha(tokens, seq_length) + 1)) - 1
+
+
+def logn_table(positions: int, seq_length: int) -> Tensor:
+    """Query factor per slot p, fp64 [positions]: log_{seq_length}(p + 1) past seq_length, else 1.
+
+    Source: modeling_qwen.py 289-294.
+    """
+    return torch.tensor(
+        [math.log(p, seq_length) if p > seq_length else 1.0 for p in range(1, positions + 1)], dtype=torch.float64
+    )
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """ALiBi slopes per head (Press et al., arXiv:2108.12409; modeling_baichuan.py 20-31).
+
+    For a number of heads that is not a power of two, the list of the next lower power is followed by every other entry
+    of the list of the next higher one.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+
+    def geometric(n: int) -> list[float]:
+        ratio = 2.0 ** (-8.0 / n)
+        return [ratio * ratio**i for i in range(n)]
+
+    return geometric(power) + geometric(2 * power)[0::2][: heads - power]

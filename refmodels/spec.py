@@ -1,0 +1,193 @@
+"""Declarative facts of a decoder: everything that tells one model family from another.
+
+A family file (`refmodels/families/`) turns a Hugging Face `config.json` into a `ModelSpec`; the decoder core, the
+position tables, the exporter and the engines read nothing else.  All dataclasses are frozen, keyword-only and reject
+unknown keys, so that a bundle written by a later version fails loudly instead of running with a fact missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from refmodels.errors import LogitLockError
+
+Numerics = Literal["exact", "upstream"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu"]
+RopeTable = Literal["float32", "working", "working_arithmetic"]
+AttentionArithmetic = Literal[
+    "exact", "sdpa", "eager_divide", "eager_divide_float32", "eager_multiply", "eager_multiply_float32"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """`kind` rms or layer; `weight_in_float`: the RMSNorm weight multiplies before the cast back (ChatGLM2)."""
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    weight_in_float: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary position embedding of the first `dim` elements of each head (Su et al., arXiv:2104.09864).
+
+    `interleaved` rotates pairs (0,1),(2,3)..; otherwise i with i + dim/2.  Positions are divided by
+    `position_divisor` (linear interpolation).  `ntk_seq_length` switches Qwen's dynamic NTK on: the base grows with
+    the prompt length in multiples of it.  `table` says how upstream makes cos/sin: in fp32 and left so ("float32"), in
+    fp32 and then cast ("working"), or with angles themselves computed in the working dtype ("working_arithmetic").
+    """
+
+    dim: int
+    theta: float = 10000.0
+    interleaved: bool = False
+    position_divisor: float = 1.0
+    ntk_seq_length: int | None = None
+    table: RopeTable = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Head layout and the order in which upstream rounds.
+
+    `scale_by_layer` divides the scale by (layer + 1) as well (GPT-2's scale_attn_by_inverse_layer_idx).  `window` keys,
+    self included, are visible in layers >= `window_first_layer`.  `logn_seq_length` switches Qwen's logn query scaling
+    on.  `upstream_arithmetic` names upstream's implementation; see `refmodels.ops.cached_attention`.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool
+    out_bias: bool
+    scale: float
+    upstream_arithmetic: AttentionArithmetic
+    scale_by_layer: bool = False
+    window: int | None = None
+    window_first_layer: int = 0
+    logn_seq_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpSpec:
+    """`gated`: out(activation(gate(x)) * up(x)); otherwise out(activation(up(x))).  `width` is the real FFN width."""
+
+    width: int
+    activation: Activation
+    gated: bool
+    bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One decoder-only model: embedding, `layers` pre-norm blocks, final norm, head.
+
+    `position`: "rope" (then `rope` is set), "alibi" or "learned".  `position_origin` says what position a token has
+    under left padding: its index among the row's real tokens, or its cache slot (Qwen).  `max_positions` is the
+    longest sequence (tokens) that the model's own configuration allows.  `head_normalized`: rows of the head are
+    divided by their L2 norm when the checkpoint is loaded (Baichuan2's NormHead).
+    """
+
+    family: str
+    variant: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    max_positions: int
+    norm: NormSpec
+    attention: AttentionSpec
+    mlp: MlpSpec
+    position: Literal["rope", "alibi", "learned"]
+    rope: RopeSpec | None = None
+    position_origin: Literal["token", "slot"] = "token"
+    tied_head: bool = False
+    head_normalized: bool = False
+    chat_format: str = "raw"
+
+    def __post_init__(self) -> None:
+        a = self.attention
+        if (self.rope is not None) != (self.position == "rope"):
+            raise LogitLockError(f"spec of {self.variant}: rope must be given exactly when position is 'rope'")
+        if a.heads % a.kv_heads:
+            raise LogitLockError(f"spec of {self.variant}: {a.heads} heads are not a multiple of {a.kv_heads} kv_heads")
+        if self.rope is not None and (self.rope.dim % 2 or not 0 < self.rope.dim <= a.head_dim):
+            raise LogitLockError(
+                f"spec of {self.variant}: rope dim {self.rope.dim} must be even and at most head_dim {a.head_dim}"
+            )
+
+    def scale(self, layer: int) -> float:
+        """Factor on q.k in block `layer`."""
+        return self.attention.scale / (layer + 1) if self.attention.scale_by_layer else self.attention.scale
+
+    def window(self, layer: int) -> int:
+        """Visible keys (self included) in block `layer`; 0 means all."""
+        a = self.attention
+        return a.window if a.window is not None and layer >= a.window_first_layer else 0
+
+    @property
+    def qkv_width(self) -> int:
+        a = self.attention
+        return (a.heads + 2 * a.kv_heads) * a.head_dim
+
+    @property
+    def uses_position_ids(self) -> bool:
+        return self.position != "alibi"
+
+    @property
+    def uses_ntk(self) -> bool:
+        return self.rope is not None and self.rope.ntk_seq_length is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `spec_from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+
+def spec_from_dict(data: dict[str, Any]) -> ModelSpec:
+    """Read what `ModelSpec.to_dict` wrote.
+
+    Raises:
+        LogitLockError: an unknown or missing key, or a value of the wrong type, named with its path.
+    """
+    spec = _read(ModelSpec, data, "spec")
+    assert isinstance(spec, ModelSpec)
+    return spec
+
+
+def _read(kind: type[Any], data: object, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise LogitLockError(f"{where} must be an object, got {type(data).__name__}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in data:
+        if key not in fields:
+            raise LogitLockError(f"{where} has an unknown key {key!r}; known keys: {', '.join(fields)}")
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _value(hints[name], data[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING:
+            raise LogitLockError(f"{where} lacks the key {name!r}")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        return _value(next(o for o in options if o is not type(None)), value, where)
+    if origin is Literal:
+        if value not in options:
+            raise LogitLockError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, options))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _read(typing.cast(type[Any], hint), value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise LogitLockError(f"{where} is {value!r}; it must be of type {hint.__name__}")
+    return value
