@@ -6,7 +6,7 @@ A family names its format by a string, a key of `FORMATS`; everything else is he
 |---|---|---|
 | `raw` | base models, GPT | the text of one user message, as the tokenizer encodes a bare prompt |
 | `chatglm2` | ChatGLM2 | `[gMASK] sop`, then "[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]…" as one text |
-| `chatglm3` | ChatGLM3 | `[gMASK] sop`, then role id, "\\n" and content encoded separately; ends with the assistant's id |
+| `chatglm3` | ChatGLM3 | `[gMASK] sop`, then role id, "\\n" and content encoded separately; ends with assistant's id |
 | `baichuan` | Baichuan v1 13B chat | marker id (195 user, 196 assistant) and content, ends with 196; no system |
 | `baichuan2` | Baichuan2 chat | the same after the bare system text; whole rounds are dropped from the oldest |
 | `qwen` | Qwen v1 chat | ChatML, role, newline and content encoded separately; a default system message |
@@ -303,6 +303,6 @@ def _marker(tokenizer: Tokenizer, role: str, format_name: str) -> int:
     found = tokenizer.special.user if role == "user" else tokenizer.special.assistant
     if found is None:
         raise LogitLockError(
-            f"the {format_name} format needs the id that marks the {role}: give {role}_token_id in generation_config.json"
+            f"the {format_name} format needs a marker id for the {role}: give {role}_token_id in generation_config.json"
         )
     return found
