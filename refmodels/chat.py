@@ -117,10 +117,6 @@ def stop_ids(format_name: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _raw(tokenizer: Tokenizer, conversation: Conversation, limit: int | None) -> list[int]:
-    if len(conversation.turns) != 1:
-        raise LogitLockError(
-            f"the raw format is one text to continue, but {len(conversation.turns)} messages came: send one of the user"
-        )
     return tokenizer.encode(conversation.turns[0].content)
 
 
@@ -265,7 +261,8 @@ def _conversation(name: str, chat: ChatFormat, messages: Sequence[Mapping[str, s
         allowed = [follower for follower in _MAY_FOLLOW[before] if follower in chat.roles]
         if role not in allowed:
             place = f"after a message of {before!r}" if before else "at the start"
-            raise LogitLockError(f"{where} has the role {role!r}, but {place} comes {' or '.join(allowed)}")
+            wanted = " or ".join(allowed) or "nothing more"
+            raise LogitLockError(f"{where} has the role {role!r}, but {place} comes {wanted} in the {name} format")
         turns.append(Message(role=role, content=message["content"], metadata=message.get("metadata", "")))
     if not turns:
         raise LogitLockError("a chat prompt needs at least one user message, and there is none")
