@@ -1,0 +1,290 @@
+"""The bundle: a self-describing directory that holds everything one engine needs to run.
+
+`bundle.json` lists every other file with its size and SHA-256, so that a bundle that was cut short, edited or mixed
+with another one is an error before anything runs, never a wrong answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from refmodels.errors import LogitLockError
+from refmodels.spec import ModelSpec, Numerics, spec_from_dict
+
+SCHEMA = 1
+INFO_NAME = "bundle.json"
+MODEL_NAME = "model.onnx"
+
+Precision = Literal["fp32", "fp16", "bf16"]
+AttentionMode = Literal["plugin", "native", "decomposed"]
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A graph input or output.  `shape` has numbers and the names of dynamic axes."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A range of step shapes that the engine is built for; each pair is (smallest, largest)."""
+
+    name: str
+    batch: list[int]
+    tokens: list[int]
+    capacity: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleInfo:
+    """What bundle.json says.
+
+    Attributes:
+        model: what `--model` said, without directories.
+        spec: `ModelSpec.to_dict()`.
+        precision, numerics, attention: how the graph was made.
+        max_positions: the longest cache that the position tables in the graph serve.
+        checkpoint_hash: identity of the weights (`refmodels.checkpoint.checkpoint_hash`).
+        tools: versions of what made the bundle.
+        taps: tap name -> name of the value in model.onnx.
+        inputs, outputs: of the graph, in its order.
+        files: every other file of the bundle, by its path inside it; filled in by `BundleDraft.finish`.
+    """
+
+    schema: int = SCHEMA
+    model: str
+    spec: dict[str, Any]
+    precision: Precision
+    numerics: Numerics
+    attention: AttentionMode
+    max_positions: int
+    checkpoint_hash: str
+    tools: dict[str, str]
+    taps: dict[str, str]
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+    profiles: list[Profile] = field(default_factory=list)
+    files: dict[str, FileInfo] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle on disk that has been checked."""
+
+    info: BundleInfo
+    directory: Path
+    spec: ModelSpec
+
+    @property
+    def model_path(self) -> Path:
+        return self.directory / MODEL_NAME
+
+
+class BundleDraft:
+    """A bundle being written: put files into `directory`, then call `finish` once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.finished = False
+
+    def copy(self, files: Iterable[Path]) -> None:
+        """Copy files (tokenizer, config.json, ...) under their own names."""
+        for path in files:
+            shutil.copyfile(path, self.directory / path.name)
+
+    def finish(self, info: BundleInfo) -> None:
+        """Hash every file and write bundle.json."""
+        files = {}
+        for path in sorted(p for p in self.directory.rglob("*") if p.is_file()):
+            _fsync(path)
+            name = path.relative_to(self.directory).as_posix()
+            files[name] = FileInfo(sha256=file_sha256(path), bytes=path.stat().st_size)
+        info = dataclasses.replace(info, files=files)
+        path = self.directory / INFO_NAME
+        path.write_text(json.dumps(dataclasses.asdict(info), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        _fsync(path)
+        self.finished = True
+
+
+def check_output(output: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output directory that must not be written (call it early, before the work).
+
+    Raises:
+        LogitLockError: the path is a file, or a directory with files in it; with `overwrite`, one that is no bundle.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise LogitLockError(f"the output {output} exists and is not a directory; choose another path")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise LogitLockError(f"the output directory {output} is not empty; choose another one or pass --overwrite")
+    if not (output / INFO_NAME).is_file():
+        raise LogitLockError(f"the output directory {output} is not empty and holds no bundle; it is not overwritten")
+
+
+@contextmanager
+def write_bundle(output: Path | str, *, overwrite: bool = False) -> Iterator[BundleDraft]:
+    """Write a bundle so that it appears whole or not at all.
+
+    Yields a draft in a temporary sibling directory; on success it is renamed to `output`, on any exception removed.
+
+    Args:
+        output: the bundle's directory; missing or empty.
+        overwrite: replace a bundle that is there.
+    Raises:
+        LogitLockError: as `check_output`.
+    """
+    output = Path(output)
+    check_output(output, overwrite=overwrite)
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        draft = BundleDraft(temporary)
+        yield draft
+        if not draft.finished:
+            raise RuntimeError("write_bundle: finish(info) was not called")
+        check_output(output, overwrite=overwrite)
+        if output.exists():
+            # A directory cannot be replaced in one step; the old bundle stays whole until the new one is in place.
+            old = temporary.with_suffix(".old")
+            output.rename(old)
+            try:
+                temporary.rename(output)
+            except BaseException:
+                old.rename(output)
+                raise
+            shutil.rmtree(old)
+        else:
+            temporary.rename(output)
+        _fsync(output.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_bundle(path: Path | str, *, verify_hashes: bool = True) -> Bundle:
+    """Open a bundle and check all of it.
+
+    Args:
+        path: its directory.
+        verify_hashes: also read every file to compare its SHA-256 (about a second a gigabyte).
+    Raises:
+        LogitLockError: no bundle there, another schema version, an unknown or missing key, a file that is missing,
+            of another size, changed, or outside the directory.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise LogitLockError(f"there is no bundle at {directory}: no such directory")
+    manifest = directory / INFO_NAME
+    if not manifest.is_file():
+        raise LogitLockError(f"{directory} is not a bundle: it has no {INFO_NAME}")
+    try:
+        data = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LogitLockError(f"{manifest} is not valid JSON: {error}") from None
+    if not isinstance(data, dict) or "schema" not in data:
+        raise LogitLockError(f"{manifest} is not a bundle's manifest: it has no key 'schema'")
+    if data["schema"] != SCHEMA:
+        raise LogitLockError(
+            f"{directory} has bundle schema {data['schema']!r}, this version reads schema {SCHEMA}; export it again"
+        )
+    info = _read(BundleInfo, data, str(manifest))
+    for name, file in info.files.items():
+        _check_file(directory, name, file, verify_hash=verify_hashes)
+    if MODEL_NAME not in info.files:
+        raise LogitLockError(f"{manifest} lists no {MODEL_NAME}")
+    return Bundle(info=info, directory=directory, spec=spec_from_dict(info.spec))
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's contents."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_file(directory: Path, name: str, file: FileInfo, *, verify_hash: bool) -> None:
+    pure = PurePosixPath(name)
+    path = directory / name
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
+        raise LogitLockError(f"{directory / INFO_NAME} lists the file {name!r}, which leaves the bundle's directory")
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise LogitLockError(f"the bundle's file {path} is a link that leaves the bundle's directory")
+    if not path.is_file():
+        raise LogitLockError(f"the bundle {directory} lacks its file {name}")
+    size = path.stat().st_size
+    if size != file.bytes:
+        raise LogitLockError(f"the bundle's file {path} has {size} bytes, {INFO_NAME} says {file.bytes}")
+    if verify_hash and file_sha256(path) != file.sha256:
+        raise LogitLockError(f"the bundle's file {path} has changed: its SHA-256 is not the one in {INFO_NAME}")
+
+
+def _read(kind: type[R], data: object, where: str) -> R:
+    if not isinstance(data, dict):
+        raise LogitLockError(f"{where} must be an object, got {type(data).__name__}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
+    for key in data:
+        if key not in fields:
+            raise LogitLockError(f"{where} has an unknown key {key!r}; known keys: {', '.join(fields)}")
+    for name in fields:
+        if name not in data:
+            raise LogitLockError(f"{where} lacks the key {name!r}")
+    return kind(**{name: _value(hints[name], data[name], f"{where}: {name}") for name in fields})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in options:
+            raise LogitLockError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, options))}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_value(options[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _value(options[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _read(typing.cast(type[Any], hint), value, where)
+    allowed = options if origin is not None and origin not in (list, dict) else (origin or hint,)
+    if hint is not Any and (not isinstance(value, allowed) or isinstance(value, bool)):
+        raise LogitLockError(f"{where} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
