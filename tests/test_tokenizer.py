@@ -79,7 +79,7 @@ def byte_bpe() -> tokenizers.Tokenizer:
         vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|end|>", "<pad>"], show_progress=False
     )
     model.train_from_iterator(CORPUS * 3, trainer)
-    model.add_special_tokens(["[gMASK]", "sop"])
+    model.add_special_tokens(["[gMASK]", "sop", "<two words>"])
     return model
 
 
@@ -156,7 +156,7 @@ def test_qwen_generations_differ_in_names_and_in_parsing(tmp_path: Path) -> None
     [
         (lambda lines: [*lines[:-1], b"4pyT"], "line 262"),
         (lambda lines: [*lines[:-1], b"!!! 261"], "line 262"),
-        (lambda lines: [*lines[:50], *lines[51:]], "without gaps"),
+        (lambda lines: [*lines[:257], *lines[258:]], "without gaps"),
         (lambda lines: lines[:200], "256 bytes"),
         (lambda lines: [], "256 bytes"),
     ],
@@ -264,6 +264,15 @@ def test_an_added_token_with_another_id_than_declared_is_an_error(
     _write_json(tmp_path / "added_tokens.json", {"<new>": 5000})
     with pytest.raises(LogitLockError, match="'<new>' as id 5000"):
         load_tokenizer(tmp_path, family="gpt")
+
+
+def test_an_added_token_with_a_space_keeps_it(tmp_path: Path, byte_bpe: tokenizers.Tokenizer) -> None:
+    byte_bpe.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, family="gpt")
+    ids = tokenizer.encode("a<two words>b")
+    assert len(ids) == 3
+    assert tokenizer.decode(ids, skip_special=False) == "a<two words>b"
+    assert tokenizer.decode(ids) == "ab"
 
 
 def test_qwen2_vocabulary_splits_digits_and_normalises(tmp_path: Path, byte_bpe: tokenizers.Tokenizer) -> None:
