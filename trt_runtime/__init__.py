@@ -1,5 +1,10 @@
-"""Run a bundle: one `Engine` interface over the PyTorch reference, ONNX Runtime and (later) TensorRT, and generation
-on top of it.
+"""Running a bundle: the bundle format, the engines, the cache bindings, generation.
 
-May import `refmodels`; never `export` or `debug`.
+    bundle.py              the directory that an export writes: bundle.json, the ONNX model, tokenizer, hashes
+    engine.py              what every engine answers to, and the reference behind the same interface
+    onnxruntime_engine.py  the CPU engine; rounding.py: how it imitates fp16 and bf16
+    generate.py            greedy and sampled generation, the same code for the reference and for engines
+
+May import: the standard library, torch, numpy and `refmodels`; onnxruntime (and later tensorrt) where they are needed.
+It never imports export or debug: a bundle runs where nothing can be exported.
 """

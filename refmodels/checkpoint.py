@@ -1,0 +1,276 @@
+"""From a model's name to a `Decoder` with its weights: resolve, check, stream, load.
+
+`resolve` reads the configuration only.  `stream_parameters` checks every name, shape and dtype first and then makes
+one parameter at a time, so that neither loading nor exporting needs memory for a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from refmodels.errors import LogitLockError
+from refmodels.families import FAMILIES, family_of, spec_from_config
+from refmodels.families.config import Family
+from refmodels.model import Decoder
+from refmodels.shards import StoredTensor, WeightFiles, read_json
+from refmodels.spec import ModelSpec, Numerics
+from refmodels.weights import WeightMap
+
+if TYPE_CHECKING:
+    from refmodels.tokenizer import Tokenizer
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Working dtypes of the reference, by the names that the command line uses."""
+
+TOYS = Path(__file__).parent / "toys"
+_PREFIXES = ("transformer.", "model.")
+_TIED_HEAD = "lm_head.weight"
+_NORMALIZE_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that has been found: its directory, its parsed config.json, and what they mean.
+
+    `name` is for people (family name, directory name or hub id).
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    spec: ModelSpec
+    family: Family
+    name: str
+
+
+def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> ModelSource:
+    """Find a model and read its configuration; weights are not touched.
+
+    Args:
+        model: a family name (the bundled toy), a directory in Hugging Face layout, or a hub id.  A family name wins
+            over a directory of the same name; write ./qwen for the directory.
+        variant: facts that no config key says (see `spec_from_config`).
+    Raises:
+        LogitLockError: nothing found, or a config that is missing, damaged or not supported.
+    """
+    directory, name = _find(model)
+    where = directory / "config.json"
+    if not where.is_file():
+        raise LogitLockError(f"{directory} has no config.json; a model directory in Hugging Face layout has one")
+    config = read_json(where)
+    spec = spec_from_config(config, variant=variant, where=str(where))
+    return ModelSource(directory=directory, config=config, spec=spec, family=family_of(config, str(where)), name=name)
+
+
+def _find(model: str | Path) -> tuple[Path, str]:
+    if isinstance(model, str) and model in FAMILIES:
+        toy = TOYS / model
+        if not (toy / "config.json").is_file():
+            raise LogitLockError(
+                f"the bundled toy {model!r} is not in this installation; `python -m refmodels.toys.train` makes it"
+            )
+        return toy, model
+    directory = Path(model)
+    if directory.is_dir():
+        return directory, directory.resolve().name
+    if directory.exists():
+        raise LogitLockError(f"{model} is a file; a model is a directory with config.json and the weights")
+    if isinstance(model, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
+        raise LogitLockError(f"there is no directory {model}")
+    from refmodels.hub import download
+
+    return download(model), model
+
+
+def load(
+    model: str | Path | ModelSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    numerics: Numerics = "exact",
+    device: torch.device | str = "cpu",
+    variant: Mapping[str, Any] | None = None,
+) -> Decoder:
+    """The reference model with its weights, in eval mode; parameters do not require grad.
+
+    Args:
+        model: as for `resolve`, or its result.
+        dtype: fp64, fp32, fp16 or bf16; weights are cast to it.
+        numerics: "exact" or "upstream" (see `Decoder`).
+        variant: as for `resolve`.
+    Raises:
+        LogitLockError: as `resolve` and `stream_parameters`.
+    """
+    source = model if isinstance(model, ModelSource) else resolve(model, variant=variant)
+    decoder = empty_decoder(source.spec, numerics=numerics)
+    for name, value in stream_parameters(source, dtype=dtype, numerics=numerics):
+        owner, _, leaf = name.rpartition(".")
+        setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value.to(device), requires_grad=False))
+    if source.spec.tied_head:
+        decoder.head.weight = decoder.embed.weight
+    return decoder.eval()
+
+
+def empty_decoder(spec: ModelSpec, *, numerics: Numerics = "exact") -> Decoder:
+    """A decoder whose parameters have shapes but no memory (device "meta")."""
+    with torch.device("meta"):
+        return Decoder(spec, numerics=numerics)
+
+
+def load_tokenizer_for(source: ModelSource) -> Tokenizer:
+    """The tokenizer in the model's directory.
+
+    Raises:
+        LogitLockError: no tokenizer files, damaged ones, or the library they need is not installed.
+    """
+    from refmodels.tokenizer import load_tokenizer
+
+    chat = source.spec.chat_format
+    return load_tokenizer(source.directory, family=source.spec.family if chat == "raw" else chat)
+
+
+def stream_parameters(
+    source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact"
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the decoder in its order, as an own contiguous CPU tensor of `dtype`, one at a time.
+
+    A tied head is not among them.  Names, shapes and dtypes of the whole checkpoint are checked before this returns,
+    values as they are read.
+
+    Raises:
+        LogitLockError: a tensor missing, left over, of the wrong shape, quantized, damaged, with NaN or Inf, or too
+            large for `dtype`.
+    """
+    if dtype not in DTYPES.values():
+        raise LogitLockError(f"{dtype} is not a working dtype of the reference; use one of {', '.join(DTYPES)}")
+    if source.spec.tied_head and source.spec.head_normalized:
+        raise LogitLockError(f"{source.directory}: a normalised head (NormHead) that is tied is not supported")
+    files = WeightFiles(source.directory)
+    table = source.family.weights(source.spec)
+    stored = match_names(files.tensors, table, source)
+    return _stream(files, table, stored, source.spec, dtype, numerics)
+
+
+def match_names(tensors: Mapping[str, StoredTensor], table: WeightMap, source: ModelSource) -> dict[str, StoredTensor]:
+    """The stored tensor for each name that the weight map asks for.
+
+    The prefix `transformer.` (or `model.`) may be absent or too much.  Known buffers, and the head of a model that
+    ties it, are left out.
+
+    Raises:
+        LogitLockError: a tensor missing, left over, stored twice, of the wrong shape, or quantized.
+    """
+    wanted = {part.name: part for parts in table.values() for part in parts}
+    ignored = re.compile("|".join(source.family.ignored) or r"(?!)")
+    found: dict[str, StoredTensor] = {}
+    head: StoredTensor | None = None
+    left_over = []
+    for name, tensor in tensors.items():
+        spellings = [name, *(p + name for p in _PREFIXES), *(name.removeprefix(p) for p in _PREFIXES)]
+        known = next((s for s in spellings if s in wanted or ignored.fullmatch(s)), None)
+        if known in wanted:
+            if known in found:
+                raise LogitLockError(f"{source.directory} holds {known} twice: as {found[known].name} and as {name}")
+            found[known] = tensor
+        elif known is None and source.spec.tied_head and _TIED_HEAD in spellings:
+            head = tensor
+        elif known is None:
+            left_over.append(name)
+    embedding = table["embed.weight"][0].name
+    if head is not None and embedding not in found:
+        found[embedding] = head
+    if left_over:
+        raise LogitLockError(
+            f"{source.directory} holds {_several(left_over)} that {source.spec.variant} has no place for"
+        )
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise LogitLockError(f"{source.directory} lacks {_several(missing)} of {source.spec.variant}")
+    for name, part in wanted.items():
+        tensor = found[name]
+        if tensor.dtype is None:
+            raise LogitLockError(
+                f"{tensor.name} in {tensor.file} has dtype {tensor.dtype_name}; weights must be fp64, fp32, fp16 or "
+                "bf16 (quantized checkpoints are not supported yet)"
+            )
+        if tensor.shape != part.shape:
+            raise LogitLockError(
+                f"{tensor.name} in {tensor.file} has shape {list(tensor.shape)}; config.json says {list(part.shape)}"
+            )
+    return found
+
+
+def _several(names: list[str]) -> str:
+    return f"the tensor {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _stream(
+    files: WeightFiles,
+    table: WeightMap,
+    stored: Mapping[str, StoredTensor],
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    numerics: Numerics,
+) -> Iterator[tuple[str, Tensor]]:
+    for name, empty in empty_decoder(spec, numerics=numerics).named_parameters():
+        value = torch.empty(empty.shape, dtype=dtype)
+        normalized = name == "head.weight" and spec.head_normalized
+        start = 0
+        for part in table[name]:
+            tensor = stored[part.name]
+            rows = part.read(files.read(tensor))
+            target = value[start : start + part.row_count]
+            start += part.row_count
+            if normalized and numerics == "exact":
+                _copy_normalized(target, rows, torch.float64)
+            else:
+                target.copy_(rows)
+            _check_finite(target, rows, tensor)
+            del rows
+        if normalized and numerics == "upstream":
+            _copy_normalized(value, value, dtype)
+        yield name, value
+
+
+def _copy_normalized(target: Tensor, rows: Tensor, arithmetic: torch.dtype) -> None:
+    """Rows divided by max(L2 norm, 1e-12), computed in `arithmetic`; a block at a time, for the sake of memory."""
+    for start in range(0, len(rows), _NORMALIZE_ROWS):
+        block = slice(start, start + _NORMALIZE_ROWS)
+        target[block] = torch.nn.functional.normalize(rows[block].to(arithmetic))
+
+
+def _check_finite(value: Tensor, rows: Tensor, tensor: StoredTensor) -> None:
+    if _finite(value):
+        return
+    if _finite(rows):
+        largest = float(rows.abs().max())
+        raise LogitLockError(
+            f"{tensor.name} in {tensor.file} does not fit in {str(value.dtype).removeprefix('torch.')}: "
+            f"it holds values up to {largest:.3g}"
+        )
+    kind = "NaN" if bool(rows.isnan().any()) else "Inf"
+    raise LogitLockError(f"{tensor.name} in {tensor.file} holds {kind}; weights must be finite")
+
+
+def _finite(value: Tensor) -> bool:
+    # Minimum and maximum carry NaN and Inf on and need no temporary of the tensor's size.
+    return value.numel() == 0 or all(bool(bound.isfinite()) for bound in torch.aminmax(value))
+
+
+def checkpoint_hash(source: ModelSource) -> str:
+    """SHA-256 over the names and contents of the weight files: the same after copying, another after any change."""
+    digest = hashlib.sha256()
+    buffer = bytearray(2**20)
+    view = memoryview(buffer)
+    for file in WeightFiles(source.directory).files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                digest.update(view[:count])
+    return digest.hexdigest()
