@@ -62,7 +62,7 @@ def _spec(config: Config) -> ModelSpec:
         rope=RopeSpec(dim=head_dim, table="float32" if second else "working") if rope else None,
         tied_head=config.get(bool, "tie_word_embeddings", default=False),
         head_normalized=second,
-        chat_format="baichuan" if second or not rope else "raw",
+        chat_format="baichuan2" if second else "raw" if rope else "baichuan",
     )
 
 
