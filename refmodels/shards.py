@@ -76,12 +76,14 @@ class WeightFiles:
     def read(self, tensor: StoredTensor) -> Tensor:
         """The tensor as stored (a view into a mapped file; drop it before reading the next one)."""
         if tensor.file.suffix == ".bin":
-            return self._open_bin(tensor.file)[tensor.name]
+            value = self._open_bin(tensor.file)[tensor.name]
+            self._handed_out += value.nbytes
+            return value
         from safetensors import safe_open
 
         with safe_open(str(tensor.file), framework="pt") as opened:
-            value: Tensor = opened.get_tensor(tensor.name)
-        return value
+            tensor_as_stored: Tensor = opened.get_tensor(tensor.name)
+        return tensor_as_stored
 
     def _declared(self, file: Path) -> list[StoredTensor]:
         if not file.is_file():
@@ -116,10 +118,11 @@ class WeightFiles:
             raise LogitLockError(f"{file} is damaged or cut short: it is not a safetensors file ({error})") from error
 
     def _open_bin(self, file: Path) -> dict[str, Tensor]:
-        if self._opened is not None and self._opened[0] == file:
+        if self._opened is not None and self._opened[0] == file and self._handed_out < _REOPEN_BYTES:
             return self._opened[1]
+        # Before the next file, so that two are never held.
         self._opened = None
-        self._opened = (file, _load_bin(file))
+        self._opened, self._handed_out = (file, _load_bin(file)), 0
         return self._opened[1]
 
 
