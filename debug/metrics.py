@@ -1,0 +1,95 @@
+"""Distances between two tensors that should be the same, all in float64 and over real positions only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorStats:
+    """How far `actual` is from `expected` over the real tokens of one tensor.
+
+    max_abs: largest absolute difference.  rel_l2: |actual - expected| / |expected| over everything.  cosine: of the
+    two, as one vector.  ulp: the largest difference in units in the last place of the dtype at the largest expected
+    magnitude of its token.  snr_db: 20 log10(1 / rel_l2).  nonfinite: NaN and Inf in `actual`; the others are NaN then.
+    token_rel: [tokens] rel_l2 of each real token, the unit in which verdicts are made; token_of: [tokens, 2] row and
+    position of each.
+    """
+
+    max_abs: float
+    rel_l2: float
+    cosine: float
+    ulp: float
+    snr_db: float
+    nonfinite: int
+    token_rel: Tensor
+    token_of: Tensor
+
+
+def ulp(dtype: torch.dtype, magnitude: Tensor) -> Tensor:
+    """Spacing of `dtype` at `magnitude` (float64, like magnitude); never below the spacing of its subnormals."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(magnitude.double().abs().clamp(min=info.smallest_normal)))
+    return torch.exp2(exponent) * info.eps
+
+
+def nonfinite_count(tensor: Tensor) -> int:
+    return int((~torch.isfinite(tensor)).sum())
+
+
+def compare(actual: Tensor, expected: Tensor, real: Tensor, dtype: torch.dtype) -> ErrorStats:
+    """Compare two tensors of one shape.
+
+    Args:
+        actual, expected: [batch, tokens, ...], any float dtype.
+        real: [batch, tokens] bool; other tokens are left out.
+        dtype: whose units in the last place to count in.
+    """
+    token_of = real.nonzero()
+    a = actual[real].double().flatten(1)
+    b = expected[real].double().flatten(1)
+    bad = nonfinite_count(a)
+    difference = a - b
+    # A token that is all zero has no scale of its own: below the smallest normal number errors count as absolute.
+    tiny = torch.finfo(dtype).smallest_normal
+    token_rel = difference.norm(dim=1) / b.norm(dim=1).clamp(min=tiny)
+    if not a.numel():
+        return ErrorStats(
+            max_abs=0.0, rel_l2=0.0, cosine=1.0, ulp=0.0, snr_db=float("inf"), nonfinite=0,
+            token_rel=token_rel, token_of=token_of,
+        )  # fmt: skip
+    rel = float(difference.norm() / b.norm().clamp(min=tiny))
+    size = float(a.norm() * b.norm())
+    scale = ulp(dtype, b.abs().amax(1, keepdim=True))
+    return ErrorStats(
+        max_abs=float(difference.abs().max()),
+        rel_l2=rel,
+        cosine=float((a * b).sum()) / size if size else float(rel == 0.0),
+        ulp=float((difference.abs() / scale).max()),
+        snr_db=float("inf") if rel == 0.0 else float(-20.0 * torch.log10(torch.tensor(rel, dtype=torch.float64))),
+        nonfinite=bad,
+        token_rel=token_rel,
+        token_of=token_of,
+    )
+
+
+def kl_divergence(expected_logits: Tensor, actual_logits: Tensor) -> Tensor:
+    """KL(expected || actual) in nats over the last axis, in float64; [...] from [..., vocab]."""
+    p = torch.log_softmax(expected_logits.double(), -1)
+    q = torch.log_softmax(actual_logits.double(), -1)
+    # exp(p) can be 0 where p is -inf or very small; 0 * log 0 counts as 0.
+    return torch.where(p.exp() > 0, p.exp() * (p - q), torch.zeros_like(p)).sum(-1).clamp(min=0.0)
+
+
+def top_margin(logits: Tensor) -> Tensor:
+    """Gap between the largest and the second largest logit, float64 [...] from [..., vocab]."""
+    best = logits.double().topk(2, dim=-1).values
+    return best[..., 0] - best[..., 1]
+
+
+def json_number(value: float) -> float | None:
+    """The value, or None for NaN and infinities, which JSON cannot say."""
+    return value if value == value and abs(value) != float("inf") else None
