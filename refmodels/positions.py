@@ -76,8 +76,6 @@ def rope_table(
     if rope.position_divisor != 1.0:
         index = index / rope.position_divisor
     angle = torch.outer(index, inverse_frequency)
-    if work in (torch.float16, torch.bfloat16):
-        angle = angle.float()
     final = dtype if numerics == "upstream" and rope.table != "float32" else wide_dtype(dtype)
     return angle.cos().to(final), angle.sin().to(final)
 

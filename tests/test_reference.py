@@ -104,6 +104,7 @@ def test_ntk_table_is_chosen_by_the_prompt_and_kept() -> None:
     assert cache.ntk_table.tolist() == [0]
     cache.reset()
     model.step(random_ids(model, 1, 20), cache)
+    model.step(random_ids(model, 1, 1), cache)
     assert cache.ntk_table.tolist() == [1]
 
 
