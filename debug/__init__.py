@@ -1,8 +1,11 @@
-"""Saying where an engine differs from its reference, by how much, and why.
+"""Say which layer differs, by how much, and why.
 
-    verify.py    the reference against recorded upstream outputs     record.py    making such recordings
-    diff.py      an engine against the reference, tap by tap         metrics.py   errors and noise floors
-    cli.py       the whole `logitlock` command
+    from debug.diff import diff_engines
 
-May import everything above it: `refmodels`, `trt_runtime`, `export`; nothing imports debug.
+    verify.py   the reference against golden cases of the upstream code      record.py   make such a case
+    diff.py     an engine against the fp64 reference, tap by tap             metrics.py  the distances
+    cli.py      the whole `logitlock` command and the verbs verify, record, diff
+
+May import at module level: the standard library, torch, safetensors, typer, rich, and the packages refmodels,
+trt_runtime and export; transformers only inside record.  Nothing imports debug.
 """

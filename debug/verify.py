@@ -98,7 +98,9 @@ def verify_case(directory: str | Path, *, dtype: str = "fp32", atol: float | Non
 def read_case(directory: Path, dtype: str) -> GoldenCase:
     """Read the files of a case and check that the tensors needed are there."""
     if not directory.is_dir():
-        raise LogitLockError(f"{directory} is not a directory; a golden case is one with config.json and io.safetensors")
+        raise LogitLockError(
+            f"{directory} is not a directory; a golden case is one with config.json and io.safetensors"
+        )
     for name in ("config.json", "meta.json", "io.safetensors"):
         if not (directory / name).is_file():
             raise LogitLockError(f"{directory} lacks {name}; a golden case holds config.json, meta.json, "

@@ -1,0 +1,126 @@
+"""The `logitlock` command: every verb of the four packages, and the verbs verify, record and diff."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+HELP = """Say which layer of an engine differs from Hugging Face, by how much, and why.
+
+A model is a family name (chatglm2, baichuan, qwen, gpt: the bundled toys), a local Hugging Face directory or a hub id.
+From nothing to a verdict:
+
+    logitlock export --model qwen --precision fp16
+
+    logitlock generate --bundle engines/qwen-fp16 --prompt '世界上第二高的山峰是哪座？'
+
+    logitlock diff --model qwen --bundle engines/qwen-fp16
+
+Exit codes: 0 fine, 1 ran and found a difference, 2 bad input.
+"""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's function lives, and its one line of help (the first of its docstring).
+
+    The functions are imported only when their verb is asked for: torch alone takes a second to import.
+    """
+
+    module: str
+    function: str
+    summary: str
+
+
+VERBS = {
+    "export": Verb("export.cli", "export", "Export a model to a bundle: ONNX with plugin nodes, weights, tokenizer."),
+    "generate": Verb("trt_runtime.cli", "generate", "Generate text with the reference or with an engine."),
+    "verify": Verb("debug.cli", "verify", "Compare the reference with what the upstream code computed."),
+    "record": Verb("debug.cli", "record", "Record a golden case by running Hugging Face transformers."),
+    "diff": Verb("debug.cli", "diff", "Compare an engine with the fp64 reference, tensor by tensor."),
+    "inspect": Verb("trt_runtime.cli", "inspect", "Show what is in a bundle."),
+    "models": Verb("refmodels.cli", "models", "List the model families and the bundled toys."),
+}
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+
+
+def verify(
+    cases: Annotated[list[Path], typer.Argument(metavar="CASE_DIR...", help="Directories of golden cases.")],
+    atol: Annotated[
+        float | None, typer.Option(help="Largest allowed difference of every tensor, instead of the default.")
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="bf16 and fp16 compare with io_<dtype>.safetensors.")
+    ] = "fp32",
+    json_output: Json = False,
+) -> None:
+    """Compare the reference with what the upstream code computed.
+
+    A golden case holds config.json, model.safetensors, io.safetensors and meta.json.  Prefill tensors are compared
+    where attention_mask is 1, greedy tokens exactly.  Default tolerances: fp32 1e-4; bf16 and fp16 bit for bit for
+    ChatGLM2, Qwen and Baichuan, else 2 units in the last place at the largest magnitude of each tensor.
+
+    Example: logitlock verify tests/goldens/qwen tests/goldens/gpt2 --json
+    """
+    from debug.verify import verify_case
+
+    if atol is not None and not atol >= 0:
+        raise typer.BadParameter("must be a number of at least 0", param_hint="--atol")
+    results = [verify_case(case, dtype=dtype, atol=atol) for case in cases]
+    if json_output:
+        _print_json([result.to_json() for result in results])
+    else:
+        from debug.tables import print_cases
+
+        print_cases(results)
+    if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def main(name: str = "logitlock", *, package: str | None = None) -> None:
+    """Run the command; `package` keeps only the verbs of one package (as `python -m debug` does)."""
+    arguments = sys.argv[1:]
+    verbs = {v: where for v, where in VERBS.items() if package is None or where.module.startswith(f"{package}.")}
+    asked = next((a for a in arguments if a in verbs), None)
+    app = typer.Typer(name=name, help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_root)
+    for verb, where in verbs.items():
+        app.command(verb, help=None if verb == asked else where.summary)(
+            getattr(importlib.import_module(where.module), where.function) if verb == asked else _not_loaded
+        )
+    if asked is None and (not arguments or arguments[0].startswith("-")):
+        app(prog_name=name)
+    from refmodels.cli import run
+
+    run(app)
+
+
+def _not_loaded() -> None:
+    raise AssertionError("the verb was not loaded")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"logitlock {metadata.version('logitlock')}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
