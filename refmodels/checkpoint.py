@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES, family_of, spec_from_config
@@ -119,8 +120,20 @@ def load(
 
 def empty_decoder(spec: ModelSpec, *, numerics: Numerics = "exact") -> Decoder:
     """A decoder whose parameters have shapes but no memory (device "meta")."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInitialisation():
         return Decoder(spec, numerics=numerics)
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Leaves out torch.nn.init: on the meta device `normal_` imports sympy, a second and 70 MB for nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" and "tensor" in kwargs:
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load_tokenizer_for(source: ModelSource) -> Tokenizer:

@@ -77,7 +77,8 @@ class WeightFiles:
         """The tensor as stored (a view into a mapped file; drop it before reading the next one)."""
         if tensor.file.suffix == ".bin":
             value = self._open_bin(tensor.file)[tensor.name]
-            self._handed_out += value.nbytes
+            if _can_be_mapped(tensor.file):
+                self._handed_out += value.nbytes
             return value
         from safetensors import safe_open
 
@@ -126,12 +127,15 @@ class WeightFiles:
         return self._opened[1]
 
 
-def _load_bin(file: Path) -> dict[str, Tensor]:
+def _can_be_mapped(file: Path) -> bool:
+    """Files from before torch 1.6 are bare pickles: they are read as a whole and kept until the next file."""
     with file.open("rb") as stream:
-        # Files from before torch 1.6 are bare pickles, which cannot be mapped.
-        mappable = stream.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+        return stream.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+
+
+def _load_bin(file: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
     except pickle.UnpicklingError as error:
         raise LogitLockError(
             f"{file} is damaged, or holds more than plain tensors, which is never executed here"
