@@ -1,0 +1,196 @@
+"""Generation: one loop for the reference and every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from refmodels.cache import KVCache
+from refmodels.errors import LogitLockError
+from refmodels.tokenizer_types import Tokenizer
+from trt_runtime.engine import Engine
+from trt_runtime.sampling import Sampling, choose, row_generators
+
+FinishReason = Literal["stop_id", "stop_string", "length"]
+TextCallback = Callable[[int, str], None]
+"""Called with (row, piece of text); the pieces of a row, joined, are its text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What to generate.
+
+    Attributes:
+        max_new_tokens: at most so many tokens a row; the model's positions may end a row earlier.
+        sampling: how tokens are chosen; greedy by default.
+        stop_ids: a row ends with any of these tokens.
+        stop_strings: a row ends when its text holds any of these, which may span tokens; needs a tokenizer.
+        prefill_chunk: run prompts in pieces of so many tokens; None at once.
+    """
+
+    max_new_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: Collection[int] = ()
+    stop_strings: Sequence[str] = ()
+    prefill_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise LogitLockError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if "" in self.stop_strings:
+            raise LogitLockError("a stop string must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """The answer to one prompt.
+
+    Attributes:
+        token_ids: the generated tokens; a stop id that ended the row is the last of them, as in Hugging Face.
+        text: their text without control tokens, cut before the stop string that ended the row; "" without tokenizer.
+        finish_reason: "stop_id", "stop_string", or "length" (max_new_tokens, or no position left).
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+
+
+class _Row:
+    """One row's tokens and text; text is released only when no stop string can begin in it any more."""
+
+    def __init__(self, index: int, prompt: Sequence[int], room: int, tokenizer: Tokenizer | None) -> None:
+        self.index, self.room = index, room
+        self.seen = torch.tensor(list(prompt), dtype=torch.int64)
+        self.tokens: list[int] = []
+        self.stream = tokenizer.stream() if tokenizer is not None else None
+        self.text = ""
+        self.released = 0
+        self.reason: FinishReason | None = None
+
+    def push(self, token: int, config: GenerationConfig, on_text: TextCallback | None) -> None:
+        self.tokens.append(token)
+        self.seen = torch.cat([self.seen, torch.tensor([token])])
+        if token in config.stop_ids:
+            self.reason = "stop_id"
+        elif len(self.tokens) >= self.room:
+            self.reason = "length"
+        if self.stream is not None:
+            self.text += self.stream.push(token) if self.reason != "stop_id" else ""
+            if self.reason is not None:
+                self.text += self.stream.finish()
+            self._cut(config.stop_strings)
+            self._release(config.stop_strings, on_text)
+
+    def _cut(self, stop_strings: Sequence[str]) -> None:
+        found = [at for stop in stop_strings if (at := self.text.find(stop, self.released)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.reason = "stop_string"
+
+    def _release(self, stop_strings: Sequence[str], on_text: TextCallback | None) -> None:
+        end = len(self.text)
+        if self.reason is None:
+            end -= max((_overlap(self.text, stop) for stop in stop_strings), default=0)
+        piece = self.text[self.released : end]
+        self.released = end
+        if piece and on_text is not None:
+            on_text(self.index, piece)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def generate(
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    on_text: TextCallback | None = None,
+) -> list[GenerationResult]:
+    """Continue every prompt.
+
+    Args:
+        engine: what runs the model.
+        tokenizer: turns tokens into text; None gives tokens only.
+        prompts: token ids, one list a row, of any lengths; they run as one batch.
+        config: see there.
+        on_text: gets text as soon as it is certain; never a part of a stop string.
+    Returns: one result a prompt, in their order.
+    Raises:
+        LogitLockError: an empty prompt, one longer than the model's positions, an unknown token id, stop strings
+            without a tokenizer, or logits that are NaN or infinite (with row and step).
+    """
+    if config.stop_strings and tokenizer is None:
+        raise LogitLockError("stop strings need a tokenizer, and there is none")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise LogitLockError(f"prompt {row} has no tokens")
+        if len(prompt) > engine.max_positions:
+            raise LogitLockError(
+                f"prompt {row} has {len(prompt)} tokens, more than the {engine.max_positions} positions of "
+                f"{engine.spec.variant}"
+            )
+    if not prompts:
+        return []
+    # The last token is never fed back, so it needs no slot.
+    rows = [
+        _Row(i, prompt, min(config.max_new_tokens, engine.max_positions - len(prompt) + 1), tokenizer)
+        for i, prompt in enumerate(prompts)
+    ]
+    capacity = max(len(prompt) + row.room - 1 for prompt, row in zip(prompts, rows, strict=True))
+    cache = engine.new_cache(batch=len(rows), capacity=capacity)
+    generators = row_generators(config.sampling.seed, prompts)
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, : len(prompt)] = torch.tensor(list(prompt))
+        mask[i, : len(prompt)] = 1
+    logits = engine.prefill(ids, cache, mask, last_logits_only=True, chunk=config.prefill_chunk)
+    step = 0
+    while True:
+        _choose_all(logits[:, -1], rows, generators, step, config, on_text, cache)
+        running = torch.tensor([[int(row.reason is None)] for row in rows])
+        if not running.any():
+            break
+        logits = engine.decode(torch.tensor([[row.tokens[-1]] for row in rows]), cache, running)
+        step += 1
+    return [GenerationResult(token_ids=row.tokens, text=row.text, finish_reason=row.reason or "length") for row in rows]
+
+
+def _choose_all(
+    logits: Tensor,
+    rows: list[_Row],
+    generators: list[torch.Generator],
+    step: int,
+    config: GenerationConfig,
+    on_text: TextCallback | None,
+    cache: KVCache,
+) -> None:
+    logits = logits.cpu()
+    finite = torch.isfinite(logits).all(-1).tolist()
+    for row, generator in zip(rows, generators, strict=True):
+        if row.reason is not None:
+            continue
+        if not finite[row.index]:
+            raise LogitLockError(
+                f"the logits of row {row.index} at step {step} hold NaN or infinity; run `logitlock diff` to see where "
+                "they come from"
+            )
+        row.push(choose(logits[row.index], row.seen, config.sampling, generator), config, on_text)
+        if row.reason is not None:
+            _give_back(cache, row.index)
+
+
+def _give_back(cache: KVCache, row: int) -> None:
+    """Free a finished row's slots but one: the others then attend only as far as they themselves reach."""
+    cache.lengths[row] = 1
+    cache.mask[row, 1:] = False
