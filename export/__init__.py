@@ -1,8 +1,9 @@
-"""From a reference model to a bundle: an ONNX file whose value names are the tap names, weights beside it.
+"""Lower a reference model to ONNX.
 
-    graph.py      torch.fx trace of the decoder -> ONNX nodes     functions.py   bodies of the refmodels:: functions
-    weights.py    streaming the weights into external data        compile.py     the whole way, written atomically
+`export_model` writes a bundle: a graph whose custom nodes (`refmodels::FusedRmsNorm`, `refmodels::CachedAttention`)
+carry their own function bodies and whose values have the names of the taps, with weights streamed from the checkpoint.
+`graph` traces the decoder with `torch.fx` and lowers it through one table, `functions` has the bodies, `weights` writes
+external data, `compile` makes the bundle.
 
-May import: the standard library, torch, numpy, onnx, onnx_ir, `refmodels` and `trt_runtime` (for the bundle format).
-It never imports debug.
+May import refmodels and trt_runtime (the bundle format); never debug.
 """

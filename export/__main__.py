@@ -1,0 +1,10 @@
+import typer
+
+from export.cli import export
+from refmodels.cli import run
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(export)
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,58 @@
+"""Weights on their way from a checkpoint into the external data file of an ONNX model, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import BinaryIO
+
+import onnx
+import torch
+from torch import Tensor
+
+DATA_NAME = "model.onnx.data"
+_ELEMENT_TYPES: Mapping[torch.dtype, int] = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+}
+# Offsets on page boundaries let a runtime map tensors instead of copying them (ONNX specification, external data).
+_ALIGNMENT = 4096
+_BLOCK_BYTES = 8 << 20
+
+
+class WeightWriter:
+    """Appends tensors to an external data file.
+
+    Args:
+        stream: the file, empty; its name inside the bundle is `DATA_NAME`.
+        progress: called with the number of bytes after each block written.
+    """
+
+    def __init__(self, stream: BinaryIO, *, progress: Callable[[int], None] | None = None) -> None:
+        self._stream = stream
+        self._progress = progress
+
+    def add(self, name: str, tensor: Tensor, *, transposed: bool = False) -> onnx.TensorProto:
+        """Write a CPU tensor (fp32, fp16 or bf16) and return the initializer that refers to it.
+
+        `transposed` stores a matrix with its axes swapped; that costs memory for one block only.
+        """
+        self._stream.write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
+        offset = self._stream.tell()
+        stored = tensor.t() if transposed else tensor
+        rows = max(1, _BLOCK_BYTES // max(1, stored[0].numel() * stored.element_size()))
+        for start in range(0, len(stored), rows):
+            block = stored[start : start + rows].contiguous().view(torch.uint8).numpy()
+            self._stream.write(block.data)
+            if self._progress is not None:
+                self._progress(block.nbytes)
+        proto = onnx.TensorProto(
+            name=name,
+            data_type=_ELEMENT_TYPES[tensor.dtype],
+            dims=stored.shape,
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        where = {"location": DATA_NAME, "offset": offset, "length": self._stream.tell() - offset}
+        for key, value in where.items():
+            proto.external_data.add(key=key, value=str(value))
+        return proto
