@@ -30,6 +30,7 @@ from trt_runtime.bundle import AttentionMode, Precision
 
 _TABLES = ("rope_cos", "rope_sin", "logn", "alibi_slopes")
 _LEAF_FUNCTIONS = (tap, cached_attention, fused_rms_norm, rope_rows, select_tokens, gelu_new)
+_POSITION_INPUTS = ("cos", "sin", "query_scale", "alibi_slopes")
 _INPUT_SHAPES: Mapping[str, tuple[str, ...]] = {
     "input_ids": ("batch", "tokens"),
     "position_ids": ("batch", "tokens"),
@@ -281,7 +282,7 @@ class _Lowering:
         )
 
     def attention(self, node: fx.Node) -> None:
-        names = "qkv past_key past_value cache_lengths visible cos sin query_scale alibi_slopes".split()
+        names = ("qkv", "past_key", "past_value", "cache_lengths", "visible", *_POSITION_INPUTS)
         given = {n: self.values[a] for n, a in zip(names, node.args, strict=True) if isinstance(a, fx.Node)}
         expected = attention_inputs(self.spec)
         assert tuple(given) == expected, f"cached_attention was traced with {tuple(given)}, the spec has {expected}"
