@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -84,6 +83,58 @@ def verify(
         print_cases(results)
     if not all(result.passed for result in results):
         raise typer.Exit(1)
+
+
+def record(
+    hf: Annotated[Path, typer.Option("--hf", metavar="DIR", help="Local directory in Hugging Face layout.")],
+    out: Annotated[Path, typer.Option("--out", metavar="CASE_DIR", help="Directory to make; missing or empty.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text, through the model's own tokenizer; may be repeated.")
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of each random prompt; shorter ones are padded on the left.")
+    ] = "20,13",
+    steps: Annotated[int, typer.Option(min=1, help="Greedy decode steps.")] = 12,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    half: Annotated[
+        list[Literal["bf16", "fp16"]] | None,
+        typer.Option(help="Also record the prefill in this dtype; may be repeated."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's directory.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Record a golden case by running Hugging Face transformers.
+
+    Writes config.json, model.safetensors (fp32), io.safetensors and meta.json for `logitlock verify`.  Prompts are
+    random ids unless --prompt is given.  Needs transformers (pip install 'logitlock[record]').
+
+    Example: logitlock record --hf ./my-model --out cases/my-model --lengths 20,13 --half bf16
+    """
+    from debug.record import record_case
+
+    try:
+        counts = [int(part) for part in lengths.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{lengths!r} is not a list of numbers like 20,13", param_hint="--lengths") from None
+    meta = record_case(
+        hf,
+        out,
+        prompts=prompt or (),
+        lengths=counts,
+        steps=steps,
+        seed=seed,
+        half=half or (),
+        trust_remote_code=trust_remote_code,
+    )
+    if json_output:
+        _print_json({"case": str(out), "meta": meta})
+    else:
+        print(
+            f"wrote {out}: {meta['upstream']['class']}, prompts of {', '.join(map(str, meta['lengths']))} tokens, "
+            f"{meta['steps']} greedy steps, smallest top-2 margin {meta['min_top2_margin_greedy']:.3g}"
+        )
 
 
 def _print_json(value: object) -> None:

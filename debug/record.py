@@ -1,0 +1,330 @@
+"""`logitlock record`: a golden case made by running Hugging Face `transformers` itself.
+
+What is recorded, and under which names, is what `debug.verify` reads: prefill logits, the output of the embedding, of
+every block and of the final norm, the cache of layer 0, and greedy decoding with upstream's own KV cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from debug.metrics import top_margin
+from debug.verify import DTYPES, past_layout
+from refmodels.checkpoint import resolve
+from refmodels.errors import LogitLockError
+from refmodels.spec import ModelSpec
+
+_BLOCKS = ("model.layers", "transformer.h", "transformer.encoder.layers")
+_NORMS = ("model.norm", "transformer.ln_f", "transformer.encoder.final_layernorm")
+_AXES = {"B": "B", "S": "S", "H": "kv_heads", "D": "head_dim"}
+_LOWEST_ID = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Left-padded token ids [batch, tokens] and their mask, both int64; `origin` says where they come from."""
+
+    ids: Tensor
+    mask: Tensor
+    origin: str
+
+
+def record_case(
+    hf: Path,
+    out: Path,
+    *,
+    prompts: Sequence[str] = (),
+    lengths: Sequence[int] = (20, 13),
+    steps: int = 12,
+    seed: int = 0,
+    half: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Run a Hugging Face model on the CPU and write a golden case.
+
+    Args:
+        hf: local directory in Hugging Face layout.
+        out: directory to make; missing or empty.  It appears whole or not at all.
+        prompts: texts, through the model's own tokenizer; none: random ids.
+        lengths: tokens of each random prompt; shorter ones are padded on the left.
+        steps: greedy decode steps with the KV cache.
+        seed: of the random ids.
+        half: "bf16", "fp16" or both: also run the prefill in these, with the rounding of upstream.
+        trust_remote_code: run the Python code in the model's directory.
+    Returns: what meta.json holds.
+    Raises:
+        LogitLockError: transformers not installed, a model that it or LogitLock cannot read, remote code without
+            permission, an output directory with files in it, a prompt too long for the model.
+    """
+    if not (hf / "config.json").is_file():
+        raise LogitLockError(f"{hf} has no config.json; --hf takes a local directory in Hugging Face layout")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LogitLockError(f"the output {out} exists and is not an empty directory; choose another one")
+    if steps < 1 or not lengths or min(lengths) < 1:
+        raise LogitLockError(f"steps and lengths must be at least 1, got {steps} and {', '.join(map(str, lengths))}")
+    model = _load(hf, "fp32", trust_remote_code)
+    variant = _variant(model)
+    spec = resolve(hf, variant=variant).spec
+    batch = _from_text(hf, prompts, trust_remote_code) if prompts else _random(spec, lengths, seed)
+    if batch.ids.shape[1] + steps > spec.max_positions:
+        raise LogitLockError(
+            f"{batch.ids.shape[1]} prompt tokens and {steps} steps are more than the {spec.max_positions} positions "
+            f"of {hf.name}"
+        )
+    with _new_directory(out) as directory:
+        shutil.copyfile(hf / "config.json", directory / "config.json")
+        # Before the first forward: Baichuan2's head overwrites its weight then.
+        save_file(_weights(model), directory / "model.safetensors", metadata={"format": "pt"})
+        tensors = {"input_ids": batch.ids, "attention_mask": batch.mask} | _run(model, spec, batch, steps)
+        save_file(_contiguous(tensors), directory / "io.safetensors", metadata={"format": "pt"})
+        meta = _meta(hf, model, spec, batch, tensors) | {"steps": steps, "seed": None if prompts else seed}
+        meta["half_precision"] = {}
+        for name in half:
+            del model
+            model = _load(hf, name, trust_remote_code)
+            rounded = _run(model, spec, batch, 0)
+            save_file(_contiguous(rounded), directory / f"io_{name}.safetensors", metadata={"format": "pt"})
+            real = batch.mask != 0
+            difference = rounded["logits"][real].double() - tensors["logits"][real].double()
+            meta["half_precision"][name] = {"max_abs_logit_diff_to_fp32": float(difference.abs().max())}
+        if variant:
+            meta["variant"] = variant
+        (directory / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return meta
+
+
+def _load(hf: Path, dtype: str, trust_remote_code: bool) -> nn.Module:
+    transformers = _transformers()
+    settings: dict[str, Any] = {}
+    config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
+    remote = "auto_map" in config and config.get("model_type") not in transformers.CONFIG_MAPPING
+    if remote and not trust_remote_code:
+        raise LogitLockError(
+            f"{hf} needs the Python code in its own directory; read that code and pass --trust-remote-code to run it"
+        )
+    if not remote:
+        settings["attn_implementation"] = "eager"
+    if config.get("model_type") == "qwen":
+        # Its constructor casts the model by these flags, and probes a GPU when none is set.
+        settings |= {name: name == dtype for name in DTYPES}
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(hf), dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, local_files_only=True, **settings
+        )
+    except Exception as error:
+        # The loader of transformers, or remote code, may raise anything.
+        raise LogitLockError(f"transformers could not load {hf}: {error}") from error
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise LogitLockError(
+            "recording runs Hugging Face transformers, which is not installed: pip install 'logitlock[record]'"
+        ) from error
+    return transformers
+
+
+def _variant(model: nn.Module) -> dict[str, Any]:
+    """Facts that no config key says: which of the four Baichuan architectures this code is."""
+    if getattr(model.config, "model_type", None) != "baichuan":
+        return {}
+    kinds = {type(module).__name__ for module in model.modules()}
+    return {
+        "position": "rope" if any("Rotary" in kind for kind in kinds) else "alibi",
+        "norm_head": "NormHead" in kinds,
+    }
+
+
+def _random(spec: ModelSpec, lengths: Sequence[int], seed: int) -> Prompts:
+    generator = torch.Generator().manual_seed(seed)
+    low = _LOWEST_ID if spec.vocab_size > _LOWEST_ID else 0
+    rows = [torch.randint(low, spec.vocab_size, (n,), generator=generator) for n in lengths]
+    return _left_padded(rows, 0, f"random ids, seed {seed}")
+
+
+def _from_text(hf: Path, prompts: Sequence[str], trust_remote_code: bool) -> Prompts:
+    try:
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(
+            str(hf), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        rows = [torch.tensor(tokenizer.encode(text), dtype=torch.int64) for text in prompts]
+    except Exception as error:
+        raise LogitLockError(f"transformers could not make the tokenizer of {hf}: {error}") from error
+    if not all(len(row) for row in rows):
+        raise LogitLockError("a prompt is empty: it has no tokens")
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return _left_padded(rows, pad if isinstance(pad, int) else 0, "text")
+
+
+def _left_padded(rows: Sequence[Tensor], pad: int, origin: str) -> Prompts:
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    return Prompts(ids=ids, mask=mask, origin=origin)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict in fp32, each storage once: a tied head is not stored."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in seen:
+            tensors[name] = tensor.contiguous()
+        seen.add(key)
+    return tensors
+
+
+def _run(model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int) -> dict[str, Tensor]:
+    """Prefill and greedy steps of upstream, every tensor under its upstream name."""
+    takes_positions = (
+        spec.uses_position_ids
+        and spec.position_origin == "token"
+        and "position_ids" in inspect.signature(model.forward).parameters
+    )
+    mask = batch.mask
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    extra: dict[str, Tensor] = {"position_ids": positions} if takes_positions else {}
+    result: dict[str, Tensor] = dict(extra)
+    with torch.inference_mode(), _hooks(model, spec, batch.ids.shape, result):
+        output = model(input_ids=batch.ids, attention_mask=mask, use_cache=True, **extra)
+    logits = output.logits
+    if not bool(torch.isfinite(logits[mask != 0]).all()):
+        raise LogitLockError("the model gives NaN or Inf logits; such a run cannot be a golden case")
+    result["logits"] = logits
+    past = output.past_key_values
+    for name, tensor in zip(("key", "value"), _layer_zero(past), strict=True):
+        result[f"past.0.{name}"] = tensor.clone()
+    if not steps:
+        return result
+    token, position = logits[:, -1:].argmax(-1), positions[:, -1:]
+    ids, step_logits, step_positions = [], [], []
+    for _ in range(steps):
+        mask = torch.cat((mask, torch.ones_like(token)), 1)
+        position = position + 1
+        extra = {"position_ids": position} if takes_positions else {}
+        with torch.inference_mode():
+            output = model(input_ids=token, attention_mask=mask, past_key_values=past, use_cache=True, **extra)
+        past = output.past_key_values
+        ids.append(token)
+        step_logits.append(output.logits[:, -1:])
+        step_positions.append(position)
+        token = output.logits[:, -1:].argmax(-1)
+    result |= {"decode_ids": torch.cat(ids, 1), "decode_logits": torch.cat(step_logits, 1)}
+    if takes_positions:
+        result["decode_position_ids"] = torch.cat(step_positions, 1)
+    return result
+
+
+@contextmanager
+def _hooks(model: nn.Module, spec: ModelSpec, shape: torch.Size, into: dict[str, Tensor]) -> Iterator[None]:
+    """Keep the input of the first block, the output of every block, and the output of the final norm."""
+    blocks, norm = _submodule(model, _BLOCKS), _submodule(model, _NORMS)
+    layers = list(blocks.children())
+    if len(layers) != spec.layers:
+        raise LogitLockError(f"the model has {len(layers)} blocks; its config.json says {spec.layers}")
+
+    def keep(name: str, value: Any) -> None:
+        tensor = value[0] if isinstance(value, tuple) else value
+        # ChatGLM2 computes sequence first.
+        tensor = tensor.transpose(0, 1) if spec.family == "chatglm2" else tensor
+        if tensor.shape[:2] != shape:
+            raise LogitLockError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)} and the hidden size")
+        into[name] = tensor.detach().clone()
+
+    with ExitStack() as stack:
+
+        def hook(handle: Any) -> None:
+            stack.callback(handle.remove)
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            keep("hidden_states.0", args[0] if args else kwargs["hidden_states"])
+
+        def after(name: str) -> Any:
+            return lambda _module, _args, value: keep(name, value)
+
+        hook(layers[0].register_forward_pre_hook(before, with_kwargs=True))
+        for i, layer in enumerate(layers):
+            hook(layer.register_forward_hook(after(f"hidden_states.{i + 1}")))
+        hook(norm.register_forward_hook(after("final_norm")))
+        yield
+
+
+def _submodule(model: nn.Module, paths: Sequence[str]) -> nn.Module:
+    for path in paths:
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            continue
+    raise LogitLockError(f"{type(model).__name__} has none of the submodules {', '.join(paths)}; it cannot be recorded")
+
+
+def _layer_zero(past: Any) -> tuple[Tensor, Tensor]:
+    """Key and value of layer 0, from a Cache object of transformers or the older tuple of tuples."""
+    if hasattr(past, "layers"):
+        return past.layers[0].keys, past.layers[0].values
+    if isinstance(past, (tuple, list)) and len(past[0]) >= 2:
+        return past[0][0], past[0][1]
+    raise LogitLockError(f"the model returned a cache of an unknown kind: {type(past).__name__}")
+
+
+def _meta(hf: Path, model: nn.Module, spec: ModelSpec, batch: Prompts, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    greedy = torch.cat((tensors["logits"][:, -1:], tensors["decode_logits"]), 1)
+    kind = type(model)
+    return {
+        "case": hf.resolve().name,
+        "upstream": {"module": kind.__module__.split(".", 1)[-1], "class": kind.__name__},
+        "versions": {
+            "transformers": _transformers().__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "prompts": batch.origin,
+        "lengths": batch.mask.sum(1).tolist(),
+        "min_top2_margin_greedy": float(top_margin(greedy).min()),
+        "past_layout": f"[{', '.join(_AXES[axis] for axis in past_layout({}, spec))}]",
+    }
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _new_directory(out: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `out` on success and disappears on any exception."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
