@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from dataclasses import dataclass
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,6 +49,14 @@ VERBS = {
     "inspect": Verb("trt_runtime.cli", "inspect", "Show what is in a bundle."),
     "models": Verb("refmodels.cli", "models", "List the model families and the bundled toys."),
 }
+
+
+class Half(str, Enum):
+    """Half-precision dtypes (typer takes a list of an Enum, not of a Literal)."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
@@ -97,7 +106,7 @@ def record(
     steps: Annotated[int, typer.Option(min=1, help="Greedy decode steps.")] = 12,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
     half: Annotated[
-        list[Literal["bf16", "fp16"]] | None,
+        list[Half] | None,
         typer.Option(help="Also record the prefill in this dtype; may be repeated."),
     ] = None,
     trust_remote_code: Annotated[
@@ -125,7 +134,7 @@ def record(
         lengths=counts,
         steps=steps,
         seed=seed,
-        half=half or (),
+        half=[h.value for h in half or ()],
         trust_remote_code=trust_remote_code,
     )
     if json_output:
