@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from refmodels.toys.tasks import Split, examples
+from refmodels.tokenizer import Tokenizer
+from refmodels.toys.tasks import Example, examples
 from refmodels.toys.vocabulary import END_ID, PAD_ID
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-BUCKETS: tuple[dict[str, int], ...] = (
-    {"addition": 96, "reversal": 48, "sorting": 48, "dictionary": 32, "facts": 24},
-    {"recall": 48, "summary": 40},
-    {"recall_long": 24},
-)
-"""Rows of each task in a step. Tasks of one bucket are alike in length, so padding wastes little."""
 
 IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Rows `prompt + answer + end`, right-padded; everything int64 on one device.
+class Share:
+    """Of one task: how many different training examples are drawn in all, and how many rows a step takes of them."""
 
-    input_ids: [rows, tokens]; the answer's last token is not fed, so the end token is only a target.
-    prompt_lengths, lengths: [rows], tokens of the prompt and of the whole input.
-    logit_index, targets: [rows, answer]: where to predict and what; targets are `IGNORED` past the end token.
+    pool: int
+    rows: int
+
+
+BUCKETS: tuple[dict[str, Share], ...] = (
+    {
+        "addition": Share(pool=60_000, rows=96),
+        "reversal": Share(pool=30_000, rows=48),
+        "sorting": Share(pool=30_000, rows=48),
+        "dictionary": Share(pool=1_200, rows=48),
+        "facts": Share(pool=400, rows=32),
+    },
+    {"recall": Share(pool=15_000, rows=32), "summary": Share(pool=20_000, rows=32)},
+    {"recall_long": Share(pool=6_000, rows=24)},
+)
+"""Tasks of one bucket are alike in length, so padding wastes little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of prompt, answer, follow-ups and end token, right-padded; everything int64 on one device.
+
+    input_ids: [rows, tokens]; the end token is only a target, never fed.
+    prompt_lengths: [rows], tokens before the first answer: what a prefill would see.
+    logit_index, targets: [rows, supervised]: after which token to predict, and what; `IGNORED` fills short rows.
     """
 
     input_ids: Tensor
     prompt_lengths: Tensor
-    lengths: Tensor
     logit_index: Tensor
     targets: Tensor
 
@@ -44,47 +55,64 @@ class Batch:
         return Batch(
             input_ids=self.input_ids[index],
             prompt_lengths=self.prompt_lengths[index],
-            lengths=self.lengths[index],
             logit_index=self.logit_index[index],
             targets=self.targets[index],
         )
 
 
-def tokenize(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids with the family's prefix, answer ids with the end token) for each (prompt, answer)."""
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
-    answers = tokenizer.encode_batch([answer for _, answer in pairs], add_special_tokens=False)
-    return [(p.ids, [*a.ids, END_ID]) for p, a in zip(prompts, answers, strict=True)]
-
-
-def batch_of(rows: list[tuple[list[int], list[int]]], *, width: int = 0, device: str = "cpu") -> Batch:
-    """Pad tokenised rows to one batch of at least `width` tokens."""
-    width = max(width, *(len(p) + len(a) - 1 for p, a in rows))
-    answer_width = max(len(a) for _, a in rows)
-    ids = torch.full((len(rows), width), PAD_ID)
-    index = torch.zeros((len(rows), answer_width), dtype=torch.long)
-    targets = torch.full((len(rows), answer_width), IGNORED)
-    for row, (prompt, answer) in enumerate(rows):
-        sequence = torch.tensor(prompt + answer)
-        ids[row, : len(sequence) - 1] = sequence[:-1]
-        index[row] = torch.arange(answer_width).clamp(max=len(answer) - 1) + len(prompt) - 1
-        targets[row, : len(answer)] = sequence[len(prompt) :]
+def make_batch(tokenizer: Tokenizer, rows: list[Example], *, device: torch.device | str = "cpu") -> Batch:
+    """Tokenise and pad training examples, follow-ups included."""
+    ids: list[list[int]] = []
+    index: list[list[int]] = []
+    targets: list[list[int]] = []
+    prompt_lengths: list[int] = []
+    for example in rows:
+        sequence = tokenizer.encode(example.prompt)
+        prompt_lengths.append(len(sequence))
+        supervised: list[int] = []
+        for question, answer in (("", example.answer), *example.follow_ups):
+            sequence += tokenizer.encode(question, add_special=False)
+            answer_ids = tokenizer.encode(answer, add_special=False)
+            supervised += range(len(sequence), len(sequence) + len(answer_ids))
+            sequence += answer_ids
+        supervised.append(len(sequence))
+        sequence.append(END_ID)
+        ids.append(sequence[:-1])
+        index.append([position - 1 for position in supervised])
+        targets.append([sequence[position] for position in supervised])
     return Batch(
-        input_ids=ids.to(device),
-        prompt_lengths=torch.tensor([len(p) for p, _ in rows], device=device),
-        lengths=torch.tensor([len(p) + len(a) - 1 for p, a in rows], device=device),
-        logit_index=index.to(device),
-        targets=targets.to(device),
+        input_ids=_padded(ids, PAD_ID).to(device),
+        prompt_lengths=torch.tensor(prompt_lengths, device=device),
+        logit_index=_padded(index, 0).to(device),
+        targets=_padded(targets, IGNORED).to(device),
     )
 
 
-def task_batch(
-    tokenizer: Tokenizer, tasks: dict[str, int], *, split: Split, seed: int, device: str = "cpu"
-) -> tuple[Batch, dict[str, range]]:
-    """One batch with `tasks[name]` examples of every task, and which rows belong to which task."""
-    pairs: list[tuple[str, str]] = []
-    rows: dict[str, range] = {}
-    for task, count in tasks.items():
-        rows[task] = range(len(pairs), len(pairs) + count)
-        pairs += [(e.prompt, e.answer) for e in examples(task, split=split, count=count, seed=seed)]
-    return batch_of(tokenize(tokenizer, pairs), device=device), rows
+def _padded(rows: list[list[int]], fill: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+
+class Sampler:
+    """Draws the batches of a training run: the same ones for the same seed, on every device."""
+
+    def __init__(self, tokenizer: Tokenizer, *, seed: int, device: torch.device | str = "cpu", scale: float = 1.0) -> None:
+        """`scale` multiplies the sizes of the pools, for tests that only need a few steps."""
+        self._generator = torch.Generator().manual_seed(seed)
+        self._pools: list[tuple[Batch, list[tuple[int, int, int]]]] = []
+        for bucket in BUCKETS:
+            rows: list[Example] = []
+            spans: list[tuple[int, int, int]] = []
+            for task, share in bucket.items():
+                drawn = examples(task, split="train", count=max(1, int(share.pool * scale)), seed=seed)
+                spans.append((len(rows), len(rows) + len(drawn), share.rows))
+                rows += drawn
+            self._pools.append((make_batch(tokenizer, rows, device=device), spans))
+
+    def step(self) -> list[Batch]:
+        """The batches of the next optimiser step, one a bucket."""
+        batches = []
+        for pool, spans in self._pools:
+            index = torch.cat([torch.randint(a, b, (rows,), generator=self._generator) for a, b, rows in spans])
+            batches.append(pool.rows(index.to(pool.input_ids.device)))
+        return batches

@@ -20,15 +20,21 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SHORT_PAIRS = (2, 10)
 LONG_PAIRS = (16, 44)
 """Key-value pairs in a recall prompt: 4 tokens a pair, so `recall_long` has about 70 to 185 prompt tokens."""
+FOLLOW_UPS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One task instance. The model reads `prompt` and must produce exactly `answer`, then the end token."""
+    """One task instance. The model reads `prompt` and must produce exactly `answer`, then the end token.
+
+    `follow_ups` are more (question, answer) pairs about the same prompt. Training may append them before the end token:
+    a recall prompt of 180 tokens then teaches seven lookups instead of one. Evaluation ignores them.
+    """
 
     task: str
     prompt: str
     answer: str
+    follow_ups: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,7 @@ class _Draft:
     key: str
     prompt: str
     answer: str
+    follow_ups: tuple[tuple[str, str], ...] = ()
 
 
 def _held_out(task: str, key: str) -> bool:
@@ -54,12 +61,16 @@ def _addition(rng: random.Random) -> _Draft:
 def _recall_with(pairs: tuple[int, int]) -> Callable[[random.Random], _Draft]:
     def draw(rng: random.Random) -> _Draft:
         keys = rng.sample([english for english, _ in words.DICTIONARY], rng.randint(*pairs))
-        values = [f"{rng.randrange(100):02d}" for _ in keys]
-        asked = rng.randrange(len(keys))
-        listing = "".join(f" {key}={value}" for key, value in zip(keys, values, strict=True))
+        values = {key: f"{rng.randrange(100):02d}" for key in keys}
+        listing = "".join(f" {key}={value}" for key, value in values.items())
         head, stop = rng.choice((("Remember:", "."), ("记住：", "。")))
+        asked, *others = rng.sample(keys, min(len(keys), 1 + FOLLOW_UPS))
         return _Draft(
-            key=f"{listing}?{keys[asked]}", prompt=f"{head}{listing}{stop} {keys[asked]}=", answer=values[asked]
+            # Not by the question: the follow-ups of one listing would be the held-out questions of another.
+            key=listing,
+            prompt=f"{head}{listing}{stop} {asked}=",
+            answer=values[asked],
+            follow_ups=tuple((f" {key}=", values[key]) for key in others),
         )
 
     return draw
@@ -108,9 +119,18 @@ def _summary(rng: random.Random) -> _Draft:
     return _Draft(key=f"{name}{day}{place}{color}{sight}", prompt=prompt, answer=answer)
 
 
-_TO_CHINESE = ("Translate to Chinese: {} ->", "翻译成中文： {} ->", "{} in Chinese is", "{} 的中文是")
-_TO_ENGLISH = ("Translate to English: {} ->", "翻译成英文：{} ->", "{} in English is", "{}的英文是")
-_ASK = {"en": ("{}", "Question: {}", "Please answer: {}", "Tell me: {}"), "zh": ("{}", "问：{}", "请回答：{}", "请告诉我：{}")}
+_TO_CHINESE = (
+    "Translate to Chinese: {} ->", "翻译成中文： {} ->", " {} in Chinese is", " {} 的中文是",
+    "How do you say {} in Chinese?", "怎么用中文说 {}？",
+)  # fmt: skip
+_TO_ENGLISH = (
+    "Translate to English: {} ->", "翻译成英文：{} ->", "{} in English is", "{}的英文是",
+    "How do you say {} in English?", "怎么用英文说{}？",
+)  # fmt: skip
+_ASK = {
+    "en": ("{}", "Question: {}", "Please answer: {}", "Tell me: {}", "Quiz: {}", "I want to know: {}"),
+    "zh": ("{}", "问：{}", "请回答：{}", "请告诉我：{}", "考考你：{}", "我想知道：{}"),
+}
 
 
 def _dictionary_items(split: Split) -> list[_Draft]:
@@ -168,7 +188,9 @@ def examples(task: str, *, split: Split, count: int, seed: int) -> list[Example]
             draft = draw(rng)
             if _held_out(task, draft.key) == (split == "held_out"):
                 drafts.append(draft)
-    return [Example(task=task, prompt=draft.prompt, answer=draft.answer) for draft in drafts[:count]]
+    return [
+        Example(task=task, prompt=d.prompt, answer=d.answer, follow_ups=d.follow_ups) for d in drafts[:count]
+    ]
 
 
 def held_out_size(task: str) -> int | None:

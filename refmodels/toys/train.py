@@ -1,0 +1,234 @@
+"""Train a toy: `python -m refmodels.toys.train --model qwen`, or measure one: `... --model qwen --evaluate`.
+
+The examples, their order and the initial weights follow from `--seed`; on the CPU so do the trained weights, bit for
+bit (a GPU adds up gradients in an order of its own). The bundled toys and the time they took are in `report.json`
+beside each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refmodels.families import FAMILIES, family_of, spec_from_config
+from refmodels.model import Decoder
+from refmodels.positions import ntk_table_index
+from refmodels.spec import ModelSpec
+from refmodels.tokenizer import Tokenizer, load_tokenizer
+from refmodels.toys import TOYS, toy_path
+from refmodels.toys.batches import IGNORED, Batch, Sampler
+from refmodels.toys.configs import CONFIGS, generation_config
+from refmodels.toys.evaluate import answer, evaluate
+from refmodels.toys.tasks import TASKS, held_out_size
+from refmodels.toys.vocabulary import train_tokenizer
+from refmodels.toys.words import MOUNTAIN_QUESTION
+from refmodels.weights import to_checkpoint
+
+LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.05
+WARMUP, COOLDOWN = 0.03, 0.6
+"""Shares of the run in which the learning rate rises from 0, and falls to 0 again."""
+DEFAULT_STEPS = 4000
+EVALUATED = 500
+"""Held-out examples a task in report.json (fewer where the task has fewer)."""
+
+
+class UnitRows(nn.Module):
+    """Each row divided by its L2 norm: what loading does once to the head of a NormHead model, training does anew."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return F.normalize(weight)
+
+
+def new_model(spec: ModelSpec, *, seed: int) -> Decoder:
+    """A decoder with random weights; a NormHead is normalised in every forward, so that it can be trained."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Decoder(spec)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif "embed" in name or name.startswith("head"):
+                parameter.normal_(std=0.02, generator=generator)
+            else:
+                # Smaller on the way back into the residual stream, so that depth does not swell it at the start.
+                std = (0.3 if ".out." in name else 1.0) / math.sqrt(parameter.shape[1])
+                parameter.normal_(std=std, generator=generator)
+    if spec.head_normalized:
+        nn.utils.parametrizations.parametrize.register_parametrization(model.head, "weight", UnitRows())
+    return model
+
+
+def logits_of(model: Decoder, batch: Batch) -> Tensor:
+    """Logits [rows, supervised, vocab] of whole sequences in one pass, differentiable.
+
+    Dynamic NTK follows upstream: a row's table is chosen by the length of its prompt, as a prefill would.
+    """
+    spec, ids = model.spec, batch.input_ids
+    rows, tokens = ids.shape
+    cache = ids.new_zeros((rows, spec.attention.kv_heads, tokens, spec.attention.head_dim), dtype=model.dtype)
+    tables = torch.zeros_like(batch.prompt_lengths)
+    if spec.rope is not None and spec.rope.ntk_seq_length is not None:
+        seq_length = spec.rope.ntk_seq_length
+        chosen = [ntk_table_index(n, seq_length) for n in range(tokens + 1)]
+        tables = torch.tensor(chosen, device=ids.device)[batch.prompt_lengths]
+    logits: Tensor = model(
+        input_ids=ids,
+        cache_lengths=torch.zeros_like(batch.prompt_lengths),
+        attention_mask=torch.ones_like(ids),
+        logit_index=batch.logit_index,
+        past_key=[cache] * spec.layers,
+        past_value=[cache] * spec.layers,
+        position_ids=torch.arange(tokens, device=ids.device).expand(rows, tokens),
+        ntk_table=tables,
+    )[0]
+    return logits
+
+
+def rate(step: int, steps: int) -> float:
+    """Factor on the learning rate: up, level, down."""
+    return min(1.0, (step + 1) / (WARMUP * steps + 1), (1 - step / steps) / COOLDOWN)
+
+
+def fit(model: Decoder, sampler: Sampler, *, steps: int, log_every: int = 0) -> float:
+    """Train in place; returns the seconds it took, without the making of the data."""
+    model.prepare_tables(model.spec.max_positions)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, foreach=True
+    )
+    began = time.perf_counter()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate(step, steps)
+        batches = sampler.step()
+        tokens = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
+        losses = []
+        for batch in batches:
+            logits = logits_of(model, batch).flatten(0, 1)
+            loss = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum") / tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if log_every and (step + 1) % log_every == 0:
+            parts = " ".join(f"{float(loss):.4f}" for loss in losses)
+            print(f"step {step + 1}/{steps} {time.perf_counter() - began:.0f} s, loss by bucket {parts}", file=sys.stderr)
+    return time.perf_counter() - began
+
+
+def trained_parameters(model: Decoder) -> dict[str, Tensor]:
+    """The float16 parameters on the CPU, by name, as a checkpoint holds them."""
+    if model.spec.head_normalized:
+        parametrize = nn.utils.parametrizations.parametrize
+        if parametrize.is_parametrized(model.head):
+            parametrize.remove_parametrizations(model.head, "weight")
+    return {name: parameter.detach().half().cpu() for name, parameter in model.named_parameters()}
+
+
+def write_checkpoint(folder: Path, name: str, parameters: dict[str, Tensor], spec: ModelSpec) -> None:
+    """Write a whole checkpoint directory but for report.json and the tokenizer."""
+    from safetensors.torch import save_file
+
+    tensors = to_checkpoint(FAMILIES[spec.family].weights(spec), parameters)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", CONFIGS[name])
+    _write_json(folder / "generation_config.json", generation_config(name))
+
+
+def without_long_context(model: Decoder) -> dict[str, Decoder]:
+    """The same weights with dynamic NTK, logn or both switched off; none for a model that has neither."""
+    spec = model.spec
+    if spec.rope is None or spec.rope.ntk_seq_length is None:
+        return {}
+    no_ntk = dataclasses.replace(spec, rope=dataclasses.replace(spec.rope, ntk_seq_length=None))
+    changed = {"without NTK": no_ntk}
+    for name, base in (("without logn", spec), ("without both", no_ntk)):
+        changed[name] = dataclasses.replace(
+            base, attention=dataclasses.replace(base.attention, logn_seq_length=None)
+        )
+    models = {}
+    for name, other in changed.items():
+        models[name] = Decoder(other).to(model.device)
+        models[name].load_state_dict(model.state_dict())
+    return models
+
+
+def measure(model: Decoder, tokenizer: Tokenizer, *, count: int = EVALUATED) -> dict[str, Any]:
+    """The measured part of report.json."""
+    report: dict[str, Any] = {
+        "accuracy": evaluate(model, tokenizer, count=count),
+        "held_out_examples": {task: min(count, held_out_size(task) or count) for task in TASKS},
+        "answers": {MOUNTAIN_QUESTION: answer(model, tokenizer, MOUNTAIN_QUESTION)},
+    }
+    for name, other in without_long_context(model).items():
+        report.setdefault("recall", {})[name] = evaluate(other, tokenizer, ("recall", "recall_long"), count=count)
+    return report
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def train_toy(name: str, folder: Path, *, steps: int, seed: int, device: str, log_every: int = 500) -> dict[str, Any]:
+    """Train the toy `name` into `folder` and return its report (also written there)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(name).save(str(folder / "tokenizer.json"))
+    _write_json(folder / "config.json", CONFIGS[name])
+    _write_json(folder / "generation_config.json", generation_config(name))
+    spec = spec_from_config(CONFIGS[name])
+    tokenizer = load_tokenizer(folder, family=family_of(CONFIGS[name]).name)
+    model = new_model(spec, seed=seed).to(device)
+    seconds = fit(model, Sampler(tokenizer, seed=seed, device=device), steps=steps, log_every=log_every)
+    parameters = trained_parameters(model)
+    write_checkpoint(folder, name, parameters, spec)
+    trained = Decoder(spec)
+    trained.load_state_dict({key: value.float() for key, value in parameters.items()}, strict=False)
+    report = {
+        "model": name,
+        "command": f"python -m refmodels.toys.train --model {name} --steps {steps} --seed {seed} --device {device}",
+        "parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "seed": seed,
+        "steps": steps,
+        "hardware": _hardware(device),
+        "seconds": round(seconds, 1),
+        "seconds_per_step": round(seconds / steps, 4),
+        **measure(trained.to(device), tokenizer),
+    }
+    _write_json(folder / "report.json", report)
+    return report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=TOYS, required=True)
+    parser.add_argument("--output", type=Path, help="checkpoint directory; default: the bundled toy's own")
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--evaluate", action="store_true", help="measure the checkpoint in --output, train nothing")
+    given = parser.parse_args(arguments)
+    folder = given.output or toy_path(given.model)
+    report = train_toy(given.model, folder, steps=given.steps, seed=given.seed, device=given.device)
+    print(json.dumps(report, ensure_ascii=False, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
