@@ -1,0 +1,192 @@
+"""The CPU engine: a bundle's graph on ONNX Runtime, the caches bound in place.
+
+The memory of the cache's torch tensors is bound both as the graph's `past.*` inputs and as the cache outputs; the
+graph writes it by TensorScatter, which ONNX Runtime does in place when both are one buffer.  A step therefore neither
+copies nor allocates anything of the size of the cache.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from refmodels.cache import KVCache, StepInputs
+from refmodels.errors import LogitLockError
+from refmodels.spec import ModelSpec
+from refmodels.taps import Recorder, is_cache_tap, tap_names
+from trt_runtime.bundle import Bundle, read_bundle
+from trt_runtime.engine import Engine
+from trt_runtime.rounding import HALF_TYPES, compute_in_float, inline_and_type, load_graph, promote
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ELEMENT_TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
+_TORCH_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
+_BOTH_SESSIONS_BYTES = 2 << 30
+"""Up to this size of weights the tapped and the untapped session stay loaded together."""
+_LOG_SEVERITY = 3
+
+
+@dataclass(frozen=True, eq=False)
+class _Binding:
+    """What a session has bound for one cache."""
+
+    io: Any
+    pointers: tuple[int, ...]
+
+
+class _Session:
+    """One ONNX Runtime session and its bindings, one for each cache."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.step_inputs = [i.name for i in session.get_inputs() if not i.name.startswith("past.")]
+        self.outputs = {o.name: _TORCH_TYPES[o.type] for o in session.get_outputs()}
+        self._bindings: weakref.WeakKeyDictionary[KVCache, _Binding] = weakref.WeakKeyDictionary()
+
+    def binding(self, cache: KVCache) -> Any:
+        """The IOBinding with the cache's buffers as inputs and outputs; made anew when the buffers are others."""
+        buffers = (*cache.key, *cache.value)
+        pointers = tuple(t.data_ptr() for t in buffers)
+        known = self._bindings.get(cache)
+        if known is not None and known.pointers == pointers:
+            return known.io
+        io = self.session.io_binding()
+        names = [f"blocks.{i}.{part}" for part in ("key", "value") for i in range(len(cache.key))]
+        for name, tensor in zip(names, buffers, strict=True):
+            bind(io.bind_input, f"past.{name}", tensor)
+            bind(io.bind_output, name, tensor)
+        self._bindings[cache] = _Binding(io, pointers)
+        return io
+
+
+def bind(binder: Any, name: str, tensor: Tensor) -> None:
+    """Bind the memory of a contiguous CPU tensor; the tensor must outlive the run."""
+    binder(name, "cpu", 0, _ELEMENT_TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+
+
+class OnnxRuntimeEngine(Engine):
+    """A bundle on the CPU.
+
+    Args:
+        bundle: a bundle or its directory.
+        emulate_rounding: for fp16 and bf16 bundles: round every node's result to the half type, so that rounding and
+            overflow are those of an engine that really computes in it.  Without it nothing is rounded between nodes
+            but what is stored in the caches; faster.  fp32 bundles are the same in both.
+        threads: of ONNX Runtime; default: torch's.
+    Raises:
+        LogitLockError: as `read_bundle`; a graph that does not fit its bundle.json.
+    """
+
+    def __init__(
+        self, bundle: Bundle | Path | str, *, emulate_rounding: bool = False, threads: int | None = None
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+        info = self.bundle.info
+        self.spec, self.max_positions = self.bundle.spec, info.max_positions
+        self.dtype, self.device = _DTYPES[info.precision], torch.device("cpu")
+        self.tap_names = tuple(name for name in tap_names(self.spec) if name in info.taps)
+        self.emulate_rounding = emulate_rounding and info.precision != "fp32"
+        self.threads = torch.get_num_threads() if threads is None else threads
+        if self.threads < 1:
+            raise LogitLockError(f"threads must be at least 1, got {threads}")
+        self.arithmetic = _describe(self.dtype, emulated=self.emulate_rounding)
+        self._keep_both = sum(file.bytes for file in info.files.values()) <= _BOTH_SESSIONS_BYTES
+        self._tap_of = {value: tap for tap, value in info.taps.items()}
+        self._sessions: dict[bool, _Session] = {}
+        self._session(tapped=False)
+
+    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        session = self._session(tapped=recorder is not None)
+        self._check_cache(cache)
+        io = session.binding(cache)
+        # Held until the run is over: ONNX Runtime knows only their addresses.
+        inputs = {name: tensor.contiguous() for name, tensor in plan.tensors().items()}
+        for name in session.step_inputs:
+            bind(io.bind_input, name, inputs[name])
+        batch, tokens = plan.input_ids.shape
+        outputs: dict[str, Tensor] = {}
+        for name, dtype in session.outputs.items():
+            tap = self._tap_of.get(name, name)
+            if not is_cache_tap(tap):
+                length = plan.logit_index.shape[1] if tap in ("logits", "final_norm") else tokens
+                outputs[name] = torch.empty(batch, length, tap_width(self.spec, tap), dtype=dtype)
+                bind(io.bind_output, name, outputs[name])
+        session.session.run_with_iobinding(io)
+        cache.advance(plan)
+        if recorder is not None:
+            self._deliver(recorder, outputs, plan, cache)
+        return outputs["logits"]
+
+    def _deliver(self, recorder: Recorder, outputs: dict[str, Tensor], plan: StepInputs, cache: KVCache) -> None:
+        recorder.live_slots = plan.attention_mask.shape[1]
+        for name in self.tap_names:
+            if is_cache_tap(name):
+                _, layer, part = name.split(".")
+                tensor = (cache.key if part == "key" else cache.value)[int(layer)]
+            else:
+                tensor = outputs[self.bundle.info.taps[name]]
+            if recorder(name, tensor) is not tensor:
+                raise LogitLockError(f"the recorder substitutes {name}, which only the reference can do")
+
+    def _check_cache(self, cache: KVCache) -> None:
+        if cache.capacity > self.max_positions or cache.key[0].dtype != self.dtype or cache.spec != self.spec:
+            raise LogitLockError(
+                f"this cache ({cache.spec.variant}, {cache.key[0].dtype}, {cache.capacity} tokens) is not one of "
+                f"{self.spec.variant} in {self.dtype} with at most {self.max_positions}; use the engine's new_cache"
+            )
+
+    def _session(self, *, tapped: bool) -> _Session:
+        if tapped not in self._sessions:
+            if not self._keep_both:
+                self._sessions.clear()
+            self._sessions[tapped] = self._open(self.bundle.info.taps.values() if tapped else ())
+        return self._sessions[tapped]
+
+    def _open(self, taps: Iterable[str]) -> _Session:
+        path, info = self.bundle.model_path, self.bundle.info
+        model = load_graph(path, files=info.files)
+        if info.precision != "fp32":
+            model = inline_and_type(model)
+            compute_in_float(model, HALF_TYPES[info.precision], rounded=self.emulate_rounding)
+        promote(model, taps)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _LOG_SEVERITY
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        data = ir.to_proto(model).SerializeToString()
+        return _Session(ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]))
+
+
+def tap_width(spec: ModelSpec, name: str) -> int:
+    """Size of the last axis of a tap that is not a cache tensor."""
+    part = name.split(".", 2)[2] if name.count(".") >= 2 else name
+    if part == "logits":
+        return spec.vocab_size
+    if part == "attn.qkv":
+        return spec.qkv_width
+    if part == "attn.context":
+        return spec.attention.heads * spec.attention.head_dim
+    return spec.mlp.width if part in ("mlp.gate", "mlp.up", "mlp.act") else spec.hidden_size
+
+
+def _describe(dtype: torch.dtype, *, emulated: bool) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32:
+        return "ONNX Runtime on the CPU in float32"
+    if emulated:
+        return f"ONNX Runtime on the CPU, every node computed in float32 and rounded to {name}"
+    return f"ONNX Runtime on the CPU in float32 with {name} weights and caches; nothing between nodes is rounded"
+
+
+def open_engine(bundle: Bundle | Path | str, *, emulate_rounding: bool = False, threads: int | None = None) -> Engine:
+    """The engine that runs a bundle on this machine; arguments as `OnnxRuntimeEngine`."""
+    return OnnxRuntimeEngine(bundle, emulate_rounding=emulate_rounding, threads=threads)
