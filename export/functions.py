@@ -86,7 +86,8 @@ def _ints(name: str, *values: int) -> str:
 def _rms_norm(spec: ModelSpec, dtype: int) -> onnx.FunctionProto:
     body = [
         f"wide = Cast <to = {_WIDE}> (x)",
-        "square = Mul (wide, wide)",
+        "two = Constant <value_float = 2.0> ()",
+        "square = Pow (wide, two)",
         _ints("last", -1),
         "mean = ReduceMean (square, last)",
         "eps = Constant <value_float: float = @epsilon> ()",
@@ -281,13 +282,15 @@ def _cache_write(spec: ModelSpec) -> list[str]:
 
 
 def _mask(spec: ModelSpec) -> list[str]:
-    """`seen` [B, 1, S, T] and `sees_any` [B, 1, S, 1], bool."""
+    """`seen` [B, 1, S, T] bool; `sees_any` [B, 1, S, 1], 1.0 or 0.0: a query that sees no key has context 0."""
+    # Read off an input that all layers share, so that ONNX Runtime computes the mask once and not in every layer.
+    by_token = "qkv" if spec.rope is None else "cos"
     lines = [
         "zero = Constant <value_int = 0> ()",
         "one = Constant <value_int = 1> ()",
         "live_count = Squeeze (live)",
         "key_slot = Range (zero, live_count, one)",
-        "tokens = Shape <start = 1, end = 2> (qkv)",
+        f"tokens = Shape <start = 1, end = 2> ({by_token})",
         "token_count = Squeeze (tokens)",
         "steps = Range (zero, token_count, one)",
         _ints("length_axes", 1, 2, 3),
@@ -315,9 +318,7 @@ def _mask(spec: ModelSpec) -> list[str]:
         seen,
         f"seen_number = Cast <to = {_WIDE}> (seen)",
         _ints("key_axis", -1),
-        "seen_most = ReduceMax (seen_number, key_axis)",
-        f"sees_any = Cast <to = {onnx.TensorProto.BOOL}> (seen_most)",
-        "zero_float = Constant <value_float = 0.0> ()",
+        "sees_any = ReduceMax (seen_number, key_axis)",
         f"lowest = Constant <value_float = {_LOWEST!r}> ()",
         "scale_number = Constant <value_float: float = @scale> ()",
     ]
@@ -394,7 +395,7 @@ def _wide_attention(spec: ModelSpec, dtype: int, *, exact: bool) -> list[str]:
         f"masked = Where (seen, {biased}, lowest)",
         "weights = Softmax <axis = -1> (masked)",
         *_grouped_context(spec, "weights", "value_wide"),
-        "context_seen = Where (sees_any, context_by_head, zero_float)",
+        "context_seen = Mul (context_by_head, sees_any)",
         *_context_rows(spec, "context_seen", "context_wide"),
         f"context = Cast <to = {dtype}> (context_wide)",
     ]
@@ -423,7 +424,7 @@ def _eager_attention(spec: ModelSpec, dtype: int, *, divide: bool) -> list[str]:
         f"biased_wide = Cast <to = {_WIDE}> ({biased})",
         "masked = Where (seen, biased_wide, lowest)",
         "weights_wide = Softmax <axis = -1> (masked)",
-        "weights_seen = Where (sees_any, weights_wide, zero_float)",
+        "weights_seen = Mul (weights_wide, sees_any)",
         f"weights = Cast <to = {dtype}> (weights_seen)",
         *_grouped_context(spec, "weights", "live_value"),
         *_context_rows(spec, "context_by_head", "context"),
