@@ -84,7 +84,10 @@ def _find(model: str | Path) -> tuple[Path, str]:
     if directory.exists():
         raise LogitLockError(f"{model} is a file; a model is a directory with config.json and the weights")
     if isinstance(model, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
-        raise LogitLockError(f"there is no directory {model}")
+        raise LogitLockError(
+            f"there is no directory {str(model)!r}; a model is one of {', '.join(FAMILIES)}, a directory, or a hub id "
+            "owner/name"
+        )
     from refmodels.hub import download
 
     return download(model), model

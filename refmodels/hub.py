@@ -21,7 +21,6 @@ def download(repository: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,
-            HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
@@ -48,6 +47,8 @@ def download(repository: str) -> Path:
             f"{repository} is neither a family name nor a directory, and as a hub model it is not in the cache and the "
             "hub cannot be reached (offline?)"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise LogitLockError(f"fetching {repository} from the hub failed: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # Network errors come as the classes of whichever HTTP library huggingface_hub uses.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LogitLockError(f"fetching {repository} from the hub failed: {reason}") from error
     return Path(found)

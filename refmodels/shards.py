@@ -79,7 +79,7 @@ class WeightFiles:
             value = self._open_bin(tensor.file)[tensor.name]
             if _can_be_mapped(tensor.file):
                 self._handed_out += value.nbytes
-            return value
+            return value.detach()
         from safetensors import safe_open
 
         with safe_open(str(tensor.file), framework="pt") as opened:
@@ -142,8 +142,11 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         raise LogitLockError(f"{file} is damaged or cut short: torch cannot read it") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise LogitLockError(f"{file} is not a checkpoint: it must hold one dictionary of tensors by name")
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        for name, value in content.items()
+    ):
+        raise LogitLockError(f"{file} is not a checkpoint: it must hold one dictionary of dense tensors by name")
     return content
 
 
