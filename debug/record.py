@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from debug.metrics import top_margin
+from debug.prompts import Prompts, left_padded, random_prompts
 from debug.verify import DTYPES, past_layout
 from refmodels.checkpoint import resolve
 from refmodels.errors import LogitLockError
@@ -30,16 +30,6 @@ from refmodels.spec import ModelSpec
 _BLOCKS = ("model.layers", "transformer.h", "transformer.encoder.layers")
 _NORMS = ("model.norm", "transformer.ln_f", "transformer.encoder.final_layernorm")
 _AXES = {"B": "B", "S": "S", "H": "kv_heads", "D": "head_dim"}
-_LOWEST_ID = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Left-padded token ids [batch, tokens] and their mask, both int64; `origin` says where they come from."""
-
-    ids: Tensor
-    mask: Tensor
-    origin: str
 
 
 def record_case(
@@ -78,7 +68,7 @@ def record_case(
     model = _load(hf, "fp32", trust_remote_code)
     variant = _variant(model)
     spec = resolve(hf, variant=variant).spec
-    batch = _from_text(hf, prompts, trust_remote_code) if prompts else _random(spec, lengths, seed)
+    batch = _from_text(hf, prompts, trust_remote_code) if prompts else random_prompts(spec.vocab_size, lengths, seed)
     if batch.ids.shape[1] + steps > spec.max_positions:
         raise LogitLockError(
             f"{batch.ids.shape[1]} prompt tokens and {steps} steps are more than the {spec.max_positions} positions "
@@ -154,35 +144,18 @@ def _variant(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _random(spec: ModelSpec, lengths: Sequence[int], seed: int) -> Prompts:
-    generator = torch.Generator().manual_seed(seed)
-    low = _LOWEST_ID if spec.vocab_size > _LOWEST_ID else 0
-    rows = [torch.randint(low, spec.vocab_size, (n,), generator=generator) for n in lengths]
-    return _left_padded(rows, 0, f"random ids, seed {seed}")
-
-
 def _from_text(hf: Path, prompts: Sequence[str], trust_remote_code: bool) -> Prompts:
     try:
         tokenizer = _transformers().AutoTokenizer.from_pretrained(
             str(hf), trust_remote_code=trust_remote_code, local_files_only=True
         )
-        rows = [torch.tensor(tokenizer.encode(text), dtype=torch.int64) for text in prompts]
+        rows = [list(tokenizer.encode(text)) for text in prompts]
     except Exception as error:
         raise LogitLockError(f"transformers could not make the tokenizer of {hf}: {error}") from error
     if not all(len(row) for row in rows):
         raise LogitLockError("a prompt is empty: it has no tokens")
     pad = getattr(tokenizer, "pad_token_id", None)
-    return _left_padded(rows, pad if isinstance(pad, int) else 0, "text")
-
-
-def _left_padded(rows: Sequence[Tensor], pad: int, origin: str) -> Prompts:
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = 1
-    return Prompts(ids=ids, mask=mask, origin=origin)
+    return left_padded(rows, "text", pad if isinstance(pad, int) else 0)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

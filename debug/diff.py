@@ -1,0 +1,303 @@
+"""`logitlock diff`: an engine against the reference, tap by tap, with the noise that its dtype explains beside it.
+
+Every forward (one prefill, then teacher-forced decode steps) is run several times:
+
+1. the engine without taps, as it ships, and with taps;
+2. `truth`, the reference in fp64 with `exact` numerics, on the same token ids: **accumulated** error;
+3. `rounded`, the reference in the engine's dtype and numerics, on the same token ids: the floor of 2;
+4. `truth` with the engine's captured tensors put in place of its own, and its cache filled with the engine's: every
+   module then runs on the engine's own inputs, and what it makes is compared with what the engine made: **local**
+   error.  A healthy module after a broken one has accumulated but no local error;
+5. `rounded` in the same way: the floor of 4, on the same inputs.
+
+The first tap whose local error exceeds `MULTIPLE` floors is the culprit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from debug.metrics import ErrorStats, compare, kl_divergence, nonfinite_count, top_margin
+from debug.prompts import Prompts
+from debug.results import Culprit, DiffResult, LogitError, ObserverEffect, Phase, TapError
+from refmodels.cache import KVCache, StepInputs
+from refmodels.errors import LogitLockError
+from refmodels.model import Decoder
+from refmodels.taps import Recorder, is_cache_tap, recording
+from trt_runtime.engine import Engine
+
+MULTIPLE = 8.0
+"""How many floors of local error are a fault.
+
+The floor is what one particular order of rounding costs.  Another correct implementation may round its intermediate
+results where the reference rounds once: r independent roundings give sqrt(r) floors.  The longest chain inside one
+tapped module is attention with every step stored in the working dtype (scale, two products and a sum of the rotation,
+logn, score, bias, maximum, exponential, sum, quotient, product with V: r = 12), so sqrt(12) = 3.5.  Both errors are
+norms of n random roundings a token; for the narrowest tensors (n of a few dozen) and the worst of some 10^4 tokens, the
+ratio of two such norms reaches about 2.  3.5 x 2 = 7, taken up to the next power of two.
+"""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One executor of the reference with its own cache."""
+
+    model: Decoder
+    cache: KVCache
+
+    def run(self, plan: StepInputs, recorder: Recorder) -> Tensor:
+        with recording(recorder):
+            return self.model.run(plan, self.cache)
+
+
+def diff_engine(
+    engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, *, steps: int = 8, multiple: float = MULTIPLE
+) -> DiffResult:
+    """Compare an engine with the reference over one prefill and `steps` decode steps.
+
+    Args:
+        engine: what is tested.
+        truth: the reference in fp64, `exact`.
+        rounded: the reference in the engine's dtype and numerics; it gives the noise floor.
+        prompts: at least 8 real tokens a row, if position and mask faults are to show.
+        steps: decode steps; every executor is fed the greedy tokens of `truth`.
+        multiple: floors of local error that are a fault.
+    Raises:
+        LogitLockError: engine and reference of different specs, or prompts longer than the engine's cache.
+    """
+    if engine.spec != truth.spec or truth.spec != rounded.spec:
+        raise LogitLockError("the engine and the reference are not the same model: " + _difference(engine, truth))
+    if not bool((prompts.mask != 0).any(1).all()):
+        raise LogitLockError("a prompt is empty: it has no tokens")
+    with torch.inference_mode():
+        return _Diff(engine, truth, rounded, prompts, steps, multiple).result()
+
+
+def _difference(engine: Engine, truth: Decoder) -> str:
+    ours, theirs = truth.spec.to_dict(), engine.spec.to_dict()
+    return ", ".join(f"{k}: {theirs[k]!r} and {ours[k]!r}" for k in ours if ours[k] != theirs[k])
+
+
+class _Diff:
+    def __init__(
+        self, engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, steps: int, multiple: float
+    ) -> None:
+        self.engine, self.prompts, self.steps, self.multiple = engine, prompts, steps, multiple
+        self.lower_bound = torch.finfo(engine.dtype).eps / 2
+        self.taps: list[TapError] = []
+        self.logits = _Logits()
+        batch, tokens = prompts.ids.shape
+        size = {"batch": batch, "capacity": tokens + steps}
+        self.untapped, self.tapped = engine.new_cache(**size), engine.new_cache(**size)
+        self.truth, self.rounded = (_Pass(m, m.new_cache(**size)) for m in (truth, rounded))
+        self.local_truth, self.local_rounded = (_Pass(m, m.new_cache(**size)) for m in (truth, rounded))
+
+    def result(self) -> DiffResult:
+        ids, mask = self.prompts.ids, self.prompts.mask
+        for step in range(self.steps + 1):
+            ids, mask = self._forward(ids, mask, step)
+        logits = self.logits.result()
+        culprits = self._culprits(logits)
+        spoiled = logits.nonfinite or any(t.nonfinite for t in self.taps)
+        name = str(self.engine.dtype).removeprefix("torch.")
+        return DiffResult(
+            verdict="nonfinite" if spoiled else "diverged" if culprits else "aligned",
+            culprits=culprits,
+            taps=self.taps,
+            logits=logits,
+            observer_effect=self.logits.observer_effect(),
+            reference="PyTorch reference in float64, exact numerics",
+            floor=f"PyTorch reference in {name}, {self.rounded.model.numerics} numerics, on the same inputs",
+            engine=self.engine.arithmetic,
+            multiple=self.multiple,
+            lower_bound=self.lower_bound,
+            prompts=self.prompts.origin,
+            prompt_lengths=self.prompts.mask.sum(1).tolist(),
+            steps=self.steps,
+        )
+
+    def _forward(self, ids: Tensor, mask: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """One forward of everything; returns the next tokens and their mask."""
+        plan = self.truth.cache.plan(ids, mask)
+        # The engine updates its cache in place, so its state before the step is taken first.
+        for executor in (self.local_truth, self.local_rounded):
+            _copy_cache(self.tapped, executor.cache)
+        untapped = self.engine.run(plan, self.untapped)
+        captured = Recorder()
+        tapped = self.engine.run(plan, self.tapped, recorder=captured)
+        floor = Recorder()
+        rounded = self.rounded.run(plan, floor)
+        stats: dict[str, list[ErrorStats]] = {}
+        sink = self._sink(plan, stats, captured.tensors, floor.tensors)
+        truth = self.truth.run(plan, Recorder(self.engine.tap_names, sink=sink))
+        floor = Recorder(substitutes=captured.tensors)
+        self.local_rounded.run(plan, floor)
+        sink = self._sink(plan, stats, captured.tensors, floor.tensors)
+        self.local_truth.run(plan, Recorder(self.engine.tap_names, substitutes=captured.tensors, sink=sink))
+        for tap, (accumulated, accumulated_floor, local, local_floor) in stats.items():
+            self.taps.append(self._tap_error(tap, step, accumulated, accumulated_floor, local, local_floor))
+        real = plan.new_mask
+        self.logits.add(truth[real], rounded[real], untapped[real], tapped[real])
+        token = truth[:, -1:].argmax(-1)
+        return token, torch.ones_like(token)
+
+    def _sink(
+        self,
+        plan: StepInputs,
+        stats: dict[str, list[ErrorStats]],
+        engine: dict[str, Tensor],
+        floor: dict[str, Tensor],
+    ) -> Callable[[str, Tensor], None]:
+        """Compare engine and floor with each tensor of the fp64 run as it comes, so that none is kept."""
+        slots = plan.attention_mask != 0
+
+        def compare_both(name: str, expected: Tensor) -> None:
+            real = slots if is_cache_tap(name) else plan.new_mask
+            for actual in (engine[name], floor[name]):
+                # A cache tensor counts by slot: [batch, slots, kv_heads, head_dim].
+                pair = [t.transpose(1, 2) if is_cache_tap(name) else t for t in (actual, expected)]
+                stats.setdefault(name, []).append(compare(pair[0], pair[1], real, self.engine.dtype))
+
+        return compare_both
+
+    def _tap_error(
+        self,
+        tap: str,
+        step: int,
+        accumulated: ErrorStats,
+        accumulated_floor: ErrorStats,
+        local: ErrorStats,
+        local_floor: ErrorStats,
+    ) -> TapError:
+        # A token whose floor is small by luck counts with the floor of the whole tensor.
+        floor = local_floor.token_rel.clamp(min=max(local_floor.rel_l2, self.lower_bound))
+        ratios = local.token_rel / floor
+        worst = int(ratios.nan_to_num(nan=float("inf")).argmax())
+        phase: Phase = "decode" if step else "prefill"
+        row, position = local.token_of[worst].tolist()
+        return TapError(
+            tap=tap,
+            phase=phase,
+            step=step,
+            accumulated=accumulated.rel_l2,
+            max_abs=accumulated.max_abs,
+            cosine=accumulated.cosine,
+            ulp=accumulated.ulp,
+            snr_db=accumulated.snr_db,
+            accumulated_floor=accumulated_floor.rel_l2,
+            local=local.rel_l2,
+            local_max_abs=local.max_abs,
+            floor=local_floor.rel_l2,
+            floor_spread=float(local_floor.token_rel.max()) / local_floor.rel_l2 if local_floor.rel_l2 else 1.0,
+            ratio=float(ratios[worst]),
+            accumulated_ratio=accumulated.rel_l2 / max(accumulated_floor.rel_l2, self.lower_bound),
+            worst=(row, position),
+            nonfinite=accumulated.nonfinite,
+            floor_nonfinite=accumulated_floor.nonfinite,
+        )
+
+    def _culprits(self, logits: LogitError) -> list[Culprit]:
+        """Faulty taps, each at its first occurrence, in the order of execution."""
+        found: dict[str, list[TapError]] = {}
+        for error in self.taps:
+            # Not greater-or-equal: a NaN, from inputs that are NaN, is a consequence; the first one has nonfinite set.
+            if error.ratio > self.multiple:
+                found.setdefault(error.tap, []).append(error)
+        spoiled = next((error for error in self.taps if error.nonfinite), None)
+        if spoiled is not None:
+            found.setdefault(spoiled.tap, []).append(spoiled)
+        culprits = [self._culprit(errors) for errors in found.values()]
+        if not culprits:
+            limit = self.multiple * max(logits.floor_rel_l2, self.lower_bound)
+            if logits.rel_l2 > limit or logits.nonfinite:
+                beyond = (e for e in self.taps if e.accumulated_ratio > self.multiple)
+                first = next(beyond, next(e for e in self.taps if e.tap == "logits"))
+                culprits.append(self._culprit([first], accumulated=True))
+        order = {tap: i for i, tap in enumerate(self.engine.tap_names)}
+        return sorted(culprits, key=lambda c: (c.step, order[c.tap]))
+
+    def _culprit(self, errors: list[TapError], *, accumulated: bool = False) -> Culprit:
+        first = errors[0]
+        return Culprit(
+            tap=first.tap,
+            phase=first.phase,
+            step=first.step,
+            kind="accumulated" if accumulated else "nonfinite" if first.nonfinite else "local",
+            local=first.local,
+            floor=first.floor,
+            ratio=first.accumulated_ratio if accumulated else first.ratio,
+            worst=first.worst,
+            occurrences=len(errors),
+        )
+
+
+def _copy_cache(source: KVCache, target: KVCache) -> None:
+    live = int(source.lengths.max())
+    for ours, theirs in ((target.key, source.key), (target.value, source.value)):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine[:, :, :live] = other[:, :, :live].to(device=mine.device, dtype=mine.dtype)
+
+
+class _Logits:
+    """Logits of the real tokens of all forwards: numbers a token, never the logits themselves."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+        self.squares = torch.zeros(3, dtype=torch.float64)
+        self.nonfinite = 0
+        self.changed = False
+
+    def add(self, truth: Tensor, rounded: Tensor, untapped: Tensor, tapped: Tensor) -> None:
+        """Each [tokens, vocab]."""
+        truth, rounded, untapped, tapped = (t.to("cpu", torch.float64) for t in (truth, rounded, untapped, tapped))
+        self.nonfinite += nonfinite_count(untapped)
+        # Unlike torch.equal this counts NaN in the same place as equal.
+        self.changed |= not torch.allclose(untapped, tapped, rtol=0.0, atol=0.0, equal_nan=True)
+        best = truth.argmax(-1)
+        self.squares += torch.stack(
+            [(t - o).square().sum() for t, o in ((truth, 0), (untapped, truth), (rounded, truth))]
+        )
+        self.rows.append(
+            torch.stack(
+                [
+                    kl_divergence(truth, untapped),
+                    kl_divergence(truth, rounded),
+                    untapped.argmax(-1) != best,
+                    rounded.argmax(-1) != best,
+                    top_margin(truth),
+                    (untapped - truth).abs().amax(-1),
+                    (rounded - truth).abs().amax(-1),
+                    (untapped - tapped).abs().amax(-1),
+                    untapped.argmax(-1) != tapped.argmax(-1),
+                ],
+                1,
+            )
+        )
+
+    def result(self) -> LogitError:
+        kl, floor_kl, flips, floor_flips, margin, error, floor_error, _, _ = torch.cat(self.rows).unbind(1)
+        size, off, floor_off = self.squares.sqrt().tolist()
+        return LogitError(
+            tokens=len(kl),
+            kl_mean=float(kl.mean()),
+            kl_max=float(kl.max()),
+            top1=float(1 - flips.mean()),
+            flips=int(flips.sum()),
+            margin_flips=int(((flips > 0) & (margin > 2 * floor_error.max())).sum()),
+            max_abs=float(error.max()),
+            rel_l2=off / size if size else off,
+            floor_kl_mean=float(floor_kl.mean()),
+            floor_kl_max=float(floor_kl.max()),
+            floor_top1=float(1 - floor_flips.mean()),
+            floor_max_abs=float(floor_error.max()),
+            floor_rel_l2=floor_off / size if size else floor_off,
+            nonfinite=self.nonfinite,
+        )
+
+    def observer_effect(self) -> ObserverEffect:
+        rows = torch.cat(self.rows)
+        return ObserverEffect(changed=self.changed, max_abs=float(rows[:, 7].max()), top1_changed=int(rows[:, 8].sum()))

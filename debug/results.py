@@ -1,0 +1,163 @@
+"""What a diff found, as dataclasses; `DiffResult.to_json` is the versioned form (schema 1)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from debug.metrics import json_number
+
+SCHEMA = 1
+Phase = Literal["prefill", "decode"]
+Verdict = Literal["aligned", "diverged", "nonfinite"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapError:
+    """One tap in one forward; errors are relative L2 over the real tokens unless said otherwise.
+
+    Attributes:
+        tap, phase, step: where; step 0 is the prefill, step n the n-th decode step.
+        accumulated, max_abs, cosine, ulp, snr_db: engine against the fp64 reference, both from the same token ids.
+        accumulated_floor: the reference in the engine's dtype against the same.
+        local, local_max_abs: the engine's output against the fp64 reference module run on the engine's own inputs.
+        floor, floor_spread: the reference module in the engine's dtype on these same inputs, against the same; the
+            spread is the worst token of the batch over all of them.
+        ratio: local error over floor, of the worst token (see `debug.diff.MULTIPLE`).
+        accumulated_ratio: accumulated over accumulated_floor.
+        worst: row and position of the token with the largest ratio.
+        nonfinite: NaN and Inf in the engine's tensor; numbers that they spoil are None in JSON.
+        floor_nonfinite: the reference in the engine's dtype has some as well, so the dtype itself is too small.
+    """
+
+    tap: str
+    phase: Phase
+    step: int
+    accumulated: float
+    max_abs: float
+    cosine: float
+    ulp: float
+    snr_db: float
+    accumulated_floor: float
+    local: float
+    local_max_abs: float
+    floor: float
+    floor_spread: float
+    ratio: float
+    accumulated_ratio: float
+    worst: tuple[int, int]
+    nonfinite: int
+    floor_nonfinite: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Culprit:
+    """A tap whose own module is wrong, at its first occurrence.
+
+    kind: "local" (local error above the floor), "nonfinite" (NaN or Inf from finite inputs), or "accumulated" (no
+    module by itself, but the logits are off by more than the dtype explains).  occurrences: forwards that show it.
+    """
+
+    tap: str
+    phase: Phase
+    step: int
+    kind: Literal["local", "nonfinite", "accumulated"]
+    local: float
+    floor: float
+    ratio: float
+    worst: tuple[int, int]
+    occurrences: int
+
+    def to_json(self) -> dict[str, Any]:
+        values = {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        # Filled by the diagnosis, which tries the catalogue of known faults at the culprit.
+        return values | {"diagnosis": []}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitError:
+    """Logits of the engine as it ships (untapped) against the fp64 reference, over all real tokens.
+
+    KL in nats, float64, reference first.  top1: share of tokens with the reference's greedy token.  flips: tokens where
+    it differs; margin_flips: those where the reference's margin is more than twice the largest error of the floor, so
+    that rounding does not explain them.  floor_*: the same of the reference in the engine's dtype.
+    """
+
+    tokens: int
+    kl_mean: float
+    kl_max: float
+    top1: float
+    flips: int
+    margin_flips: int
+    max_abs: float
+    rel_l2: float
+    floor_kl_mean: float
+    floor_kl_max: float
+    floor_top1: float
+    floor_max_abs: float
+    floor_rel_l2: float
+    nonfinite: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserverEffect:
+    """Logits with taps against logits without.  top1_changed: tokens whose greedy token differs."""
+
+    changed: bool
+    max_abs: float
+    top1_changed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"changed": self.changed, "max_abs": json_number(self.max_abs), "top1_changed": self.top1_changed}
+
+
+@dataclass(kw_only=True)
+class DiffResult:
+    """Outcome of a diff; `taps` in the order of execution, step by step."""
+
+    verdict: Verdict
+    culprits: list[Culprit]
+    taps: list[TapError]
+    logits: LogitError
+    observer_effect: ObserverEffect
+    reference: str
+    floor: str
+    engine: str
+    multiple: float
+    lower_bound: float
+    prompts: str
+    prompt_lengths: list[int]
+    steps: int
+    context: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def first_wrong_tap(self) -> str | None:
+        return self.culprits[0].tap if self.culprits else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "first_wrong_tap": self.first_wrong_tap,
+            "culprits": [c.to_json() for c in self.culprits],
+            "logits": self.logits.to_json(),
+            "observer_effect": self.observer_effect.to_json(),
+            "taps": [t.to_json() for t in self.taps],
+            "settings": {
+                "reference": self.reference,
+                "floor": self.floor,
+                "engine": self.engine,
+                "multiple": self.multiple,
+                "lower_bound": self.lower_bound,
+                "prompts": self.prompts,
+                "prompt_lengths": self.prompt_lengths,
+                "steps": self.steps,
+                **self.context,
+            },
+        }
