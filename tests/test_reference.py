@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CASES, GOLDENS
+from safetensors.torch import load_file
 from torch import Tensor
 
 import refmodels
@@ -182,17 +183,50 @@ def test_exact_in_fp32_is_close_to_fp64_and_halves_are_ordered(case: str) -> Non
     assert error[torch.float32] < error[torch.float16] < error[torch.bfloat16] < 1.0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("case", FEATURES)
-def test_cuda_agrees_with_the_cpu(case: str) -> None:
-    ids = random_ids(open_case(case), 2, 24)
-    results = []
-    for device in ("cpu", "cuda"):
-        model = open_case(case, dtype=torch.float64, device=device)
-        cache = model.new_cache(batch=2, capacity=32)
-        results.append(torch.cat([model.step(ids, cache), model.step(ids[:, :4], cache)], 1).cpu())
-    assert (results[0] - results[1]).abs().max() <= 1e-10
+needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+
+
+class TestCuda:
+    pytestmark = needs_cuda
+
+    @pytest.mark.parametrize("case", FEATURES)
+    def test_fp64_agrees_with_the_cpu(self, case: str) -> None:
+        ids = random_ids(open_case(case), 2, 24)
+        results = []
+        for device in ("cpu", "cuda"):
+            model = open_case(case, dtype=torch.float64, device=device)
+            cache = model.new_cache(batch=2, capacity=32)
+            results.append(torch.cat([model.step(ids, cache), model.step(ids[:, :4], cache)], 1).cpu())
+        assert (results[0] - results[1]).abs().max() <= 1e-10
+
+    @pytest.mark.parametrize("numerics", ["exact", "upstream"])
+    @pytest.mark.parametrize("case", CASES)
+    def test_fp32_reproduces_the_golden(self, case: str, numerics: str) -> None:
+        golden = load_file(GOLDENS / case / "io.safetensors")
+        model = open_case(case, device="cuda", numerics=numerics)
+        ids, mask, decode = golden["input_ids"], golden["attention_mask"], golden["decode_ids"]
+        cache = model.new_cache(batch=len(ids), capacity=ids.shape[1] + decode.shape[1])
+        logits = model.step(ids, cache, mask).cpu()
+        assert (logits - golden["logits"])[mask.bool()].abs().max() <= 1e-4
+        chosen = [logits[:, -1].argmax(-1)]
+        for t in range(decode.shape[1]):
+            logits = model.step(chosen[-1][:, None], cache).cpu()
+            assert (logits[:, 0] - golden["decode_logits"][:, t]).abs().max() <= 1e-4
+            chosen.append(logits[:, 0].argmax(-1))
+        assert torch.equal(torch.stack(chosen[:-1], 1), decode)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("case", FEATURES)
+    def test_halves_stay_near_fp64(self, case: str, dtype: torch.dtype) -> None:
+        """Both devices round in the same dtype, so neither may be much further from fp64 than the other."""
+        ids = random_ids(open_case(case), 2, 24)
+        results = {}
+        for device, kind in (("cpu", torch.float64), ("cpu", dtype), ("cuda", dtype)):
+            model = open_case(case, dtype=kind, device=device)
+            results[device, kind] = model.step(ids, model.new_cache(batch=2, capacity=24)).double().cpu()
+        truth = results["cpu", torch.float64]
+        error = {d: float((results[d, dtype] - truth).norm() / truth.norm()) for d in ("cpu", "cuda")}
+        assert error["cuda"] <= 2 * error["cpu"] and error["cpu"] <= 2 * error["cuda"]
 
 
 def test_fully_masked_query_rows_are_zero_and_nan_is_not_hidden() -> None:
