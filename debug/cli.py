@@ -146,6 +146,55 @@ def record(
         )
 
 
+def diff(
+    bundle: Annotated[Path, typer.Option(metavar="DIR", help="Bundle to test.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="What the bundle was made from: family name, Hugging Face directory or hub id.",
+            show_default="the toy that the bundle names",
+        ),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text of at least 8 tokens; may be repeated.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt a line.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps, fed the reference's greedy tokens.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the random prompts for models without a tokenizer.")] = 0,
+    emulate_rounding: Annotated[
+        bool, typer.Option(help="Round every node of a half-precision bundle to its dtype on the CPU.")
+    ] = True,
+    every_tap: Annotated[bool, typer.Option("--every-tap", help="Show all taps, not only the worst.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Compare an engine with the fp64 reference, tensor by tensor.
+
+    For every tap: the accumulated error, the local error (the reference module run on the engine's own inputs), and
+    the noise floor that the engine's dtype explains.  The first tap whose local error is above 8 floors is the
+    culprit.  Exit code 0: aligned; 1: diverged, or NaN or Inf found.
+
+    Example: logitlock diff --model qwen --bundle engines/qwen-fp16
+    """
+    from debug.diff import diff_bundle
+    from debug.tables import print_diff
+    from refmodels.errors import LogitLockError
+
+    texts = list(prompt or ())
+    if prompt_file is not None:
+        try:
+            lines = prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise LogitLockError(f"the prompt file {prompt_file} cannot be read: {error}") from error
+        texts += [line for line in lines if line.strip()]
+        if not texts:
+            raise LogitLockError(f"the prompt file {prompt_file} has no prompt")
+    result = diff_bundle(bundle, model, prompts=texts, steps=steps, seed=seed, emulate_rounding=emulate_rounding)
+    if json_output:
+        _print_json(result.to_json())
+    else:
+        print_diff(result, every_tap=every_tap)
+    if result.verdict != "aligned":
+        raise typer.Exit(1)
+
+
 def _print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
 

@@ -15,20 +15,30 @@ The first tap whose local error exceeds `MULTIPLE` floors is the culprit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from debug.metrics import ErrorStats, compare, kl_divergence, nonfinite_count, top_margin
-from debug.prompts import Prompts
+from debug.prompts import Prompts, default_prompts, text_prompts
 from debug.results import Culprit, DiffResult, LogitError, ObserverEffect, Phase, TapError
 from refmodels.cache import KVCache, StepInputs
+from refmodels.checkpoint import ModelSource, checkpoint_hash, load, load_tokenizer_for, resolve
 from refmodels.errors import LogitLockError
+from refmodels.families import FAMILIES
 from refmodels.model import Decoder
+from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, is_cache_tap, recording
+from trt_runtime.bundle import read_bundle
 from trt_runtime.engine import Engine
+from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+
+if TYPE_CHECKING:
+    from refmodels.tokenizer import Tokenizer
 
 MULTIPLE = 8.0
 """How many floors of local error are a fault.
@@ -40,6 +50,10 @@ logn, score, bias, maximum, exponential, sum, quotient, product with V: r = 12),
 norms of n random roundings a token; for the narrowest tensors (n of a few dozen) and the worst of some 10^4 tokens, the
 ratio of two such norms reaches about 2.  3.5 x 2 = 7, taken up to the next power of two.
 """
+
+
+LEAST_TOKENS = 8
+"""A prompt needs this many: on one token at position 0 faults of rotation, mask and scale give a difference of 0."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +84,17 @@ def diff_engine(
         LogitLockError: engine and reference of different specs, or prompts longer than the engine's cache.
     """
     if engine.spec != truth.spec or truth.spec != rounded.spec:
-        raise LogitLockError("the engine and the reference are not the same model: " + _difference(engine, truth))
+        differing = _spec_difference(truth.spec, engine.spec)
+        raise LogitLockError(f"the engine and the reference are not the same model: they differ in {differing}")
     if not bool((prompts.mask != 0).any(1).all()):
         raise LogitLockError("a prompt is empty: it has no tokens")
     with torch.inference_mode():
         return _Diff(engine, truth, rounded, prompts, steps, multiple).result()
 
 
-def _difference(engine: Engine, truth: Decoder) -> str:
-    ours, theirs = truth.spec.to_dict(), engine.spec.to_dict()
-    return ", ".join(f"{k}: {theirs[k]!r} and {ours[k]!r}" for k in ours if ours[k] != theirs[k])
+def _spec_difference(model: ModelSpec, engine: ModelSpec) -> str:
+    ours, theirs = model.to_dict(), engine.to_dict()
+    return ", ".join(f"{k} (model {ours[k]!r}, engine {theirs[k]!r})" for k in ours if ours[k] != theirs[k])
 
 
 class _Diff:
@@ -301,3 +316,71 @@ class _Logits:
     def observer_effect(self) -> ObserverEffect:
         rows = torch.cat(self.rows)
         return ObserverEffect(changed=self.changed, max_abs=float(rows[:, 7].max()), top1_changed=int(rows[:, 8].sum()))
+
+
+def diff_bundle(
+    bundle: Path,
+    model: str | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    steps: int = 8,
+    seed: int = 0,
+    emulate_rounding: bool = True,
+) -> DiffResult:
+    """Compare a bundle on the CPU engine with the reference of the model that it was made from.
+
+    Args:
+        bundle: its directory.
+        model: family name, directory or hub id; None: the family toy that the bundle names.
+        prompts: texts of at least 8 tokens; none: default texts, or random ids for a model without a tokenizer.
+        steps, seed: decode steps; seed of random ids.
+        emulate_rounding: round every node of a half-precision bundle to its dtype (see `OnnxRuntimeEngine`).
+    Raises:
+        LogitLockError: no or a damaged bundle or model, a bundle of another model or checkpoint, a prompt too short or
+            too long.
+    """
+    opened = read_bundle(bundle)
+    info = opened.info
+    if model is None and info.model not in FAMILIES:
+        raise LogitLockError(f"{bundle} was made from {info.model!r}; say with --model where that model is")
+    source = resolve(info.model if model is None else model)
+    if source.spec != opened.spec:
+        differing = _spec_difference(source.spec, opened.spec)
+        raise LogitLockError(f"{bundle} is not a bundle of {source.name}: the architecture differs in {differing}")
+    checkpoint = checkpoint_hash(source)
+    if checkpoint != info.checkpoint_hash:
+        raise LogitLockError(
+            f"{bundle} was made from another checkpoint than {source.name}: its weights have SHA-256 "
+            f"{info.checkpoint_hash[:12]}…, those of the model {checkpoint[:12]}…; export it again"
+        )
+    engine = OnnxRuntimeEngine(opened, emulate_rounding=emulate_rounding)
+    room = engine.max_positions - steps
+    if room < LEAST_TOKENS:
+        raise LogitLockError(
+            f"{bundle} serves {engine.max_positions} positions, but a diff needs {LEAST_TOKENS} prompt tokens "
+            f"and {steps} decode steps"
+        )
+    if prompts:
+        batch = text_prompts(prompts, load_tokenizer_for(source), least=LEAST_TOKENS)
+    else:
+        batch = default_prompts(source.spec, _tokenizer(source), room=room, seed=seed)
+    truth = load(source, dtype=torch.float64)
+    rounded = load(source, dtype=engine.dtype, numerics=info.numerics)
+    result = diff_engine(engine, truth, rounded, batch, steps=steps)
+    result.context = {
+        "model": source.name,
+        "bundle": bundle.name,
+        "precision": info.precision,
+        "numerics": info.numerics,
+        "attention": info.attention,
+        "checkpoint_hash": checkpoint,
+    }
+    return result
+
+
+def _tokenizer(source: ModelSource) -> Tokenizer | None:
+    try:
+        return load_tokenizer_for(source)
+    except LogitLockError:
+        # Default prompts are random ids then; a prompt that the user gave needs one and says so.
+        return None

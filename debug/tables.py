@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from debug.results import DiffResult, TapError
 from debug.verify import CaseResult
+
+_WORST_ROWS = 12
 
 
 def print_cases(results: Sequence[CaseResult]) -> None:
@@ -15,16 +18,121 @@ def print_cases(results: Sequence[CaseResult]) -> None:
     console = Console()
     for result in results:
         failed = set(result.failed())
-        table = Table("tensor", "worst |difference|", "allowed", "", title=f"{result.case} ({result.dtype})")
-        for column in table.columns[1:3]:
-            column.justify = "right"
+        console.print(f"{result.case} ({result.dtype})", style="bold")
+        table = _table("tensor", "worst |difference|", "allowed", "")
         for name, value in result.worst.items():
-            mark = "[red]fail[/red]" if name in failed else "[green]ok[/green]"
-            table.add_row(name, f"{value:.3g}", f"{result.tolerance[name]:.3g}", mark)
-        table.add_row("greedy ids", "equal" if result.greedy_equal else "differ", "equal",
-                      "[green]ok[/green]" if result.greedy_equal else "[red]fail[/red]")  # fmt: skip
+            table.add_row(name, f"{value:.3g}", f"{result.tolerance[name]:.3g}", _mark(name not in failed))
+        table.add_row("greedy ids", "equal" if result.greedy_equal else "differ", "equal", _mark(result.greedy_equal))
         console.print(table)
         if result.not_compared:
             console.print(f"[yellow]not compared:[/yellow] {', '.join(result.not_compared)}")
     passed = sum(result.passed for result in results)
     console.print(f"{passed} of {len(results)} cases passed", style="green" if passed == len(results) else "red")
+
+
+def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
+    """The observer effect if there is one, taps in the order of execution, logits, and the verdict."""
+    console = Console()
+    lengths = ", ".join(map(str, result.prompt_lengths))
+    console.print(f"engine     {result.engine}", highlight=False)
+    console.print(f"reference  {result.reference}", highlight=False)
+    console.print(f"floor      {result.floor}", highlight=False)
+    console.print(f"inputs     {result.prompts}: {lengths} tokens, then {result.steps} teacher-forced decode steps")
+    effect = result.observer_effect
+    if effect.changed:
+        console.print(
+            f"[yellow]observer effect:[/yellow] taps change the logits by up to {effect.max_abs:.3g} "
+            f"({effect.top1_changed} greedy tokens differ); tap errors are of the tapped engine, logits of the untapped"
+        )
+    shown = _worst_forwards(result.taps)
+    title = f"every tap at its worst of {result.steps + 1} forwards"
+    if not every_tap and len(shown) > _WORST_ROWS:
+        keep = {id(e) for e in sorted(shown, key=lambda e: -_rank(e))[:_WORST_ROWS]}
+        named = {c.tap for c in result.culprits}
+        title = f"the worst {_WORST_ROWS} of {len(shown)} taps, in order of execution (--every-tap shows all)"
+        shown = [e for e in shown if id(e) in keep or e.tap in named]
+    console.print(title)
+    table = _table("tap", "at", "max|Δ|", "rel.L2", "floor", "cosine", "local", "floor", "×")
+    for e in shown:
+        wrong = e.ratio > result.multiple or e.nonfinite > 0
+        table.add_row(
+            e.tap,
+            "pre" if e.phase == "prefill" else f"+{e.step}",
+            _short(e.max_abs),
+            _short(e.accumulated),
+            _short(e.accumulated_floor),
+            f"{e.cosine:.4f}",
+            _short(e.local),
+            _short(e.floor),
+            f"{e.nonfinite} NaN" if e.nonfinite else _times(e.ratio) + (" ✗" if wrong else "  "),
+            style="red" if wrong else None,
+        )
+    console.print(table)
+    logits = result.logits
+    console.print(
+        f"logits     KL mean {logits.kl_mean:.3g} max {logits.kl_max:.3g} nats "
+        f"(floor {logits.floor_kl_mean:.3g}, {logits.floor_kl_max:.3g}); top-1 {logits.top1:.2%} of {logits.tokens} "
+        f"tokens (floor {logits.floor_top1:.2%}); {logits.flips} flips, {logits.margin_flips} beyond rounding"
+    )
+    console.print(verdict_line(result), style="green" if result.verdict == "aligned" else "bold red", highlight=False)
+
+
+def verdict_line(result: DiffResult) -> str:
+    """One sentence: the verdict, the first wrong tap, and by how much."""
+    if result.verdict == "aligned":
+        worst = max(result.taps, key=lambda e: e.ratio)
+        return (
+            f"ALIGNED: no tap's local error is above {result.multiple:g} noise floors; the largest is "
+            f"{worst.ratio:.1f} at {worst.tap}"
+        )
+    first = result.culprits[0]
+    where = "prefill" if first.phase == "prefill" else f"decode step {first.step}"
+    where = f"{first.tap} ({where}, row {first.worst[0]}, position {first.worst[1]})"
+    others = len(result.culprits) - 1
+    more = f"; {others} more tap{'s are' if others > 1 else ' is'} wrong by itself" if others else ""
+    if first.kind == "nonfinite":
+        return f"NONFINITE: the first NaN or Inf is at {where}{more}"
+    label = result.verdict.upper()
+    if first.kind == "accumulated":
+        return (
+            f"{label}: no module is wrong by itself, but the logits are; accumulated error passes "
+            f"{result.multiple:g} floors at {where}: {first.ratio:.3g} floors"
+        )
+    return (
+        f"{label}: the first wrong tap is {where}: local error {first.local:.3g}, {first.ratio:.3g} noise floors{more}"
+    )
+
+
+def _worst_forwards(taps: Sequence[TapError]) -> list[TapError]:
+    worst: dict[str, TapError] = {}
+    for error in taps:
+        if error.tap not in worst or _rank(error) > _rank(worst[error.tap]):
+            worst[error.tap] = error
+    return list(worst.values())
+
+
+def _rank(error: TapError) -> float:
+    return float("inf") if error.nonfinite or error.ratio != error.ratio else error.ratio
+
+
+def _table(*columns: str) -> Table:
+    table = Table(columns[0], box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _short(value: float) -> str:
+    """Two digits in at most six characters: 4.6e-4."""
+    if value == 0 or value != value:
+        return f"{value:g}"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 1000 else _short(ratio)
+
+
+def _mark(good: bool) -> str:
+    return "[green]ok[/green]" if good else "[red]wrong[/red]"
