@@ -92,6 +92,14 @@ def test_adjust_equals_transformers() -> None:
         assert torch.equal(logits, before), "the caller's logits are not touched"
 
 
+def test_top_p_at_the_edges() -> None:
+    seen = torch.empty(0, dtype=torch.int64)
+    equal = adjust(torch.zeros(4), seen, Sampling(temperature=1.0, top_p=0.5))
+    assert int(equal.isfinite().sum()) == 2, "the tokens that reach exactly top_p suffice, as in transformers"
+    tiny = adjust(torch.tensor([0.0, 1.0, 0.5]), seen, Sampling(temperature=1.0, top_p=1e-9))
+    assert tiny.isfinite().tolist() == [False, True, False], "one token is always left"
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([1.0, float("-inf"), 0.0, 2.0, -1.0])
     (generator,) = row_generators(0, [[1]])
@@ -173,6 +181,13 @@ def test_stop_id_ends_the_row_and_is_not_text() -> None:
     assert result.finish_reason == "stop_id" and result.text == "世界。"
     assert result.token_ids == [*"世界。".encode(), 0]
     assert pieces == [["世", "界", "。"]], "whole characters only, as soon as they are complete"
+
+
+def test_stop_id_that_is_an_ordinary_token_is_not_text_either() -> None:
+    engine = ScriptedEngine([b"abc", b"cab"])
+    config = GenerationConfig(stop_ids=(0, ord("b")))
+    results = generate(engine, ByteTokenizer(), [[1], [2]], config)
+    assert [(r.text, r.token_ids) for r in results] == [("a", [*b"ab"]), ("ca", [*b"cab"])]
 
 
 @pytest.mark.parametrize(

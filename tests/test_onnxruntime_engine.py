@@ -136,9 +136,10 @@ def test_the_log_would_show_a_copy(
     assert "in-place optimization not activated" in capfd.readouterr().err
 
 
-def test_a_step_costs_the_same_for_any_capacity(exported: Exported) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_step_costs_the_same_for_any_capacity(precision: str, exported: Exported) -> None:
     positions = 65536
-    engine = OnnxRuntimeEngine(exported("qwen2", "fp32", positions), threads=1)
+    engine = OnnxRuntimeEngine(exported("qwen2", precision, positions), emulate_rounding=True, threads=1)
     times = {}
     for capacity in (32, positions):
         cache = engine.new_cache(batch=1, capacity=capacity)
@@ -154,8 +155,8 @@ def test_a_step_costs_the_same_for_any_capacity(exported: Exported) -> None:
             cache.lengths, cache.mask = lengths, mask
         times[capacity] = min(samples)
         bytes_in_cache = sum(b.nbytes for b in (*cache.key, *cache.value))
-    # One copy of the large cache (8 MiB here) takes longer than the whole step.
-    assert bytes_in_cache >= 8 << 20
+    # One copy of the large cache (8 or 16 MiB here) takes longer than the whole step.
+    assert bytes_in_cache >= 4 << 20
     assert times[positions] <= 1.5 * times[32] + 2e-4, times
 
 

@@ -81,8 +81,6 @@ class _Row:
             self.reason = "length"
         if self.stream is not None:
             self.text += self.stream.push(token) if self.reason != "stop_id" else ""
-            if self.reason is not None:
-                self.text += self.stream.finish()
             self._cut(config.stop_strings)
             self._release(config.stop_strings, on_text)
 
