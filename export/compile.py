@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -109,11 +110,12 @@ def export_model(
             Profile(name="decode", batch=[1, 8], tokens=[1, 1], capacity=[1, positions]),
         ],
     )
-    with write_bundle(target, overwrite=overwrite) as draft:
+    with write_bundle(target, overwrite=overwrite) as draft, ThreadPoolExecutor(1) as pool:
+        identity = pool.submit(checkpoint_hash, source)
         draft.copy(path for name in _COPIED if (path := source.directory / name).is_file())
         tensors = stream_parameters(source, dtype=DTYPES[precision], numerics=numerics)
         _write_model(graph, tensors, draft.directory, spec, precision, progress)
-        draft.finish(dataclasses.replace(info, checkpoint_hash=checkpoint_hash(source)))
+        draft.finish(dataclasses.replace(info, checkpoint_hash=identity.result()))
     return target
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
 import onnx
@@ -17,7 +17,7 @@ _ELEMENT_TYPES: Mapping[torch.dtype, int] = {
 }
 # Offsets on page boundaries let a runtime map tensors instead of copying them (ONNX specification, external data).
 _ALIGNMENT = 4096
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 32 << 20
 
 
 class WeightWriter:
@@ -39,20 +39,28 @@ class WeightWriter:
         """
         self._stream.write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
         offset = self._stream.tell()
-        stored = tensor.t() if transposed else tensor
-        rows = max(1, _BLOCK_BYTES // max(1, stored[0].numel() * stored.element_size()))
-        for start in range(0, len(stored), rows):
-            block = stored[start : start + rows].contiguous().view(torch.uint8).numpy()
-            self._stream.write(block.data)
+        for block in _blocks(tensor, transposed=transposed):
+            self._stream.write(block.view(torch.uint8).numpy().data)
             if self._progress is not None:
                 self._progress(block.nbytes)
         proto = onnx.TensorProto(
             name=name,
             data_type=_ELEMENT_TYPES[tensor.dtype],
-            dims=stored.shape,
+            dims=reversed(tensor.shape) if transposed else tensor.shape,
             data_location=onnx.TensorProto.EXTERNAL,
         )
         where = {"location": DATA_NAME, "offset": offset, "length": self._stream.tell() - offset}
         for key, value in where.items():
             proto.external_data.add(key=key, value=str(value))
         return proto
+
+
+def _blocks(tensor: Tensor, *, transposed: bool) -> Iterator[Tensor]:
+    """Contiguous pieces of a tensor, or of its transpose, in the order of storage."""
+    axis = 1 if transposed else 0
+    length = tensor.shape[axis]
+    step = max(1, _BLOCK_BYTES * length // max(1, tensor.nbytes))
+    for start in range(0, length, step):
+        block = tensor.narrow(axis, start, min(step, length - start)).contiguous()
+        # torch transposes a contiguous matrix several times faster than a slice of one.
+        yield block.t().contiguous() if transposed else block

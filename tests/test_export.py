@@ -360,7 +360,7 @@ def test_weights_are_stored_as_matmul_wants_them(tmp_path: Path) -> None:
 
 
 def test_large_tensors_are_written_in_blocks(tmp_path: Path) -> None:
-    value = torch.arange(3 * 2**20, dtype=torch.float32).reshape(1024, 3072)
+    value = torch.arange(12 * 2**20, dtype=torch.float32).reshape(4096, 3072)
     written: list[int] = []
     with (tmp_path / "model.onnx.data").open("wb") as stream:
         writer = WeightWriter(stream, progress=written.append)
