@@ -10,7 +10,7 @@ import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -173,8 +173,9 @@ def _read_index(file: Path) -> Mapping[str, str]:
         raise LogitLockError(f"{file} has no weight_map that says which file holds which tensor")
     suffix = ".bin" if file.name.startswith("pytorch_model") else ".safetensors"
     for name, shard in weight_map.items():
-        # By spelling, not by resolving: the hub's cache keeps its files behind symbolic links.
-        if not isinstance(shard, str) or PurePosixPath(shard).name != shard or PureWindowsPath(shard).name != shard:
+        # By spelling, not by resolving: the hub's cache keeps its files behind symbolic links.  Windows' rules know
+        # both kinds of slashes.
+        if not isinstance(shard, str) or PureWindowsPath(shard).name != shard:
             raise LogitLockError(f"{file} places {name} in {shard!r}; it must be the plain name of a file beside it")
         if not shard.endswith(suffix):
             raise LogitLockError(f"{file} places {name} in {shard!r}; it must be a {suffix} file")
