@@ -1,0 +1,229 @@
+"""The verbs `generate` and `inspect`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import refmodels
+from refmodels.chat import chat_ids
+from refmodels.chat import stop_ids as chat_stop_ids
+from refmodels.checkpoint import DTYPES
+from refmodels.cli import JsonFlag
+from refmodels.errors import LogitLockError
+from refmodels.shards import read_json
+from refmodels.spec import ModelSpec
+from refmodels.tokenizer import Tokenizer, load_tokenizer
+from trt_runtime.bundle import read_bundle
+from trt_runtime.describe import describe, weight_groups
+from trt_runtime.engine import Engine, TorchEngine
+from trt_runtime.generate import GenerationConfig
+from trt_runtime.generate import generate as run_generation
+from trt_runtime.onnxruntime_engine import open_engine
+from trt_runtime.sampling import Sampling
+
+
+def generate(
+    model: Annotated[
+        str | None, typer.Option(help="Reference: family name (the bundled toy), Hugging Face directory, or hub id.")
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Engine: directory of an exported bundle.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeat it for a batch.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="UTF-8 file with one prompt a line; empty lines are skipped; - is stdin.")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="Put each prompt into the model's chat format.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above 0 draws.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among the k most likely tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the tokens that make up this probability.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text, which is cut off; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    stream: Annotated[bool, typer.Option(help="Print text as it comes (one prompt only).")] = True,
+    dtype: Annotated[str | None, typer.Option(help="With --model: fp64, fp32 (default), fp16 or bf16.")] = None,
+    device: Annotated[str | None, typer.Option(help="With --model: cpu (default) or cuda.")] = None,
+    emulate_rounding: Annotated[
+        bool, typer.Option("--emulate-rounding", help="With --bundle: round every tensor to fp16 or bf16 on the CPU.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="With --bundle: CPU threads.", show_default="all")] = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Generate text with the reference or with an engine.
+
+    Example: logitlock generate --bundle engines/qwen-fp16 --prompt '世界上第二高的山峰是哪座？'
+    """
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
+        ),
+        stop_strings=tuple(stop or ()),
+    )
+    prompts = _read_prompts(prompt, prompt_file)
+    if (model is None) == (bundle is None):
+        raise LogitLockError("give either --model (the reference) or --bundle (an engine)")
+    if bundle is not None:
+        if dtype is not None or device is not None:
+            raise LogitLockError("--dtype and --device are for --model; a bundle runs in its own precision on the CPU")
+        engine: Engine = open_engine(bundle, emulate_rounding=emulate_rounding, threads=threads)
+        directory = bundle
+    else:
+        assert model is not None
+        if emulate_rounding or threads is not None:
+            raise LogitLockError("--emulate-rounding and --threads are for --bundle; for --model give --dtype")
+        source = refmodels.resolve(model)
+        engine = TorchEngine(refmodels.load(source, dtype=_dtype(dtype or "fp32"), device=_device(device or "cpu")))
+        directory = source.directory
+    tokenizer = tokenizer_in(directory, engine.spec)
+    config = GenerationConfig(**{**vars(config), "stop_ids": stop_ids_in(directory, engine.spec, tokenizer, chat=chat)})
+    ids = [prompt_ids(text, engine.spec, tokenizer, chat=chat) for text in prompts]
+    live = stream and len(prompts) == 1 and not json_output
+    if not json_output:
+        print(f"engine: {engine.arithmetic}", file=sys.stderr)
+    results = run_generation(
+        engine, tokenizer, ids, config, on_text=(lambda _, text: print(text, end="", flush=True)) if live else None
+    )
+    if json_output:
+        rows = [{"prompt": text, **vars(result)} for text, result in zip(prompts, results, strict=True)]
+        print(json.dumps({"engine": engine.arithmetic, "results": rows}, ensure_ascii=False, indent=2))
+    elif live:
+        print()
+    else:
+        for text, result in zip(prompts, results, strict=True):
+            print(result.text if len(prompts) == 1 else f"> {text}\n{result.text}")
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Directory of a bundle.", show_default=False)],
+    json_output: JsonFlag = False,
+) -> None:
+    """Show what is in a bundle.
+
+    Example: logitlock inspect engines/qwen-fp16
+    """
+    found = describe(read_bundle(bundle))
+    if json_output:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        _show(found)
+
+
+def tokenizer_in(directory: Path, spec: ModelSpec) -> Tokenizer:
+    """The tokenizer whose files are in a bundle or a checkpoint."""
+    return load_tokenizer(directory, family=spec.family if spec.chat_format == "raw" else spec.chat_format)
+
+
+def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
+    """The ids of a prompt, bare or as the user's message of a chat.
+
+    Raises:
+        LogitLockError: a chat with a model that has no chat format.
+    """
+    if not chat:
+        return tokenizer.encode(text)
+    if spec.chat_format == "raw":
+        raise LogitLockError(f"{spec.variant} has no chat format; leave --chat out")
+    return chat_ids(spec.chat_format, tokenizer, [{"role": "user", "content": text}])
+
+
+def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
+    """The tokens that end an answer: eos_token_id of generation_config.json (one or several), the tokenizer's eos, and
+    in a chat those of its format.
+
+    Raises:
+        LogitLockError: eos_token_id is neither a number nor a list of numbers.
+    """
+    stops: list[int] = []
+    path = directory / "generation_config.json"
+    declared = read_json(path).get("eos_token_id") if path.is_file() else None
+    for value in declared if isinstance(declared, list) else [] if declared is None else [declared]:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise LogitLockError(f"{path}: eos_token_id is {declared!r}; it must be a token id or a list of them")
+        stops.append(value)
+    if tokenizer.special.eos is not None:
+        stops.append(tokenizer.special.eos)
+    if chat:
+        stops += chat_stop_ids(spec.chat_format, tokenizer)
+    return tuple(dict.fromkeys(stops))
+
+
+def _read_prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
+    prompts = list(prompt or [])
+    if prompt_file is not None:
+        try:
+            data = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
+            text = data.decode("utf-8")
+        except OSError as error:
+            raise LogitLockError(f"cannot read the prompt file {prompt_file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise LogitLockError(f"the prompt file {prompt_file} is not UTF-8: bad byte at {error.start}") from None
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise LogitLockError("there is no prompt: give --prompt TEXT or --prompt-file FILE")
+    return prompts
+
+
+def _dtype(name: str) -> Any:
+    if name not in DTYPES:
+        raise LogitLockError(f"--dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name not in ("cpu", "cuda"):
+        raise LogitLockError(f"--device is {name!r}; it must be cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LogitLockError("--device is cuda, but PyTorch finds no CUDA GPU here")
+    return name
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = Console()
+    spec = found["spec"]
+    console.print(f"[bold]{found['bundle']}[/bold]", highlight=False)
+    facts = Table(show_header=False, box=None)
+    attention, rope = spec["attention"], spec["rope"]
+    for name, value in (
+        ("model", f"{found['model']} ({spec['variant']})"),
+        ("precision", f"{found['precision']}, {found['numerics']} numerics, attention {found['attention']}"),
+        ("shape", f"{spec['layers']} layers, hidden {spec['hidden_size']}, vocabulary {spec['vocab_size']:,}"),
+        ("heads", f"{attention['heads']} ({attention['kv_heads']} kv), head_dim {attention['head_dim']}"),
+        ("position", spec["position"] + (f" {rope['dim']}, theta {rope['theta']:g}" if rope else "")),
+        ("positions", f"{found['max_positions']:,}"),
+        ("checkpoint", found["checkpoint_hash"][:16]),
+        ("tools", ", ".join(f"{name} {version}" for name, version in found["tools"].items())),
+        ("taps", f"{len(found['taps'])}: {', '.join(list(found['taps'])[:4])}, …"),
+    ):
+        facts.add_row(name, value)
+    console.print(facts, highlight=False)
+    nodes = Table("node", "count", "body", title=f"nodes (opset {found['opset']})", title_justify="left")
+    for name, count in found["nodes"].items():
+        body = found["functions"].get(name)
+        nodes.add_row(name, str(count), f"{body} nodes" if body is not None else "")
+    console.print(nodes)
+    total = sum(weight["bytes"] for weight in found["weights"])
+    weights = Table("weight", "count", "shape", "dtype", "MB", "share", title="weights", title_justify="left")
+    for group in weight_groups(found["weights"]):
+        size = group["bytes"]
+        shape = " x ".join(map(str, group["shape"]))
+        share = f"{size / total:.1%}"
+        weights.add_row(group["name"], str(group["count"]), shape, group["dtype"], f"{size / 1e6:.2f}", share)
+    weights.add_row("total", str(len(found["weights"])), "", "", f"{total / 1e6:.2f}", "")
+    console.print(weights)
+    profiles = Table("profile", "batch", "tokens", "capacity", title="profiles", title_justify="left")
+    for profile in found["profiles"]:
+        profiles.add_row(profile["name"], *("–".join(map(str, profile[k])) for k in ("batch", "tokens", "capacity")))
+    console.print(profiles)
+    files = Table("file", "bytes", "sha256", title="files", title_justify="left")
+    for name, file in found["files"].items():
+        files.add_row(name, f"{file['bytes']:,}", file["sha256"][:16])
+    console.print(files)
