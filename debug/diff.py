@@ -15,6 +15,7 @@ The first tap whose local error exceeds `MULTIPLE` floors is the culprit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from refmodels.checkpoint import ModelSource, checkpoint_hash, load, load_tokeni
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.model import Decoder
+from refmodels.positions import wide_dtype
 from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, is_cache_tap, recording
 from trt_runtime.bundle import read_bundle
@@ -102,7 +104,7 @@ class _Diff:
         self, engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, steps: int, multiple: float
     ) -> None:
         self.engine, self.prompts, self.steps, self.multiple = engine, prompts, steps, multiple
-        self.lower_bound = torch.finfo(engine.dtype).eps / 2
+        self.unit = torch.finfo(engine.dtype).eps / 2
         self.taps: list[TapError] = []
         self.logits = _Logits()
         batch, tokens = prompts.ids.shape
@@ -129,7 +131,7 @@ class _Diff:
             floor=f"PyTorch reference in {name}, {self.rounded.model.numerics} numerics, on the same inputs",
             engine=self.engine.arithmetic,
             multiple=self.multiple,
-            lower_bound=self.lower_bound,
+            unit_roundoff=self.unit,
             prompts=self.prompts.origin,
             prompt_lengths=self.prompts.mask.sum(1).tolist(),
             steps=self.steps,
@@ -153,8 +155,9 @@ class _Diff:
         self.local_rounded.run(plan, floor)
         sink = self._sink(plan, stats, captured.tensors, floor.tensors)
         self.local_truth.run(plan, Recorder(self.engine.tap_names, substitutes=captured.tensors, sink=sink))
-        for tap, (accumulated, accumulated_floor, local, local_floor) in stats.items():
-            self.taps.append(self._tap_error(tap, step, accumulated, accumulated_floor, local, local_floor))
+        for tap, found in stats.items():
+            bound = lower_bound(self.engine.spec, tap, self.engine.dtype, slots=plan.attention_mask.shape[1])
+            self.taps.append(self._tap_error(tap, step, bound, *found))
         real = plan.new_mask
         self.logits.add(truth[real], rounded[real], untapped[real], tapped[real])
         token = truth[:, -1:].argmax(-1)
@@ -183,13 +186,14 @@ class _Diff:
         self,
         tap: str,
         step: int,
+        bound: float,
         accumulated: ErrorStats,
         accumulated_floor: ErrorStats,
         local: ErrorStats,
         local_floor: ErrorStats,
     ) -> TapError:
         # A token whose floor is small by luck counts with the floor of the whole tensor.
-        floor = local_floor.token_rel.clamp(min=max(local_floor.rel_l2, self.lower_bound))
+        floor = local_floor.token_rel.clamp(min=max(local_floor.rel_l2, bound))
         ratios = local.token_rel / floor
         worst = int(ratios.nan_to_num(nan=float("inf")).argmax())
         phase: Phase = "decode" if step else "prefill"
@@ -208,8 +212,9 @@ class _Diff:
             local_max_abs=local.max_abs,
             floor=local_floor.rel_l2,
             floor_spread=float(local_floor.token_rel.max()) / local_floor.rel_l2 if local_floor.rel_l2 else 1.0,
+            floor_bound=bound,
             ratio=float(ratios[worst]),
-            accumulated_ratio=accumulated.rel_l2 / max(accumulated_floor.rel_l2, self.lower_bound),
+            accumulated_ratio=accumulated.rel_l2 / max(accumulated_floor.rel_l2, bound),
             worst=(row, position),
             nonfinite=accumulated.nonfinite,
             floor_nonfinite=accumulated_floor.nonfinite,
@@ -227,9 +232,11 @@ class _Diff:
             found.setdefault(spoiled.tap, []).append(spoiled)
         culprits = [self._culprit(errors) for errors in found.values()]
         if not culprits:
-            limit = self.multiple * max(logits.floor_rel_l2, self.lower_bound)
-            if logits.rel_l2 > limit or logits.nonfinite:
-                beyond = (e for e in self.taps if e.accumulated_ratio > self.multiple)
+            # Modules that are each within R floors of their own let about R accumulated floors pass on.
+            explained = max(1.0, *(e.local / max(e.floor, self.unit) for e in self.taps))
+            limit = self.multiple * explained
+            if logits.rel_l2 > limit * max(logits.floor_rel_l2, self.unit) or logits.nonfinite:
+                beyond = (e for e in self.taps if e.accumulated_ratio > limit)
                 first = next(beyond, next(e for e in self.taps if e.tap == "logits"))
                 culprits.append(self._culprit([first], accumulated=True))
         order = {tap: i for i, tap in enumerate(self.engine.tap_names)}
@@ -248,6 +255,26 @@ class _Diff:
             worst=first.worst,
             occurrences=len(errors),
         )
+
+
+def lower_bound(spec: ModelSpec, tap: str, dtype: torch.dtype, *, slots: int) -> float:
+    """The relative error that every engine of this dtype may have in a tap, whatever the floor happens to be.
+
+    One rounding to the dtype; and, for a product that sums K terms one after the other in fp32 (fp64 for fp64), the
+    error of these sums: a random walk of K roundings gives sqrt(K / 6) units of them.  The floor's own BLAS may sum in
+    blocks and be several times better, which is no reason to call the engine wrong.
+    """
+    terms = {
+        "attn.qkv": spec.hidden_size,
+        "attn.context": max(slots, spec.attention.head_dim),
+        "attn.out": spec.attention.heads * spec.attention.head_dim,
+        "mlp.gate": spec.hidden_size,
+        "mlp.up": spec.hidden_size,
+        "mlp.out": spec.mlp.width,
+        "logits": spec.hidden_size,
+    }.get(tap.split(".", 2)[-1], 0)
+    unit, sum_unit = torch.finfo(dtype).eps / 2, torch.finfo(wide_dtype(dtype)).eps / 2
+    return float(max(unit, sum_unit * math.sqrt(terms / 6)))
 
 
 def _copy_cache(source: KVCache, target: KVCache) -> None:

@@ -23,6 +23,7 @@ class TapError:
         local, local_max_abs: the engine's output against the fp64 reference module run on the engine's own inputs.
         floor, floor_spread: the reference module in the engine's dtype on these same inputs, against the same; the
             spread is the worst token of the batch over all of them.
+        floor_bound: what the floor counts as at least (`debug.diff.lower_bound`).
         ratio: local error over floor, of the worst token (see `debug.diff.MULTIPLE`).
         accumulated_ratio: accumulated over accumulated_floor.
         worst: row and position of the token with the largest ratio.
@@ -43,6 +44,7 @@ class TapError:
     local_max_abs: float
     floor: float
     floor_spread: float
+    floor_bound: float
     ratio: float
     accumulated_ratio: float
     worst: tuple[int, int]
@@ -130,7 +132,7 @@ class DiffResult:
     floor: str
     engine: str
     multiple: float
-    lower_bound: float
+    unit_roundoff: float
     prompts: str
     prompt_lengths: list[int]
     steps: int
@@ -154,7 +156,7 @@ class DiffResult:
                 "floor": self.floor,
                 "engine": self.engine,
                 "multiple": self.multiple,
-                "lower_bound": self.lower_bound,
+                "unit_roundoff": self.unit_roundoff,
                 "prompts": self.prompts,
                 "prompt_lengths": self.prompt_lengths,
                 "steps": self.steps,
