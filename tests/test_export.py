@@ -213,9 +213,9 @@ def test_attention_body_is_the_op(case: str, precision: Any, numerics: Any) -> N
     """One node on random inputs with hidden slots and rows of unequal length: cached keys bit for bit in bf16."""
     spec = source_of(case).spec
     a, dtype = spec.attention, DTYPES[precision]
-    tables = build_tables(spec, positions=32, numerics=numerics, dtype=dtype)
     make = torch.Generator().manual_seed(0)
-    batch, tokens, capacity, live = 2, 5, 16, 12
+    batch, tokens, capacity, live = 2, 5, 256, 212
+    tables = build_tables(spec, positions=capacity, numerics=numerics, dtype=dtype)
     cache = [torch.randn(batch, a.kv_heads, capacity, a.head_dim, generator=make).to(dtype) for _ in range(2)]
     visible = torch.ones(batch, live, dtype=torch.bool)
     visible[1, :3] = False
@@ -223,10 +223,10 @@ def test_attention_body_is_the_op(case: str, precision: Any, numerics: Any) -> N
         "qkv": torch.randn(batch, tokens, spec.qkv_width, generator=make).to(dtype),
         "past_key": cache[0],
         "past_value": cache[1],
-        "cache_lengths": torch.tensor([7, 0]),
+        "cache_lengths": torch.tensor([207, 0]),
         "visible": visible,
     }
-    positions = torch.arange(3, 8).expand(batch, tokens)
+    positions = torch.arange(207, 212).expand(batch, tokens)
     if tables.rope_cos is not None and tables.rope_sin is not None:
         inputs |= {"cos": tables.rope_cos[positions], "sin": tables.rope_sin[positions]}
     if a.logn_seq_length is not None:
@@ -379,6 +379,10 @@ def test_max_positions_limits_the_tables(tmp_path: Path) -> None:
     assert len(small["rope_cos"]) % 64 == 0 and len(small["rope_cos"]) < len(large["rope_cos"])
     bundle = export_model(source, precision="fp32", max_positions=64, output=tmp_path / "bundle")
     assert read_bundle(bundle).info.max_positions == 64
+    stored = {
+        i.name: list(i.dims) for i in onnx.load(bundle / "model.onnx", load_external_data=False).graph.initializer
+    }
+    assert stored["rope_cos"] == list(small["rope_cos"].shape)
 
 
 @pytest.mark.parametrize(
