@@ -41,13 +41,15 @@ class Verb:
 
 
 VERBS = {
-    "export": Verb("export.cli", "export", "Export a model to a bundle: ONNX with plugin nodes, weights, tokenizer."),
+    "export": Verb("export.cli", "export", "Export a model to a bundle: model.onnx, weights, tokenizer and manifest."),
     "generate": Verb("trt_runtime.cli", "generate", "Generate text with the reference or with an engine."),
     "verify": Verb("debug.cli", "verify", "Compare the reference with what the upstream code computed."),
     "record": Verb("debug.cli", "record", "Record a golden case by running Hugging Face transformers."),
     "diff": Verb("debug.cli", "diff", "Compare an engine with the fp64 reference, tensor by tensor."),
     "inspect": Verb("trt_runtime.cli", "inspect", "Show what is in a bundle."),
-    "models": Verb("refmodels.cli", "models", "List the model families and the bundled toys."),
+    "models": Verb(
+        "refmodels.cli", "models", "List the model families, the published models they cover, and the bundled toys."
+    ),
 }
 
 
