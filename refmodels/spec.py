@@ -8,12 +8,11 @@ unknown keys, so that a bundle written by a later version fails loudly instead o
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from refmodels.errors import LogitLockError
+from refmodels.records import read_record
 
 Numerics = Literal["exact", "upstream"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu"]
@@ -152,42 +151,4 @@ def spec_from_dict(data: dict[str, Any]) -> ModelSpec:
     Raises:
         LogitLockError: an unknown or missing key, or a value of the wrong type, named with its path.
     """
-    spec = _read(ModelSpec, data, "spec")
-    assert isinstance(spec, ModelSpec)
-    return spec
-
-
-def _read(kind: type[Any], data: object, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise LogitLockError(f"{where} must be an object, got {type(data).__name__}")
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in data:
-        if key not in fields:
-            raise LogitLockError(f"{where} has an unknown key {key!r}; known keys: {', '.join(fields)}")
-    values: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name in data:
-            values[name] = _value(hints[name], data[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING:
-            raise LogitLockError(f"{where} lacks the key {name!r}")
-    return kind(**values)
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in options:
-            return None
-        return _value(next(o for o in options if o is not type(None)), value, where)
-    if origin is Literal:
-        if value not in options:
-            raise LogitLockError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, options))}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        return _read(typing.cast(type[Any], hint), value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise LogitLockError(f"{where} is {value!r}; it must be of type {hint.__name__}")
-    return value
+    return read_record(ModelSpec, data, "spec")

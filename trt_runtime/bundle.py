@@ -12,14 +12,14 @@ import json
 import os
 import shutil
 import tempfile
-import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from refmodels.errors import LogitLockError
+from refmodels.records import read_record
 from refmodels.spec import ModelSpec, Numerics, spec_from_dict
 
 SCHEMA = 1
@@ -28,7 +28,6 @@ MODEL_NAME = "model.onnx"
 
 Precision = Literal["fp32", "fp16", "bf16"]
 AttentionMode = Literal["plugin", "native", "decomposed"]
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +210,7 @@ def read_bundle(path: Path | str, *, verify_hashes: bool = True) -> Bundle:
         raise LogitLockError(
             f"{directory} has bundle schema {data['schema']!r}, this version reads schema {SCHEMA}; export it again"
         )
-    info = _read(BundleInfo, data, str(manifest))
+    info = read_record(BundleInfo, data, str(manifest))
     for name, file in info.files.items():
         _check_file(directory, name, file, verify_hash=verify_hashes)
     if MODEL_NAME not in info.files:
@@ -242,38 +241,6 @@ def _check_file(directory: Path, name: str, file: FileInfo, *, verify_hash: bool
         raise LogitLockError(f"the bundle's file {path} has {size} bytes, {INFO_NAME} says {file.bytes}")
     if verify_hash and file_sha256(path) != file.sha256:
         raise LogitLockError(f"the bundle's file {path} has changed: its SHA-256 is not the one in {INFO_NAME}")
-
-
-def _read(kind: type[R], data: object, where: str) -> R:
-    if not isinstance(data, dict):
-        raise LogitLockError(f"{where} must be an object, got {type(data).__name__}")
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
-    for key in data:
-        if key not in fields:
-            raise LogitLockError(f"{where} has an unknown key {key!r}; known keys: {', '.join(fields)}")
-    for name in fields:
-        if name not in data:
-            raise LogitLockError(f"{where} lacks the key {name!r}")
-    return kind(**{name: _value(hints[name], data[name], f"{where}: {name}") for name in fields})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in options:
-            raise LogitLockError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, options))}")
-        return value
-    if origin is list and isinstance(value, list):
-        return [_value(options[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, Mapping):
-        return {key: _value(options[1], item, f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return _read(typing.cast(type[Any], hint), value, where)
-    allowed = options if origin is not None and origin not in (list, dict) else (origin or hint,)
-    if hint is not Any and (not isinstance(value, allowed) or isinstance(value, bool)):
-        raise LogitLockError(f"{where} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}")
-    return value
 
 
 def _fsync(path: Path) -> None:

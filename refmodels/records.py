@@ -1,0 +1,67 @@
+"""Frozen dataclasses as JSON, read back strictly: an unknown key, a missing key or a wrong type is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from refmodels.errors import LogitLockError
+
+R = TypeVar("R")
+
+
+def read_record(kind: type[R], data: object, where: str) -> R:
+    """Make a dataclass from parsed JSON.
+
+    Args:
+        kind: a dataclass whose fields are JSON values, lists, dicts, Literals, optional values or such dataclasses.
+        data: what `dataclasses.asdict` gave, through JSON.
+        where: how errors name the object.
+    Raises:
+        LogitLockError: an unknown or missing key (one with a default may be missing) or a value of another type.
+    """
+    if not isinstance(data, dict):
+        raise LogitLockError(f"{where} must be an object, got {type(data).__name__}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
+    for key in data:
+        if key not in fields:
+            raise LogitLockError(f"{where} has an unknown key {key!r}; known keys: {', '.join(fields)}")
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _value(hints[name], data[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise LogitLockError(f"{where} lacks the key {name!r}")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in options:
+            raise LogitLockError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, options))}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_value(options[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _value(options[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return read_record(typing.cast(type[Any], hint), value, where)
+    allowed = options if origin in (typing.Union, types.UnionType) else (origin or hint,)
+    if value is None and type(None) in allowed:
+        return None
+    record = next((o for o in allowed if dataclasses.is_dataclass(o)), None)
+    if record is not None:
+        return read_record(typing.cast(type[Any], record), value, where)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        names = " or ".join(o.__name__ for o in allowed)
+        raise LogitLockError(f"{where} is {value!r}; it must be of type {names}")
+    return value
