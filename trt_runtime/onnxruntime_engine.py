@@ -24,6 +24,7 @@ from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, is_cache_tap, tap_names
 from trt_runtime.bundle import Bundle, read_bundle
 from trt_runtime.engine import Engine
+from trt_runtime.older_onnxruntime import has_tensor_scatter, without_tensor_scatter
 from trt_runtime.rounding import HALF_TYPES, compute_in_float, inline_and_type, load_graph, promote
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -157,10 +158,14 @@ class OnnxRuntimeEngine(Engine):
             model = inline_and_type(model)
             compute_in_float(model, HALF_TYPES[info.precision], rounded=self.emulate_rounding)
         promote(model, taps)
+        if not has_tensor_scatter():
+            model = without_tensor_scatter(model)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _LOG_SEVERITY
+        # Spinning threads gain 3 % on idle cores and lose half on shared ones (another process, or torch in this one).
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         data = ir.to_proto(model).SerializeToString()
         return _Session(ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]))
