@@ -54,6 +54,7 @@ ratio of two such norms reaches about 2.  3.5 x 2 = 7, taken up to the next powe
 """
 
 
+_BLOCK_TOKENS = 32
 LEAST_TOKENS = 8
 """A prompt needs this many: on one token at position 0 faults of rotation, mask and scale give a difference of 0."""
 
@@ -192,8 +193,10 @@ class _Diff:
         local: ErrorStats,
         local_floor: ErrorStats,
     ) -> TapError:
-        # A token whose floor is small by luck counts with the floor of the whole tensor.
-        floor = local_floor.token_rel.clamp(min=max(local_floor.rel_l2, bound))
+        # A token whose floor is small by luck counts with the floor of the whole tensor.  Where the dtype overflows in
+        # the floor's run but not in the engine, nothing but the bound is known.
+        whole = local_floor.rel_l2 if math.isfinite(local_floor.rel_l2) else 0.0
+        floor = local_floor.token_rel.nan_to_num(nan=0.0, posinf=0.0).clamp(min=max(whole, bound))
         ratios = local.token_rel / floor
         worst = int(ratios.nan_to_num(nan=float("inf")).argmax())
         phase: Phase = "decode" if step else "prefill"
@@ -294,8 +297,12 @@ class _Logits:
         self.changed = False
 
     def add(self, truth: Tensor, rounded: Tensor, untapped: Tensor, tapped: Tensor) -> None:
-        """Each [tokens, vocab]."""
-        truth, rounded, untapped, tapped = (t.to("cpu", torch.float64) for t in (truth, rounded, untapped, tapped))
+        """Each [tokens, vocab]; taken a block of tokens at a time, since a float64 vocabulary is large."""
+        for start in range(0, len(truth), _BLOCK_TOKENS):
+            block = slice(start, start + _BLOCK_TOKENS)
+            self._add(*(t[block].to("cpu", torch.float64) for t in (truth, rounded, untapped, tapped)))
+
+    def _add(self, truth: Tensor, rounded: Tensor, untapped: Tensor, tapped: Tensor) -> None:
         self.nonfinite += nonfinite_count(untapped)
         # Unlike torch.equal this counts NaN in the same place as equal.
         self.changed |= not torch.allclose(untapped, tapped, rtol=0.0, atol=0.0, equal_nan=True)
