@@ -19,7 +19,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from checkpoints import read_case, write_model
-from conftest import CASES, GOLDENS
+from conftest import CASES, GOLDENS, needs_opset_24
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
 from torch import Tensor
@@ -38,6 +38,8 @@ from refmodels.ops import cached_attention
 from refmodels.positions import build_tables
 from refmodels.taps import Recorder, recording, tap_names
 from trt_runtime.bundle import read_bundle
+
+pytestmark = needs_opset_24
 
 TOLERANCE = 1e-5
 # One case for each feature: dynamic NTK and logn over the crossing; ALiBi; interleaved partial rope with few kv heads;

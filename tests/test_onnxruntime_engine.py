@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import CASES, GOLDENS
+from conftest import CASES, GOLDENS, needs_opset_24
 from safetensors.torch import load_file
 
 import refmodels
@@ -122,6 +122,7 @@ def test_caches_are_bound_in_place(
     assert "in-place optimization not activated" not in capfd.readouterr().err
 
 
+@needs_opset_24
 def test_the_log_would_show_a_copy(
     exported: Exported, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +245,7 @@ def test_weights_outside_the_bundle_are_refused(exported: Exported, tmp_path: Pa
         onnxruntime_engine.load_graph(tmp_path / "model.onnx", files=bundle.info.files)
 
 
+@needs_opset_24
 def test_session_runs_the_exported_file_itself(exported: Exported) -> None:
     """What the engine runs in fp32 is the graph on disk: ONNX Runtime alone gives the same logits from it."""
     bundle = read_bundle(exported("chatglm2"))

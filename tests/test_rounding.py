@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from checkpoints import read_case, write_model
+from conftest import needs_opset_24
 from torch import Tensor
 
 import refmodels
@@ -77,6 +78,7 @@ def run(model: ir.Model, feeds: dict[str, Tensor], outputs: dict[str, Tensor]) -
     session.run_with_iobinding(io)
 
 
+@needs_opset_24
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("rounded", [True, False])
 def test_small_graph(precision: str, rounded: bool) -> None:
