@@ -12,10 +12,11 @@ from unittest import mock
 import pytest
 import torch
 from command import logitlock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import refmodels
-from debug.record import record_case
+from debug.prompts import Prompts
+from debug.record import _run, record_case
 from debug.verify import verify_case
 from refmodels.errors import LogitLockError
 
@@ -131,6 +132,22 @@ def test_recorded_cases_verify(name: str, models: Callable[[str], Path], tmp_pat
     assert torch.equal(io["decode_ids"][:, 1:], io["decode_logits"][:, :-1].argmax(-1))
 
 
+def test_right_padding_keeps_its_slots(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Upstream decodes behind trailing pads, and a sliding window counts them."""
+    model = models("starcoder2")
+    case = tmp_path / "case"
+    record_case(model, case, steps=1)
+    ids = load_file(case / "io.safetensors")["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, 13:] = 0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+    prompts = Prompts(ids=ids, mask=mask, origin="")
+    tensors = {"input_ids": ids, "attention_mask": mask} | _run(loaded, refmodels.resolve(model).spec, prompts, 6)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, case / "io.safetensors")
+    result = verify_case(case)
+    assert result.passed, result.worst
+
+
 def test_seed_and_command(models: Callable[[str], Path], tmp_path: Path) -> None:
     model = models("qwen2")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -220,8 +237,6 @@ def test_nothing_is_left_after_a_failure(models: Callable[[str], Path], tmp_path
     shutil.copytree(models("qwen2"), model)
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
-    from safetensors.torch import save_file
-
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LogitLockError, match="NaN or Inf"):
         record_case(model, tmp_path / "case", steps=1)

@@ -114,6 +114,16 @@ def test_wrong_positions_and_ids_are_found(variant: Callable[..., Path]) -> None
     assert not result.greedy_equal
 
 
+def test_greedy_ids_count_by_themselves(variant: Callable[..., Path]) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        del tensors["decode_logits"]
+        tensors["decode_ids"][:, -1] = (tensors["decode_ids"][:, -1] + 1) % 160
+
+    result = verify_case(variant("qwen", edit))
+    assert not result.failed()
+    assert not result.greedy_equal and not result.passed
+
+
 def test_padding_is_left_out(variant: Callable[..., Path]) -> None:
     def edit(tensors: dict[str, Tensor]) -> None:
         assert tensors["attention_mask"][1, 0] == 0
