@@ -51,6 +51,9 @@ tapped module is attention with every step stored in the working dtype (scale, t
 logn, score, bias, maximum, exponential, sum, quotient, product with V: r = 12), so sqrt(12) = 3.5.  Both errors are
 norms of n random roundings a token; for the narrowest tensors (n of a few dozen) and the worst of some 10^4 tokens, the
 ratio of two such norms reaches about 2.  3.5 x 2 = 7, taken up to the next power of two.
+
+A fault below that, such as a wrong epsilon in half precision, changes the engine less than rounding may: it shows in a
+diff of the same model's fp32 bundle, whose floor is four orders of magnitude lower.
 """
 
 
