@@ -178,18 +178,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), -1)
 
 
-@torch.library.custom_op("refmodels::fused_rms_norm", mutates_args=())
-def _fused_rms_norm_op(x: Tensor, weight: Tensor, eps: float, weight_in_float: bool) -> Tensor:
-    return _rms_norm_body(x, weight, eps, weight_in_float)
-
-
-@_fused_rms_norm_op.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, weight_in_float: bool) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("refmodels::cached_attention", mutates_args=("key_cache", "value_cache"))
-def _cached_attention_op(
+def _attention_op(
     qkv: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -212,26 +201,26 @@ def _cached_attention_op(
     )[0]  # fmt: skip
 
 
-@_cached_attention_op.register_fake
-def _(
-    qkv: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_lengths: Tensor,
-    visible: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    query_scale: Tensor | None,
-    alibi_slopes: Tensor | None,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    rotary_interleaved: bool,
-    window: int,
-    arithmetic: str,
-) -> Tensor:
-    width = qkv.shape[-1] // (heads + 2 * kv_heads) * heads
-    return qkv.new_empty((qkv.shape[0], qkv.shape[1], width))
+def _fake_attention(qkv: Tensor, *rest: Tensor | float | str | None) -> Tensor:
+    heads, kv_heads = rest[8], rest[9]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    return qkv.new_empty((*qkv.shape[:2], qkv.shape[-1] // (heads + 2 * kv_heads) * heads))
+
+
+# Not through the torch.library.custom_op decorator: its first call imports torch._dynamo, 0.7 s in every command.
+_LIBRARY = torch.library.Library("refmodels", "DEF")
+_LIBRARY.define("fused_rms_norm(Tensor x, Tensor weight, float eps, bool weight_in_float) -> Tensor")
+_LIBRARY.define(
+    "cached_attention(Tensor qkv, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_lengths, Tensor visible, "
+    "Tensor? cos, Tensor? sin, Tensor? query_scale, Tensor? alibi_slopes, int heads, int kv_heads, float scale, "
+    "bool rotary_interleaved, int window, str arithmetic) -> Tensor"
+)
+_LIBRARY.impl("fused_rms_norm", _rms_norm_body, "CompositeExplicitAutograd")
+_LIBRARY.impl("cached_attention", _attention_op, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "refmodels::fused_rms_norm", lambda x, weight, eps, weight_in_float: torch.empty_like(x), lib=_LIBRARY
+)
+torch.library.register_fake("refmodels::cached_attention", _fake_attention, lib=_LIBRARY)
 
 
 def rope_rows(position_ids: Tensor, ntk_table: Tensor, positions: int) -> Tensor:

@@ -266,3 +266,14 @@ def test_the_cache_belongs_to_the_caller() -> None:
         model.step(random_ids(model, 1, 4), other),
         model.step(random_ids(model, 1, 4), model.new_cache(batch=1, capacity=8)),
     )
+
+
+def test_custom_ops_are_sound_for_torch_export() -> None:
+    """Schema, mutation, fake kernel and functionalisation, as torch itself checks them."""
+    cos, sin = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    caches = [torch.zeros(2, 2, 5, 8) for _ in range(2)]
+    lengths, visible = torch.zeros(2, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
+    qkv = torch.randn(2, 3, (4 + 4) * 8)
+    arguments = (qkv, *caches, lengths, visible, cos, sin, None, None, 4, 2, 0.5, False, 0, "exact")
+    torch.library.opcheck(torch.ops.refmodels.cached_attention.default, arguments)
+    torch.library.opcheck(torch.ops.refmodels.fused_rms_norm.default, (qkv, torch.ones(64), 1e-6, False))
