@@ -154,7 +154,7 @@ def _attention(spec: ModelSpec, dtype: int, numerics: Numerics) -> onnx.Function
         *(
             _wide_attention(spec, dtype, exact=exact)
             if arithmetic in ("exact", "sdpa")
-            else _eager_attention(spec, dtype, divide="divide" in arithmetic)
+            else _eager_attention(spec, dtype, divide="divide" in arithmetic, upcast=arithmetic == "eager_upcast")
         ),
     ]
     outputs = ("context", "key", "value")
@@ -401,18 +401,24 @@ def _wide_attention(spec: ModelSpec, dtype: int, *, exact: bool) -> list[str]:
     ]
 
 
-def _eager_attention(spec: ModelSpec, dtype: int, *, divide: bool) -> list[str]:
-    """Upstream's eager attention: scores rounded, scaled, rounded; softmax in fp32 and rounded; rounded products."""
+def _eager_attention(spec: ModelSpec, dtype: int, *, divide: bool, upcast: bool) -> list[str]:
+    """Upstream's eager attention: scores rounded, scaled, rounded; softmax in fp32 and rounded; rounded products.
+
+    `upcast` computes the scores in fp32 and does not round them.
+    """
+    query, key, score_type = ("query_wide", "key_wide", _WIDE) if upcast else ("query", "live_key", dtype)
+    widening = [f"query_wide = Cast <to = {_WIDE}> (query)", f"key_wide = Cast <to = {_WIDE}> (live_key)"]
     if divide:
         scaling = ["one_float = Constant <value_float = 1.0> ()", "divisor = Div (one_float, scale_number)"]
         scaling.append("scores_wide = Div (products_wide, divisor)")
     else:
         scaling = ["scores_wide = Mul (products_wide, scale_number)"]
     lines = [
-        *_grouped_scores(spec, "query", "live_key", "products"),
+        *(widening if upcast else []),
+        *_grouped_scores(spec, query, key, "products"),
         f"products_wide = Cast <to = {_WIDE}> (products)",
         *scaling,
-        f"scores = Cast <to = {dtype}> (scores_wide)",
+        f"scores = Cast <to = {score_type}> (scores_wide)",
         *_alibi(spec, relative=False),
     ]
     biased = "scores"

@@ -74,7 +74,7 @@ def cached_attention(
         arithmetic: "exact" keeps everything from rotation to context in fp32 (fp64 for fp64) and rounds once, and the
             cached key once.  The others repeat an upstream implementation in half precision: "sdpa"; "eager_multiply" /
             "eager_divide" (score rounded, then scaled by a product / quotient; softmax in the working dtype) and the
-            same with "_float32" (softmax in fp32).  There ALiBi has upstream's absolute form, slope * key slot.
+            same with "_float32" (softmax in fp32); "eager_upcast" (scores and softmax in fp32).  There ALiBi has upstream's absolute form, slope * key slot.
     Returns:
         context [batch, tokens, heads * head_dim] in the dtype of qkv, and the two caches.  The context of a query that
         sees no key is 0 by definition.
@@ -146,7 +146,8 @@ def _attention_body(
     if arithmetic == "sdpa":
         context = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scale)
     else:
-        scores = query @ keys.transpose(-1, -2)
+        upcast = torch.float32 if arithmetic == "eager_upcast" else query.dtype
+        scores = query.to(upcast) @ keys.to(upcast).transpose(-1, -2)
         # x / sqrt(d) and x * (1 / sqrt(d)) round differently where sqrt(d) is no power of two.
         scores = scores / (1.0 / scale) if "divide" in arithmetic else scores * scale
         if alibi_slopes is not None:

@@ -18,7 +18,13 @@ Numerics = Literal["exact", "upstream"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu"]
 RopeTable = Literal["float32", "working", "working_arithmetic"]
 AttentionArithmetic = Literal[
-    "exact", "sdpa", "eager_divide", "eager_divide_float32", "eager_multiply", "eager_multiply_float32"
+    "exact",
+    "sdpa",
+    "eager_divide",
+    "eager_divide_float32",
+    "eager_multiply",
+    "eager_multiply_float32",
+    "eager_upcast",
 ]
 
 

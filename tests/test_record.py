@@ -34,6 +34,10 @@ LLAMA = {
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", GPT),
+    "gpt2_upcast": (
+        "GPT2Config",
+        GPT | {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
+    ),
     "gpt_bigcode": ("GPTBigCodeConfig", GPT),
     "gpt_bigcode_mha": ("GPTBigCodeConfig", GPT | {"multi_query": False}),
     "starcoder2": ("Starcoder2Config", LLAMA | {"sliding_window": 9}),

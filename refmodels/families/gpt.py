@@ -23,8 +23,9 @@ def _learned(config: Config) -> ModelSpec:
     head_dim = config.divided(hidden, heads)
     multi_query = bigcode and config.get(bool, "multi_query", default=True)
     config.require("add_cross_attention", False, False)
-    softmax_in_float = bigcode or config.get(bool, "reorder_and_upcast_attn", default=False)
-    arithmetic: AttentionArithmetic = "eager_multiply_float32" if softmax_in_float else "eager_multiply"
+    arithmetic: AttentionArithmetic = "eager_multiply_float32" if bigcode else "eager_multiply"
+    if config.get(bool, "reorder_and_upcast_attn", default=False):
+        arithmetic = "eager_upcast"
     return ModelSpec(
         family="gpt",
         variant="gpt_bigcode" if bigcode else "gpt2",
