@@ -73,8 +73,9 @@ def cached_attention(
         window: keys visible to a query, self included; 0 for all.
         arithmetic: "exact" keeps everything from rotation to context in fp32 (fp64 for fp64) and rounds once, and the
             cached key once.  The others repeat an upstream implementation in half precision: "sdpa"; "eager_multiply" /
-            "eager_divide" (score rounded, then scaled by a product / quotient; softmax in the working dtype) and the
-            same with "_float32" (softmax in fp32); "eager_upcast" (scores and softmax in fp32).  There ALiBi has upstream's absolute form, slope * key slot.
+            "eager_divide" (score rounded, then scaled by a product / quotient; softmax in the working dtype), the same
+            with "_float32" (softmax in fp32), and "eager_upcast" (scores and softmax in fp32).  There ALiBi has
+            upstream's absolute form, slope * key slot.
     Returns:
         context [batch, tokens, heads * head_dim] in the dtype of qkv, and the two caches.  The context of a query that
         sees no key is 0 by definition.
