@@ -180,29 +180,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), -1)
 
 
-def _attention_op(
-    qkv: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_lengths: Tensor,
-    visible: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    query_scale: Tensor | None,
-    alibi_slopes: Tensor | None,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    rotary_interleaved: bool,
-    window: int,
-    arithmetic: str,
-) -> Tensor:
-    return _attention_body(
-        qkv, key_cache, value_cache, cache_lengths, visible, cos, sin, query_scale, alibi_slopes,
-        heads, kv_heads, scale, rotary_interleaved, window, arithmetic, in_place=True,
-    )[0]  # fmt: skip
-
-
 def _fake_attention(qkv: Tensor, *rest: Tensor | float | str | None) -> Tensor:
     heads, kv_heads = rest[8], rest[9]
     assert isinstance(heads, int) and isinstance(kv_heads, int)
@@ -218,7 +195,9 @@ _LIBRARY.define(
     "bool rotary_interleaved, int window, str arithmetic) -> Tensor"
 )
 _LIBRARY.impl("fused_rms_norm", _rms_norm_body, "CompositeExplicitAutograd")
-_LIBRARY.impl("cached_attention", _attention_op, "CompositeExplicitAutograd")
+_LIBRARY.impl(
+    "cached_attention", lambda *inputs: _attention_body(*inputs, in_place=True)[0], "CompositeExplicitAutograd"
+)
 torch.library.register_fake(
     "refmodels::fused_rms_norm", lambda x, weight, eps, weight_in_float: torch.empty_like(x), lib=_LIBRARY
 )

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from refmodels.spec import ModelSpec
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -55,36 +57,78 @@ def _regroup(tensor: Tensor, groups: tuple[int, int]) -> Tensor:
 WeightMap = Mapping[str, tuple[Part, ...]]
 
 
-def linear(
-    parameter: str,
-    *names: str,
-    rows: tuple[int, ...],
-    columns: int,
-    bias: bool = False,
-    transposed: bool = False,
-    interleaved_heads: int = 0,
-) -> dict[str, tuple[Part, ...]]:
-    """Map `parameter`.weight (and .bias) to the stack of checkpoint linears `names`, of `rows` rows each."""
-    weight, biases = [], []
-    for name, count in zip(names, rows, strict=True):
-        shape = (columns, count) if transposed else (count, columns)
-        part = Part(name=f"{name}.weight", shape=shape, transposed=transposed, interleaved_heads=interleaved_heads)
-        weight.append(part)
-        biases.append(replace(part, name=f"{name}.bias", shape=(count,)))
-    made = {f"{parameter}.weight": tuple(weight)}
-    return made | {f"{parameter}.bias": tuple(biases)} if bias else made
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Module names of a checkpoint; those of a block are relative to `block`, which contains `{i}`.
+
+    `qkv`: one fused module, or query, key and value.  `gate` and `up` may name one fused module, [gate | up].
+    `conv1d`: linears are stored [in, out].  `fused_by_head`: see `Part.interleaved_heads`.
+    """
+
+    embed: str
+    block: str
+    attn_norm: str
+    qkv: tuple[str, ...]
+    attn_out: str
+    mlp_norm: str
+    up: str
+    mlp_out: str
+    final_norm: str
+    head: str
+    gate: str | None = None
+    position_embed: str | None = None
+    conv1d: bool = False
+    fused_by_head: bool = False
 
 
-def norm(parameter: str, name: str, *, width: int, bias: bool) -> dict[str, tuple[Part, ...]]:
-    """Map a norm's weight (and bias)."""
-    return {
-        f"{parameter}.{suffix}": (Part(name=f"{name}.{suffix}", shape=(width,)),)
-        for suffix in (("weight", "bias") if bias else ("weight",))
-    }
+def weight_map(spec: ModelSpec, layout: Layout) -> WeightMap:
+    """Where every parameter of `Decoder(spec)` comes from; a tied head is the embedding and has no entry."""
+    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
+    query, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    table: dict[str, tuple[Part, ...]] = {}
 
+    def linear(parameter: str, parts: list[Part], *, bias: bool) -> None:
+        if layout.conv1d:
+            parts = [replace(part, shape=part.shape[::-1], transposed=True) for part in parts]
+        table[f"{parameter}.weight"] = tuple(replace(part, name=f"{part.name}.weight") for part in parts)
+        if bias:
+            shapes = [(part.shape[-1 if part.transposed else 0],) for part in parts]
+            table[f"{parameter}.bias"] = tuple(
+                replace(part, name=f"{part.name}.bias", shape=shape) for part, shape in zip(parts, shapes, strict=True)
+            )
 
-def embedding(parameter: str, name: str, *, rows: int, columns: int) -> dict[str, tuple[Part, ...]]:
-    return {f"{parameter}.weight": (Part(name=f"{name}.weight", shape=(rows, columns)),)}
+    def norm(parameter: str, name: str) -> None:
+        for suffix in ("weight", "bias") if spec.norm.kind == "layer" else ("weight",):
+            table[f"{parameter}.{suffix}"] = (Part(name=f"{name}.{suffix}", shape=(h,)),)
+
+    table["embed.weight"] = (Part(name=f"{layout.embed}.weight", shape=(spec.vocab_size, h)),)
+    if layout.position_embed is not None:
+        table["position_embed.weight"] = (Part(name=f"{layout.position_embed}.weight", shape=(spec.max_positions, h)),)
+    for i in range(spec.layers):
+        ours, theirs = f"blocks.{i}", layout.block.format(i=i)
+        rows = (spec.qkv_width,) if len(layout.qkv) == 1 else (query, kv, kv)
+        by_head = a.heads if layout.fused_by_head else 0
+        qkv = [
+            Part(name=f"{theirs}.{name}", shape=(count, h), interleaved_heads=by_head)
+            for name, count in zip(layout.qkv, rows, strict=True)
+        ]
+        norm(f"{ours}.attn_norm", f"{theirs}.{layout.attn_norm}")
+        linear(f"{ours}.attn.qkv", qkv, bias=a.qkv_bias)
+        linear(f"{ours}.attn.out", [Part(name=f"{theirs}.{layout.attn_out}", shape=(h, query))], bias=a.out_bias)
+        norm(f"{ours}.mlp_norm", f"{theirs}.{layout.mlp_norm}")
+        up = Part(name=f"{theirs}.{layout.up}", shape=(ffn, h))
+        if layout.gate is not None:
+            gate = replace(up, name=f"{theirs}.{layout.gate}")
+            if layout.gate == layout.up:
+                gate = replace(gate, shape=(2 * ffn, h), rows=(0, ffn))
+                up = replace(gate, rows=(ffn, 2 * ffn))
+            linear(f"{ours}.mlp.gate", [gate], bias=spec.mlp.bias)
+        linear(f"{ours}.mlp.up", [up], bias=spec.mlp.bias)
+        linear(f"{ours}.mlp.out", [Part(name=f"{theirs}.{layout.mlp_out}", shape=(h, ffn))], bias=spec.mlp.bias)
+    norm("final_norm", layout.final_norm)
+    if not spec.tied_head:
+        table["head.weight"] = (Part(name=f"{layout.head}.weight", shape=(spec.vocab_size, h)),)
+    return table
 
 
 def to_checkpoint(weights: WeightMap, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,11 +7,10 @@ with it, from `norm_head` in the config, or from the variant that the caller nam
 
 from __future__ import annotations
 
-from refmodels import weights
 from refmodels.errors import LogitLockError
 from refmodels.families.config import Config, Family
 from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
-from refmodels.weights import WeightMap
+from refmodels.weights import Layout
 
 _NORM_HEAD_BY_VOCABULARY = {64000: False, 125696: True}
 
@@ -66,22 +65,19 @@ def _spec(config: Config) -> ModelSpec:
     )
 
 
-def _weights(spec: ModelSpec) -> WeightMap:
-    h, ffn = spec.hidden_size, spec.mlp.width
-    table = weights.embedding("embed", "model.embed_tokens", rows=spec.vocab_size, columns=h)
-    for i in range(spec.layers):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
-        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.input_layernorm", width=h, bias=False)
-        table |= weights.linear(f"{ours}.attn.qkv", f"{theirs}.self_attn.W_pack", rows=(3 * h,), columns=h)
-        table |= weights.linear(f"{ours}.attn.out", f"{theirs}.self_attn.o_proj", rows=(h,), columns=h)
-        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", width=h, bias=False)
-        table |= weights.linear(f"{ours}.mlp.gate", f"{theirs}.mlp.gate_proj", rows=(ffn,), columns=h)
-        table |= weights.linear(f"{ours}.mlp.up", f"{theirs}.mlp.up_proj", rows=(ffn,), columns=h)
-        table |= weights.linear(f"{ours}.mlp.out", f"{theirs}.mlp.down_proj", rows=(h,), columns=ffn)
-    table |= weights.norm("final_norm", "model.norm", width=h, bias=False)
-    if not spec.tied_head:
-        table |= weights.linear("head", "lm_head", rows=(spec.vocab_size,), columns=h)
-    return table
+_LAYOUT = Layout(
+    embed="model.embed_tokens",
+    block="model.layers.{i}",
+    attn_norm="input_layernorm",
+    qkv=("self_attn.W_pack",),
+    attn_out="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    mlp_out="mlp.down_proj",
+    final_norm="model.norm",
+    head="lm_head",
+)
 
 
 FAMILY = Family(
@@ -89,6 +85,6 @@ FAMILY = Family(
     model_types=("baichuan",),
     describes="Baichuan 7B and 13B, Baichuan2 7B and 13B (RoPE, ALiBi, NormHead)",
     spec=_spec,
-    weights=_weights,
+    layout=lambda spec: _LAYOUT,
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.future_mask"),
 )

@@ -6,10 +6,11 @@ included; the first half of each head is rotated in interleaved pairs.
 
 from __future__ import annotations
 
-from refmodels import weights
+from dataclasses import replace
+
 from refmodels.families.config import Config, Family
 from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
-from refmodels.weights import Part, WeightMap
+from refmodels.weights import Layout
 
 
 def _spec(config: Config) -> ModelSpec:
@@ -57,33 +58,23 @@ def _spec(config: Config) -> ModelSpec:
     )
 
 
-def _weights(spec: ModelSpec) -> WeightMap:
-    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
-    inner = a.heads * a.head_dim
-    per_head = a.heads if a.kv_heads == a.heads else 0
-    table = weights.embedding(
-        "embed", "transformer.embedding.word_embeddings", rows=spec.vocab_size, columns=h
-    ) | weights.norm("final_norm", "transformer.encoder.final_layernorm", width=h, bias=False)
-    for i in range(spec.layers):
-        ours, theirs = f"blocks.{i}", f"transformer.encoder.layers.{i}"
-        fused = f"{theirs}.self_attention.query_key_value"
-        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.input_layernorm", width=h, bias=False)
-        table |= weights.linear(
-            f"{ours}.attn.qkv", fused, rows=(spec.qkv_width,), columns=h, bias=a.qkv_bias, interleaved_heads=per_head
-        )
-        table |= weights.linear(
-            f"{ours}.attn.out", f"{theirs}.self_attention.dense", rows=(h,), columns=inner, bias=a.out_bias
-        )
-        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", width=h, bias=False)
-        for part, rows in (("gate", (0, ffn)), ("up", (ffn, 2 * ffn))):
-            name = f"{theirs}.mlp.dense_h_to_4h"
-            table[f"{ours}.mlp.{part}.weight"] = (Part(name=f"{name}.weight", shape=(2 * ffn, h), rows=rows),)
-            if spec.mlp.bias:
-                table[f"{ours}.mlp.{part}.bias"] = (Part(name=f"{name}.bias", shape=(2 * ffn,), rows=rows),)
-        table |= weights.linear(
-            f"{ours}.mlp.out", f"{theirs}.mlp.dense_4h_to_h", rows=(h,), columns=ffn, bias=spec.mlp.bias
-        )
-    return table | weights.linear("head", "transformer.output_layer", rows=(spec.vocab_size,), columns=h)
+_LAYOUT = Layout(
+    embed="transformer.embedding.word_embeddings",
+    block="transformer.encoder.layers.{i}",
+    attn_norm="input_layernorm",
+    qkv=("self_attention.query_key_value",),
+    attn_out="self_attention.dense",
+    mlp_norm="post_attention_layernorm",
+    gate="mlp.dense_h_to_4h",
+    up="mlp.dense_h_to_4h",
+    mlp_out="mlp.dense_4h_to_h",
+    final_norm="transformer.encoder.final_layernorm",
+    head="transformer.output_layer",
+)
+
+
+def _layout(spec: ModelSpec) -> Layout:
+    return replace(_LAYOUT, fused_by_head=spec.attention.kv_heads == spec.attention.heads)
 
 
 FAMILY = Family(
@@ -91,6 +82,6 @@ FAMILY = Family(
     model_types=("chatglm",),
     describes="ChatGLM2-6B, ChatGLM2-6B-32k, ChatGLM3-6B",
     spec=_spec,
-    weights=_weights,
+    layout=_layout,
     ignored=(r"transformer\.rotary_pos_emb\.inv_freq",),
 )

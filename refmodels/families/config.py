@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from refmodels.errors import LogitLockError
 from refmodels.spec import Activation, ModelSpec
-from refmodels.weights import WeightMap
+from refmodels.weights import Layout, WeightMap, weight_map
 
 T = TypeVar("T", int, float, bool, str)
 
@@ -97,7 +97,7 @@ class Family:
         model_types: values of `model_type` in config.json that this family reads.
         describes: the published models it covers, for `logitlock models`.
         spec: config -> facts.
-        weights: facts -> where each parameter comes from.
+        layout: facts -> the names in its checkpoints.
         ignored: regular expressions of checkpoint tensors that are buffers, not weights.
     """
 
@@ -105,5 +105,9 @@ class Family:
     model_types: tuple[str, ...]
     describes: str
     spec: Callable[[Config], ModelSpec]
-    weights: Callable[[ModelSpec], WeightMap]
+    layout: Callable[[ModelSpec], Layout]
     ignored: tuple[str, ...] = ()
+
+    def weights(self, spec: ModelSpec) -> WeightMap:
+        """Where each parameter comes from."""
+        return weight_map(spec, self.layout(spec))

@@ -5,10 +5,11 @@ Upstream: transformers models/gpt2, models/gpt_bigcode, models/starcoder2 (read 
 
 from __future__ import annotations
 
-from refmodels import weights
+from dataclasses import replace
+
 from refmodels.families.config import Config, Family
 from refmodels.spec import AttentionArithmetic, AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
-from refmodels.weights import WeightMap
+from refmodels.weights import Layout
 
 
 def _spec(config: Config) -> ModelSpec:
@@ -92,63 +93,40 @@ def _starcoder2(config: Config) -> ModelSpec:
     )
 
 
-def _weights(spec: ModelSpec) -> WeightMap:
-    return _starcoder2_weights(spec) if spec.variant == "starcoder2" else _learned_weights(spec)
+_GPT2 = Layout(
+    embed="transformer.wte",
+    position_embed="transformer.wpe",
+    block="transformer.h.{i}",
+    attn_norm="ln_1",
+    qkv=("attn.c_attn",),
+    attn_out="attn.c_proj",
+    mlp_norm="ln_2",
+    up="mlp.c_fc",
+    mlp_out="mlp.c_proj",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    conv1d=True,
+)
+_STARCODER2 = Layout(
+    embed="model.embed_tokens",
+    block="model.layers.{i}",
+    attn_norm="input_layernorm",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attn_out="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    up="mlp.c_fc",
+    mlp_out="mlp.c_proj",
+    final_norm="model.norm",
+    head="lm_head",
+)
 
 
-def _learned_weights(spec: ModelSpec) -> WeightMap:
-    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
-    conv1d = spec.variant == "gpt2"
-    per_head = a.heads if not conv1d and a.kv_heads == a.heads else 0
-    table = weights.embedding("embed", "transformer.wte", rows=spec.vocab_size, columns=h)
-    table |= weights.embedding("position_embed", "transformer.wpe", rows=spec.max_positions, columns=h)
-    for i in range(spec.layers):
-        ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
-        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.ln_1", width=h, bias=True)
-        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.ln_2", width=h, bias=True)
-        for name, source, rows, columns, interleaved in (
-            ("attn.qkv", "attn.c_attn", spec.qkv_width, h, per_head),
-            ("attn.out", "attn.c_proj", h, h, 0),
-            ("mlp.up", "mlp.c_fc", ffn, h, 0),
-            ("mlp.out", "mlp.c_proj", h, ffn, 0),
-        ):
-            table |= weights.linear(
-                f"{ours}.{name}",
-                f"{theirs}.{source}",
-                rows=(rows,),
-                columns=columns,
-                bias=True,
-                transposed=conv1d,
-                interleaved_heads=interleaved,
-            )
-    table |= weights.norm("final_norm", "transformer.ln_f", width=h, bias=True)
-    if not spec.tied_head:
-        table |= weights.linear("head", "lm_head", rows=(spec.vocab_size,), columns=h)
-    return table
-
-
-def _starcoder2_weights(spec: ModelSpec) -> WeightMap:
-    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
-    inner, kv, bias = a.heads * a.head_dim, a.kv_heads * a.head_dim, a.out_bias
-    table = weights.embedding("embed", "model.embed_tokens", rows=spec.vocab_size, columns=h)
-    for i in range(spec.layers):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
-        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.input_layernorm", width=h, bias=True)
-        table |= weights.linear(
-            f"{ours}.attn.qkv",
-            *(f"{theirs}.self_attn.{p}_proj" for p in "qkv"),
-            rows=(inner, kv, kv),
-            columns=h,
-            bias=bias,
-        )
-        table |= weights.linear(f"{ours}.attn.out", f"{theirs}.self_attn.o_proj", rows=(h,), columns=inner, bias=bias)
-        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", width=h, bias=True)
-        table |= weights.linear(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc", rows=(ffn,), columns=h, bias=bias)
-        table |= weights.linear(f"{ours}.mlp.out", f"{theirs}.mlp.c_proj", rows=(h,), columns=ffn, bias=bias)
-    table |= weights.norm("final_norm", "model.norm", width=h, bias=True)
-    if not spec.tied_head:
-        table |= weights.linear("head", "lm_head", rows=(spec.vocab_size,), columns=h)
-    return table
+def _layout(spec: ModelSpec) -> Layout:
+    if spec.variant == "starcoder2":
+        return _STARCODER2
+    if spec.variant == "gpt_bigcode":
+        return replace(_GPT2, conv1d=False, fused_by_head=spec.attention.kv_heads == spec.attention.heads)
+    return _GPT2
 
 
 FAMILY = Family(
@@ -156,6 +134,6 @@ FAMILY = Family(
     model_types=("gpt2", "gpt_bigcode", "starcoder2"),
     describes="GPT-2, GPTBigCode (SantaCoder, StarCoder, Granite), StarCoder2",
     spec=_spec,
-    weights=_weights,
+    layout=_layout,
     ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", r".*rotary_emb\.inv_freq"),
 )

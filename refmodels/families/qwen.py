@@ -6,10 +6,9 @@ their config keys; of Qwen2: transformers models/qwen2.
 
 from __future__ import annotations
 
-from refmodels import weights
 from refmodels.families.config import Config, Family
 from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
-from refmodels.weights import WeightMap
+from refmodels.weights import Layout
 
 
 def _spec(config: Config) -> ModelSpec:
@@ -95,56 +94,33 @@ def _qwen2(config: Config) -> ModelSpec:
     )
 
 
-def _weights(spec: ModelSpec) -> WeightMap:
-    return _qwen2_weights(spec) if spec.variant == "qwen2" else _qwen1_weights(spec)
-
-
-def _qwen1_weights(spec: ModelSpec) -> WeightMap:
-    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
-    inner = a.heads * a.head_dim
-    table = weights.embedding("embed", "transformer.wte", rows=spec.vocab_size, columns=h)
-    for i in range(spec.layers):
-        ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
-        bias = spec.mlp.bias
-        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.ln_1", width=h, bias=False)
-        table |= weights.linear(
-            f"{ours}.attn.qkv", f"{theirs}.attn.c_attn", rows=(3 * inner,), columns=h, bias=a.qkv_bias
-        )
-        table |= weights.linear(f"{ours}.attn.out", f"{theirs}.attn.c_proj", rows=(h,), columns=inner, bias=a.out_bias)
-        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.ln_2", width=h, bias=False)
-        # w2 is the gate: upstream computes w1(x) * silu(w2(x)).
-        table |= weights.linear(f"{ours}.mlp.gate", f"{theirs}.mlp.w2", rows=(ffn,), columns=h, bias=bias)
-        table |= weights.linear(f"{ours}.mlp.up", f"{theirs}.mlp.w1", rows=(ffn,), columns=h, bias=bias)
-        table |= weights.linear(f"{ours}.mlp.out", f"{theirs}.mlp.c_proj", rows=(h,), columns=ffn, bias=bias)
-    table |= weights.norm("final_norm", "transformer.ln_f", width=h, bias=False)
-    if not spec.tied_head:
-        table |= weights.linear("head", "lm_head", rows=(spec.vocab_size,), columns=h)
-    return table
-
-
-def _qwen2_weights(spec: ModelSpec) -> WeightMap:
-    h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
-    inner, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    table = weights.embedding("embed", "model.embed_tokens", rows=spec.vocab_size, columns=h)
-    for i in range(spec.layers):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
-        table |= weights.norm(f"{ours}.attn_norm", f"{theirs}.input_layernorm", width=h, bias=False)
-        table |= weights.linear(
-            f"{ours}.attn.qkv",
-            *(f"{theirs}.self_attn.{p}_proj" for p in "qkv"),
-            rows=(inner, kv, kv),
-            columns=h,
-            bias=True,
-        )
-        table |= weights.linear(f"{ours}.attn.out", f"{theirs}.self_attn.o_proj", rows=(h,), columns=inner)
-        table |= weights.norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", width=h, bias=False)
-        table |= weights.linear(f"{ours}.mlp.gate", f"{theirs}.mlp.gate_proj", rows=(ffn,), columns=h)
-        table |= weights.linear(f"{ours}.mlp.up", f"{theirs}.mlp.up_proj", rows=(ffn,), columns=h)
-        table |= weights.linear(f"{ours}.mlp.out", f"{theirs}.mlp.down_proj", rows=(h,), columns=ffn)
-    table |= weights.norm("final_norm", "model.norm", width=h, bias=False)
-    if not spec.tied_head:
-        table |= weights.linear("head", "lm_head", rows=(spec.vocab_size,), columns=h)
-    return table
+_QWEN1 = Layout(
+    embed="transformer.wte",
+    block="transformer.h.{i}",
+    attn_norm="ln_1",
+    qkv=("attn.c_attn",),
+    attn_out="attn.c_proj",
+    mlp_norm="ln_2",
+    # w2 is the gate: upstream computes w1(x) * silu(w2(x)).
+    gate="mlp.w2",
+    up="mlp.w1",
+    mlp_out="mlp.c_proj",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+)
+_QWEN2 = Layout(
+    embed="model.embed_tokens",
+    block="model.layers.{i}",
+    attn_norm="input_layernorm",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attn_out="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    mlp_out="mlp.down_proj",
+    final_norm="model.norm",
+    head="lm_head",
+)
 
 
 FAMILY = Family(
@@ -152,6 +128,6 @@ FAMILY = Family(
     model_types=("qwen", "qwen2"),
     describes="Qwen 1.8B, 7B, 14B, 72B (dynamic NTK, logn), Qwen2",
     spec=_spec,
-    weights=_weights,
+    layout=lambda spec: _QWEN2 if spec.variant == "qwen2" else _QWEN1,
     ignored=(r".*rotary_emb\.inv_freq", r"transformer\.h\.\d+\.attn\.(bias|masked_bias|logn_tensor)"),
 )
