@@ -7,10 +7,11 @@ with it, from `norm_head` in the config, or from the variant that the caller nam
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from refmodels.errors import LogitLockError
-from refmodels.families.config import Config, Family
+from refmodels.families.config import LLAMA_LAYOUT, Config, Family
 from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
-from refmodels.weights import Layout
 
 _NORM_HEAD_BY_VOCABULARY = {64000: False, 125696: True}
 
@@ -65,19 +66,7 @@ def _spec(config: Config) -> ModelSpec:
     )
 
 
-_LAYOUT = Layout(
-    embed="model.embed_tokens",
-    block="model.layers.{i}",
-    attn_norm="input_layernorm",
-    qkv=("self_attn.W_pack",),
-    attn_out="self_attn.o_proj",
-    mlp_norm="post_attention_layernorm",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    mlp_out="mlp.down_proj",
-    final_norm="model.norm",
-    head="lm_head",
-)
+_LAYOUT = replace(LLAMA_LAYOUT, qkv=("self_attn.W_pack",))
 
 
 FAMILY = Family(

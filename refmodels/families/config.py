@@ -22,6 +22,22 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 
+LLAMA_LAYOUT = Layout(
+    embed="model.embed_tokens",
+    block="model.layers.{i}",
+    attn_norm="input_layernorm",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attn_out="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    mlp_out="mlp.down_proj",
+    final_norm="model.norm",
+    head="lm_head",
+)
+"""The module names that most families inherited from Llama's Hugging Face code."""
+
+
 @dataclass(frozen=True)
 class Config:
     """A parsed config.json; every getter takes aliases, the first one present wins."""

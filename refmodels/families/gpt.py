@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from refmodels.families.config import Config, Family
+from refmodels.families.config import LLAMA_LAYOUT, Config, Family
 from refmodels.spec import AttentionArithmetic, AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 from refmodels.weights import Layout
 
@@ -107,18 +107,7 @@ _GPT2 = Layout(
     head="lm_head",
     conv1d=True,
 )
-_STARCODER2 = Layout(
-    embed="model.embed_tokens",
-    block="model.layers.{i}",
-    attn_norm="input_layernorm",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    attn_out="self_attn.o_proj",
-    mlp_norm="post_attention_layernorm",
-    up="mlp.c_fc",
-    mlp_out="mlp.c_proj",
-    final_norm="model.norm",
-    head="lm_head",
-)
+_STARCODER2 = replace(LLAMA_LAYOUT, gate=None, up="mlp.c_fc", mlp_out="mlp.c_proj")
 
 
 def _layout(spec: ModelSpec) -> Layout:

@@ -6,7 +6,7 @@ their config keys; of Qwen2: transformers models/qwen2.
 
 from __future__ import annotations
 
-from refmodels.families.config import Config, Family
+from refmodels.families.config import LLAMA_LAYOUT, Config, Family
 from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 from refmodels.weights import Layout
 
@@ -108,19 +108,6 @@ _QWEN1 = Layout(
     final_norm="transformer.ln_f",
     head="lm_head",
 )
-_QWEN2 = Layout(
-    embed="model.embed_tokens",
-    block="model.layers.{i}",
-    attn_norm="input_layernorm",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    attn_out="self_attn.o_proj",
-    mlp_norm="post_attention_layernorm",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    mlp_out="mlp.down_proj",
-    final_norm="model.norm",
-    head="lm_head",
-)
 
 
 FAMILY = Family(
@@ -128,6 +115,6 @@ FAMILY = Family(
     model_types=("qwen", "qwen2"),
     describes="Qwen 1.8B, 7B, 14B, 72B (dynamic NTK, logn), Qwen2",
     spec=_spec,
-    layout=lambda spec: _QWEN2 if spec.variant == "qwen2" else _QWEN1,
+    layout=lambda spec: LLAMA_LAYOUT if spec.variant == "qwen2" else _QWEN1,
     ignored=(r".*rotary_emb\.inv_freq", r"transformer\.h\.\d+\.attn\.(bias|masked_bias|logn_tensor)"),
 )
