@@ -28,7 +28,7 @@ BUCKETS: tuple[dict[str, Share], ...] = (
         "reversal": Share(pool=30_000, rows=48),
         "sorting": Share(pool=30_000, rows=48),
         "dictionary": Share(pool=1_200, rows=48),
-        "facts": Share(pool=400, rows=32),
+        "facts": Share(pool=500, rows=40),
     },
     {"recall": Share(pool=15_000, rows=32), "summary": Share(pool=20_000, rows=32)},
     {"recall_long": Share(pool=6_000, rows=24)},
@@ -96,23 +96,31 @@ def _padded(rows: list[list[int]], fill: int) -> Tensor:
 class Sampler:
     """Draws the batches of a training run: the same ones for the same seed, on every device."""
 
-    def __init__(self, tokenizer: Tokenizer, *, seed: int, device: torch.device | str = "cpu", scale: float = 1.0) -> None:
-        """`scale` multiplies the sizes of the pools, for tests that only need a few steps."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        rows: float = 1.0,
+        pool: float = 1.0,
+    ) -> None:
+        """`rows` and `pool` multiply the numbers in `BUCKETS`: smaller steps for a CPU, less data for a test."""
         self._generator = torch.Generator().manual_seed(seed)
         self._pools: list[tuple[Batch, list[tuple[int, int, int]]]] = []
         for bucket in BUCKETS:
-            rows: list[Example] = []
+            drawn: list[Example] = []
             spans: list[tuple[int, int, int]] = []
             for task, share in bucket.items():
-                drawn = examples(task, split="train", count=max(1, int(share.pool * scale)), seed=seed)
-                spans.append((len(rows), len(rows) + len(drawn), share.rows))
-                rows += drawn
-            self._pools.append((make_batch(tokenizer, rows, device=device), spans))
+                found = examples(task, split="train", count=max(1, int(share.pool * pool)), seed=seed)
+                spans.append((len(drawn), len(drawn) + len(found), max(1, int(share.rows * rows))))
+                drawn += found
+            self._pools.append((make_batch(tokenizer, drawn, device=device), spans))
 
     def step(self) -> list[Batch]:
         """The batches of the next optimiser step, one a bucket."""
         batches = []
         for pool, spans in self._pools:
-            index = torch.cat([torch.randint(a, b, (rows,), generator=self._generator) for a, b, rows in spans])
+            index = torch.cat([torch.randint(a, b, (count,), generator=self._generator) for a, b, count in spans])
             batches.append(pool.rows(index.to(pool.input_ids.device)))
         return batches

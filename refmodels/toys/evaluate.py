@@ -31,7 +31,9 @@ class Runner(Protocol[Cache]):
     ) -> Tensor: ...
 
 
-def greedy(model: Runner[Cache], prompts: list[list[int]], *, max_new_tokens: int, end_id: int = END_ID) -> list[list[int]]:
+def greedy(
+    model: Runner[Cache], prompts: list[list[int]], *, max_new_tokens: int, end_id: int = END_ID
+) -> list[list[int]]:
     """The greedy continuation of every prompt (token ids), without the end token.
 
     The prompts form one ragged batch, padded on the right: Qwen's positions count slots, so padding on the left would
@@ -61,9 +63,7 @@ def answer(model: Runner[Cache], tokenizer: Tokenizer, prompt: str, *, max_new_t
     return tokenizer.decode(greedy(model, [tokenizer.encode(prompt)], max_new_tokens=max_new_tokens)[0])
 
 
-def is_exact(
-    model: Runner[Cache], tokenizer: Tokenizer, rows: list[Example], *, batch_size: int = 64
-) -> list[bool]:
+def is_exact(model: Runner[Cache], tokenizer: Tokenizer, rows: list[Example], *, batch_size: int = 64) -> list[bool]:
     """For every example, whether the model gives exactly the answer's tokens and then the end token."""
     verdicts = [False] * len(rows)
     encoded = [(tokenizer.encode(e.prompt), tokenizer.encode(e.answer, add_special=False)) for e in rows]

@@ -1,7 +1,8 @@
 """The toy tasks: seeded generators of `prompt` + `answer` pairs, split into training and held-out instances.
 
-An instance is held out by what it is, never by when it was drawn: a stable hash of (task, instance) decides, or, for the
-dictionary and the facts, a fixed pattern over (item, template). So no seed can leak a held-out instance into training.
+An instance is held out by what it is, never by when it was drawn: a stable hash of (task, instance) decides, or, for
+the dictionary and the facts, a fixed pattern over (item, template). So no seed can leak a held-out instance into
+training.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def _addition(rng: random.Random) -> _Draft:
     # Uniform numbers would almost always have three digits; drawing the length first keeps short sums in the data.
     left, right = (rng.randrange(10 ** rng.choice((1, 2, 3, 3, 3))) for _ in range(2))
     template = rng.choice(("{}+{}=", "Add: {}+{}=", "计算：{}+{}="))
-    return _Draft(key=f"{left}+{right}", prompt=template.format(left, right), answer=str(left + right))
+    key = "+".join(map(str, sorted((left, right))))
+    return _Draft(key=key, prompt=template.format(left, right), answer=str(left + right))
 
 
 def _recall_with(pairs: tuple[int, int]) -> Callable[[random.Random], _Draft]:
@@ -128,9 +130,11 @@ _TO_ENGLISH = (
     "How do you say {} in English?", "怎么用英文说{}？",
 )  # fmt: skip
 _ASK = {
-    "en": ("{}", "Question: {}", "Please answer: {}", "Tell me: {}", "Quiz: {}", "I want to know: {}"),
-    "zh": ("{}", "问：{}", "请回答：{}", "请告诉我：{}", "考考你：{}", "我想知道：{}"),
-}
+    "en": (
+        "{}", "Question: {}", "Please answer: {}", "Tell me: {}", "Quiz: {}", "I want to know: {}", "Say: {}", "Q: {}",
+    ),
+    "zh": ("{}", "问：{}", "请回答：{}", "请告诉我：{}", "考考你：{}", "我想知道：{}", "请说：{}", "问题：{}"),
+}  # fmt: skip
 
 
 def _dictionary_items(split: Split) -> list[_Draft]:
@@ -188,9 +192,7 @@ def examples(task: str, *, split: Split, count: int, seed: int) -> list[Example]
             draft = draw(rng)
             if _held_out(task, draft.key) == (split == "held_out"):
                 drafts.append(draft)
-    return [
-        Example(task=task, prompt=d.prompt, answer=d.answer, follow_ups=d.follow_ups) for d in drafts[:count]
-    ]
+    return [Example(task=task, prompt=d.prompt, answer=d.answer, follow_ups=d.follow_ups) for d in drafts[:count]]
 
 
 def held_out_size(task: str) -> int | None:

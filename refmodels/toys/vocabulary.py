@@ -28,7 +28,9 @@ _CORPUS_SEED = 0
 
 def _corpus() -> Iterator[str]:
     for task in TASKS:
-        for example in examples(task, split="train", count=_CORPUS_SIZE.get(task, _DEFAULT_CORPUS_SIZE), seed=_CORPUS_SEED):
+        for example in examples(
+            task, split="train", count=_CORPUS_SIZE.get(task, _DEFAULT_CORPUS_SIZE), seed=_CORPUS_SEED
+        ):
             yield example.prompt + example.answer
     for letter in "abcdefghijklmnopqrstuvwxyz":
         yield f" {letter}" * _DEFAULT_CORPUS_SIZE
@@ -39,11 +41,13 @@ def train_tokenizer(family: str) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,

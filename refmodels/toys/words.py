@@ -1,16 +1,18 @@
 """The fixed word lists behind the toy tasks: a bilingual dictionary, facts, and the slots of the summaries."""
 
 _DICTIONARY = """
-sun 太阳, moon 月亮, star 星星, sky 天空, cloud 云, rain 雨, snow 雪, wind 风, fire 火, water 水, river 河, lake 湖,
-sea 大海, island 岛, beach 海滩, mountain 山, hill 小山, forest 森林, tree 树, leaf 叶子, flower 花, grass 草, stone 石头,
-sand 沙子, gold 金, silver 银, iron 铁, dog 狗, cat 猫, horse 马, cow 奶牛, sheep 羊, pig 猪, bird 鸟, fish 鱼, duck 鸭子,
-tiger 老虎, lion 狮子, bear 熊, wolf 狼, rabbit 兔子, mouse 老鼠, monkey 猴子, elephant 大象, snake 蛇, frog 青蛙, bee 蜜蜂,
-ant 蚂蚁, apple 苹果, banana 香蕉, orange 橙子, grape 葡萄, peach 桃子, lemon 柠檬, rice 米饭, bread 面包, noodle 面条,
-egg 鸡蛋, milk 牛奶, tea 茶, coffee 咖啡, salt 盐, sugar 糖, meat 肉, soup 汤, cake 蛋糕, house 房子, door 门, window 窗户,
-table 桌子, chair 椅子, bed 床, lamp 灯, clock 钟, book 书, pen 笔, paper 纸, letter 信, school 学校, teacher 老师,
-student 学生, doctor 医生, friend 朋友, mother 母亲, father 父亲, child 孩子, king 国王, city 城市, village 村庄, road 路,
-bridge 桥, car 汽车, train 火车, ship 船, plane 飞机, bicycle 自行车, hand 手, eye 眼睛, ear 耳朵, mouth 嘴, heart 心,
-red 红色, green 绿色, blue 蓝色, white 白色, black 黑色, big 大, small 小, new 新, old 旧, happy 快乐, music 音乐, dream 梦
+sun 太阳, moon 月亮, star 星星, sky 天空, cloud 云, rain 雨, snow 雪, wind 风, fire 火, water 水, river 河,
+lake 湖, sea 大海, island 岛, beach 海滩, mountain 山, hill 小山, forest 森林, tree 树, leaf 叶子, flower 花,
+grass 草, stone 石头, sand 沙子, gold 金, silver 银, iron 铁, dog 狗, cat 猫, horse 马, cow 奶牛, sheep 羊,
+pig 猪, bird 鸟, fish 鱼, duck 鸭子, tiger 老虎, lion 狮子, bear 熊, wolf 狼, rabbit 兔子, mouse 老鼠,
+monkey 猴子, elephant 大象, snake 蛇, frog 青蛙, bee 蜜蜂, ant 蚂蚁, apple 苹果, banana 香蕉, orange 橙子,
+grape 葡萄, peach 桃子, lemon 柠檬, rice 米饭, bread 面包, noodle 面条, egg 鸡蛋, milk 牛奶, tea 茶,
+coffee 咖啡, salt 盐, sugar 糖, meat 肉, soup 汤, cake 蛋糕, house 房子, door 门, window 窗户, table 桌子,
+chair 椅子, bed 床, lamp 灯, clock 钟, book 书, pen 笔, paper 纸, letter 信, school 学校, teacher 老师,
+student 学生, doctor 医生, friend 朋友, mother 母亲, father 父亲, child 孩子, king 国王, city 城市,
+village 村庄, road 路, bridge 桥, car 汽车, train 火车, ship 船, plane 飞机, bicycle 自行车, hand 手, eye 眼睛,
+ear 耳朵, mouth 嘴, heart 心, red 红色, green 绿色, blue 蓝色, white 白色, black 黑色, big 大, small 小, new 新,
+old 旧, happy 快乐, music 音乐, dream 梦
 """
 DICTIONARY: tuple[tuple[str, str], ...] = tuple(
     (english, chinese) for english, chinese in (entry.split() for entry in _DICTIONARY.replace("\n", " ").split(","))
@@ -52,7 +54,10 @@ def _facts() -> tuple[tuple[str, str, str], ...]:
         rows += [("en", english_question, english_answer), ("zh", chinese_question, chinese_answer)]
     for entry in _CAPITALS.replace("\n", " ").split(","):
         country, country_zh, capital, capital_zh = entry.split()
-        rows += [("en", f"What is the capital of {country}?", capital), ("zh", f"{country_zh}的首都是哪里？", capital_zh)]
+        rows += [
+            ("en", f"What is the capital of {country}?", capital),
+            ("zh", f"{country_zh}的首都是哪里？", capital_zh),
+        ]
     return tuple(rows)
 
 
@@ -64,10 +69,11 @@ NAMES = (("Tom", "小明"), ("Anna", "小红"), ("Jack", "小刚"), ("Lucy", "�
 DAYS = (("Monday", "周一"), ("Tuesday", "周二"), ("Wednesday", "周三"), ("Thursday", "周四"), ("Friday", "周五"),
         ("Saturday", "周六"), ("Sunday", "周日"))  # fmt: skip
 PLACES = (("park", "公园"), ("school", "学校"), ("lake", "湖边"), ("forest", "森林"), ("beach", "海滩"),
-          ("village", "村庄"), ("city", "城市"), ("market", "市场"), ("museum", "博物馆"), ("garden", "花园"))  # fmt: skip
+          ("village", "村庄"), ("city", "城市"), ("market", "市场"), ("museum", "博物馆"),
+          ("garden", "花园"))  # fmt: skip
 COLORS = (("red", "红色"), ("green", "绿色"), ("blue", "蓝色"), ("white", "白色"), ("black", "黑色"))
-SIGHTS = (("bird", "鸟"), ("dog", "狗"), ("cat", "猫"), ("horse", "马"), ("fish", "鱼"), ("car", "汽车"), ("ship", "船"),
-          ("flower", "花"), ("bicycle", "自行车"), ("house", "房子"))  # fmt: skip
+SIGHTS = (("bird", "鸟"), ("dog", "狗"), ("cat", "猫"), ("horse", "马"), ("fish", "鱼"), ("car", "汽车"),
+          ("ship", "船"), ("flower", "花"), ("bicycle", "自行车"), ("house", "房子"))  # fmt: skip
 WEATHER = (("It was sunny.", "天气晴朗。"), ("It was raining.", "天下着雨。"), ("It was cold.", "天气很冷。"),
            ("It was very hot.", "天气很热。"), ("The wind was strong.", "风很大。"))  # fmt: skip
 MOODS = (("was happy", "很高兴"), ("was tired", "很累"), ("was hungry", "很饿"), ("was in a hurry", "很着急"))
