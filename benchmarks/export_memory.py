@@ -12,13 +12,12 @@ import argparse
 import json
 import os
 import platform
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from child import peak_rss, run_again
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "export_memory.json"
@@ -54,10 +53,6 @@ def make(directory: Path, layers: int, dtype: str, hidden: int) -> None:
     save_file(tensors, directory / "model.safetensors")
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure(directory: Path, tiny: Path, precision: Any, attention: Any) -> dict[str, Any]:
     """Export in this process and say what it took."""
     import torch
@@ -67,13 +62,13 @@ def measure(directory: Path, tiny: Path, precision: Any, attention: Any) -> dict
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
         export_model(tiny, precision=precision, attention=attention, output=Path(folder) / "tiny")
-        baseline = peak()
+        baseline = peak_rss()
         start = time.perf_counter()
         bundle = export_model(directory, precision=precision, attention=attention, output=Path(folder) / "bundle")
         seconds = time.perf_counter() - start
         return {
             "baseline_bytes": baseline,
-            "extra_bytes": peak() - baseline,
+            "extra_bytes": peak_rss() - baseline,
             "weights_bytes": (bundle / "model.onnx.data").stat().st_size,
             "graph_bytes": (bundle / "model.onnx").stat().st_size,
             "seconds": round(seconds, 2),
@@ -94,17 +89,6 @@ def write_probe(folder: Path, size: int) -> float:
     return round(seconds, 2)
 
 
-def child(*arguments: str) -> str:
-    """Run this script in a process of its own; the parent stays small, because a child inherits its peak."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return done.stdout
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--make", nargs=4, help=argparse.SUPPRESS)
@@ -118,12 +102,14 @@ def main() -> None:
         return print(json.dumps(measure(Path(directory), Path(tiny), precision, attention)))
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        child("--make", f"{folder}/tiny", "1", "float32", "64")
+        run_again(__file__, "--make", f"{folder}/tiny", "1", "float32", "64")
         for dtype, layers, precision in (("float32", 19, "fp32"), ("bfloat16", 42, "bf16")):
             checkpoint = Path(folder) / dtype
-            child("--make", str(checkpoint), str(layers), dtype, "1024")
+            run_again(__file__, "--make", str(checkpoint), str(layers), dtype, "1024")
             for attention in ("plugin", "decomposed") if precision == "fp32" else ("plugin",):
-                done = json.loads(child("--measure", str(checkpoint), f"{folder}/tiny", precision, attention))
+                done = json.loads(
+                    run_again(__file__, "--measure", str(checkpoint), f"{folder}/tiny", precision, attention)
+                )
                 probe = write_probe(Path(folder), done["weights_bytes"])
                 passed = done["extra_bytes"] <= EXTRA_LIMIT and done["seconds"] <= SECONDS_LIMIT
                 case = {"source": dtype, "precision": precision, "attention": attention, "write_probe_seconds": probe}

@@ -11,13 +11,13 @@ import argparse
 import json
 import os
 import platform
-import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from child import peak_rss, run_again
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "load_memory.json"
@@ -68,10 +68,6 @@ def make(directory: Path, source: str, layout: str) -> None:
         (directory / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure(directory: Path, target: str) -> dict[str, Any]:
     """Load in this process and say what it took."""
     import safetensors.torch  # noqa: F401
@@ -86,29 +82,18 @@ def measure(directory: Path, target: str) -> dict[str, Any]:
         torch.Size(t.shape).numel() * (t.dtype.itemsize if t.dtype else 0)
         for t in WeightFiles(directory).tensors.values()
     )
-    baseline = peak()
+    baseline = peak_rss()
     start = time.perf_counter()
     decoder = refmodels.load(directory, dtype=getattr(torch, target))
     seconds = time.perf_counter() - start
     model = sum(p.nbytes for p in decoder.parameters())
     return {
         "baseline_bytes": baseline,
-        "peak_bytes": peak(),
+        "peak_bytes": peak_rss(),
         "model_bytes": model,
         "largest_stored_tensor_bytes": largest,
         "seconds": round(seconds, 2),
     }
-
-
-def child(*arguments: str) -> str:
-    """Run this script in a process of its own; the parent stays small, because a child inherits its peak."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return done.stdout
 
 
 def main() -> None:
@@ -128,10 +113,10 @@ def main() -> None:
     for source in LAYERS:
         for layout in LAYOUTS[:1] if arguments.quick else LAYOUTS:
             with tempfile.TemporaryDirectory(prefix="load_memory_") as directory:
-                child("--make", directory, source, layout)
+                run_again(__file__, "--make", directory, source, layout)
                 for target in ("float16",) if arguments.quick else ("float32", "float16"):
                     row = {"source": source, "layout": layout, "target": target}
-                    row |= json.loads(child("--measure", directory, target))
+                    row |= json.loads(run_again(__file__, "--measure", directory, target))
                     extra = row["peak_bytes"] - row["baseline_bytes"]
                     limit = round(1.15 * row["model_bytes"] + row["largest_stored_tensor_bytes"])
                     row |= {"extra_bytes": extra, "limit_bytes": limit, "within_limit": extra <= limit}
