@@ -1,6 +1,8 @@
 """Say which layer differs, by how much, and why.
 
-    from debug.diff import diff_engines
+    from debug.diff import diff_bundle
+
+    result = diff_bundle(Path("engines/qwen-fp16"))              # .verdict, .culprits, .taps, .to_json()
 
     verify.py   the reference against golden cases of the upstream code      record.py   make such a case
     diff.py     an engine against the fp64 reference, tap by tap             metrics.py  the distances
