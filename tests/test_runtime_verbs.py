@@ -116,7 +116,10 @@ def test_generation_ends_at_a_declared_stop_id(tmp_path: Path, command: Command)
     del manifest["files"]["generation_config.json"]
     (bundle / "bundle.json").write_text(json.dumps(manifest))
     (shorter,) = json.loads(command(*shared)[1])["results"]
-    assert shorter["token_ids"] == result["token_ids"][: result["token_ids"].index(third) + 1]
+    expected = result["token_ids"][: result["token_ids"].index(third) + 1]
+    assert shorter["token_ids"] == expected != result["token_ids"]
+    named = ["generate", "--model", "qwen", "--prompt", MOUNTAIN, "--json", "--stop-id", third, "--stop-id", 9]
+    assert json.loads(command(*named)[1])["results"][0]["token_ids"] == expected
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -45,6 +46,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw among the tokens that make up this probability.")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text, which is cut off; repeatable.")] = None,
+    stop_id: Annotated[
+        list[int] | None, typer.Option(help="End at this token id, besides the model's own; repeatable.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     stream: Annotated[bool, typer.Option(help="Print text as it comes (one prompt only).")] = True,
     dtype: Annotated[str | None, typer.Option(help="With --model: fp64, fp32 (default), fp16 or bf16.")] = None,
@@ -82,7 +86,8 @@ def generate(
         engine = TorchEngine(refmodels.load(source, dtype=_dtype(dtype or "fp32"), device=_device(device or "cpu")))
         directory = source.directory
     tokenizer = tokenizer_in(directory, engine.spec)
-    config = GenerationConfig(**{**vars(config), "stop_ids": stop_ids_in(directory, engine.spec, tokenizer, chat=chat)})
+    stops = (*stop_ids_in(directory, engine.spec, tokenizer, chat=chat), *(stop_id or ()))
+    config = dataclasses.replace(config, stop_ids=stops)
     ids = [prompt_ids(text, engine.spec, tokenizer, chat=chat) for text in prompts]
     live = stream and len(prompts) == 1 and not json_output
     if not json_output:
