@@ -170,7 +170,7 @@ class _Lowering:
             try:
                 rule = _RULES[kind]
             except KeyError:
-                raise NotImplementedError(f"the exporter has no rule for {kind} (at {node.format_node()})") from None
+                raise TypeError(f"the exporter has no rule for {kind} (at {node.format_node()})") from None
             rule(self, node)
 
     def placeholder(self, node: fx.Node) -> None:
@@ -319,7 +319,7 @@ class _Lowering:
             name = self.define(node, f"{self.values[source]}.column")
             self.emit("Unsqueeze", [self.values[source], self.constant(f"{name}.axis", [1])], name)
         else:
-            raise NotImplementedError(f"the exporter has no rule for {node.format_node()}")
+            raise TypeError(f"the exporter has no rule for {node.format_node()}")
 
     def squeeze(self, node: fx.Node) -> None:
         name = self.define(node, "squeezed")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ class Padded(NamedTuple):
     position_ids: list[list[int]]
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to ids and back. Subclasses know one file format; `load_tokenizer` makes the right one.
 
     `vocab_size` counts the ids that the tokenizer defines; a model's embedding may have more rows (padding of the
@@ -92,13 +93,13 @@ class Tokenizer:
         """A decoder to be fed one id at a time, for one sequence of generated ids."""
         return TextStream(self, skip_special=skip_special)
 
+    @abstractmethod
     def token_id(self, surface: str) -> int | None:
         """The id of the token that is written `surface`, control tokens included; None when there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes (perhaps a part of a character) that a token in the middle of a text stands for."""
-        raise NotImplementedError
 
     def opening_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of the last of `ids` when the ones before it are the start of a text and stand for nothing."""
@@ -115,8 +116,9 @@ class Tokenizer:
             position_ids=[[0] * gap + list(range(width - gap)) for gap in gaps],
         )
 
+    @abstractmethod
     def _encode(self, text: str, parse_special: bool) -> list[int]:
-        raise NotImplementedError
+        """The ids of a text, nothing added around them."""
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")

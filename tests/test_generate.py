@@ -137,6 +137,12 @@ class ByteTokenizer(Tokenizer):
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 
+    def token_id(self, surface: str) -> int | None:
+        return None
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        return list(text.encode())
+
 
 class ScriptedEngine(Engine):
     """Says a given text for each row and then eos; `spoil` makes one row's logits NaN at one step."""
