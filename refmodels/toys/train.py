@@ -3,10 +3,11 @@
 The examples, their order and the initial weights follow from `--seed`; on the CPU so do the trained weights (a GPU adds
 gradients up in an order of its own). `report.json` beside each bundled toy has the command that made it, and what it
 took. Measured on CPUs, Qwen with full steps: 0.87 s a step on 2 cores, 0.34 s on 8, so 4000 steps are about an hour or
-23 minutes; `--rows 0.5 --steps 2400`, with which the GPT toy was made, takes 20 minutes on 2 cores.
+23 minutes; `--rows 0.5 --steps 2400`, with which the GPT toy was made, took 26 minutes on 2 cores that other work
+shared. The seconds in the reports made on a GPU are those of one run among six to eight that shared it.
 
-Recall is learned late and suddenly, and with rotary positions not from every seed: of ChatGLM2's seeds 0 to 3 only 2
-got there in 4000 steps. The accuracies in the report say whether a run did.
+Recall is learned late and suddenly, and with rotary positions not from every seed: of four seeds of ChatGLM2 (0 and 2
+for 4000 steps, 1 and 3 for 2000) only 2 got there. The accuracies in the report say whether a run did.
 """
 
 from __future__ import annotations
