@@ -124,3 +124,7 @@ def test_a_family_is_at_most_two_files_and_300_lines(family: str) -> None:
     files = list(FAMILY_FILES.glob(f"{family}*.py"))
     assert 1 <= len(files) <= 2
     assert sum(len(f.read_text().splitlines()) for f in files) <= 300
+
+
+def test_an_error_is_one_printable_line() -> None:
+    assert str(LogitLockError("the tensor a\nb\x1b[31m of 世界")) == "the tensor a\\nb\\x1b[31m of 世界"
