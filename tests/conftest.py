@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from trt_runtime.older_onnxruntime import has_tensor_scatter
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(p.name for p in GOLDENS.iterdir() if (p / "config.json").is_file()) if GOLDENS.is_dir() else []
 
+
+# A loaded machine must not fail a test by being slow, and CI must try the same examples every time.
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 needs_opset_24 = pytest.mark.skipif(
     not has_tensor_scatter(), reason="this ONNX Runtime does not run opset 24; the engine rewrites bundles for it"

@@ -47,7 +47,7 @@ def bug() -> None:
     ("arguments", "code", "line"),
     [
         (["differ"], 1, ""),
-        (["refuse"], 2, "error: config.json lacks a key\n"),
+        (["refuse"], 2, "error: config.json\\nlacks a key\n"),
         (["models", "--jsn"], 2, "error: No such option: --jsn"),
         (["absent"], 2, "error: No such command 'absent'."),
         (["models", "extra"], 2, "error: Got unexpected extra argument"),
