@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -99,8 +99,17 @@ def diff_engine(
 
 
 def _spec_difference(model: ModelSpec, engine: ModelSpec) -> str:
-    ours, theirs = model.to_dict(), engine.to_dict()
-    return ", ".join(f"{k} (model {ours[k]!r}, engine {theirs[k]!r})" for k in ours if ours[k] != theirs[k])
+    ours, theirs = _flat(model.to_dict()), _flat(engine.to_dict())
+    differing = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+    named = [f"{k} (model {ours.get(k)!r}, engine {theirs.get(k)!r})" for k in differing[:3]]
+    return ", ".join(named) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 class _Diff:
