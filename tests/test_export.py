@@ -45,12 +45,12 @@ TOLERANCE = 1e-5
 # One case for each feature: dynamic NTK and logn over the crossing; ALiBi; interleaved partial rope with few kv heads;
 # sliding window with grouped heads; learned positions with one kv head; learned positions with a tied head.
 FEATURES = ("qwen_ntk_cross_b1", "baichuan_13b", "chatglm2", "starcoder2_sliding", "gpt_bigcode", "gpt2")
-FAMILIES = ("chatglm2", "baichuan", "qwen", "gpt")
+TOYS = ("toy:chatglm2", "toy:baichuan", "toy:qwen", "toy:gpt")
 
 
 def source_of(case: str) -> ModelSource:
-    if case in FAMILIES:
-        return refmodels.resolve(case)
+    if case in TOYS:
+        return refmodels.resolve(case.removeprefix("toy:"))
     meta = json.loads((GOLDENS / case / "meta.json").read_text())
     return refmodels.resolve(GOLDENS / case, variant=meta.get("variant"))
 
@@ -148,7 +148,7 @@ def worst_on_walk(case: str, source: ModelSource, runner: Runtime) -> float:
     return worst
 
 
-@pytest.mark.parametrize("case", [*CASES, *FAMILIES])
+@pytest.mark.parametrize("case", [*CASES, *TOYS])
 def test_every_runtime_agrees_with_the_reference(case: str, tmp_path: Path) -> None:
     source = source_of(case)
     plugin = export_model(source, precision="fp32", output=tmp_path / "plugin")
