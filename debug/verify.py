@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from debug.metrics import json_number, ulp
 from refmodels.checkpoint import load
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
+from refmodels.records import read_json
 from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, recording
 
@@ -118,7 +118,7 @@ def read_case(directory: Path, dtype: str) -> GoldenCase:
         raise LogitLockError(f"{directory / file} lacks the tensor logits")
     return GoldenCase(
         directory=directory,
-        meta=_object(directory / "meta.json"),
+        meta=read_json(directory / "meta.json"),
         inputs=inputs | {n: t for n, t in expected.items() if n in _INPUTS},
         expected={n: t for n, t in expected.items() if n not in _INPUTS or n.endswith("position_ids")},
         file=file,
@@ -318,16 +318,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise LogitLockError(f"{path} cannot be read as safetensors: {error}") from error
     return tensors
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LogitLockError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise LogitLockError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES, family_of, spec_from_config
 from refmodels.families.config import Family
 from refmodels.model import Decoder
-from refmodels.shards import StoredTensor, WeightFiles, read_json
+from refmodels.records import read_json
+from refmodels.shards import StoredTensor, WeightFiles
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.weights import WeightMap
 

@@ -1,16 +1,35 @@
-"""Frozen dataclasses as JSON, read back strictly: an unknown key, a missing key or a wrong type is an error."""
+"""Reading JSON: objects from files, and frozen dataclasses read back strictly (no unknown, missing or wrong key)."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from refmodels.errors import LogitLockError
 
 R = TypeVar("R")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        LogitLockError: not readable, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LogitLockError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise LogitLockError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LogitLockError(f"{file} must hold a JSON object, not {type(content).__name__}")
+    return content
 
 
 def read_record(kind: type[R], data: object, where: str) -> R:

@@ -6,17 +6,16 @@ a safetensors file for every tensor (its header is small), a `.bin` file wheneve
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from refmodels.errors import LogitLockError
+from refmodels.records import read_json
 
 LAYOUTS = (
     "model.safetensors",
@@ -147,23 +146,6 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
         for name, value in content.items()
     ):
         raise LogitLockError(f"{file} is not a checkpoint: it must hold one dictionary of dense tensors by name")
-    return content
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        LogitLockError: not readable, not JSON, or not an object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LogitLockError(f"{file} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise LogitLockError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LogitLockError(f"{file} must hold a JSON object, not {type(content).__name__}")
     return content
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from refmodels.errors import LogitLockError
+from refmodels.records import read_json
 from refmodels.tokenizer_types import (
     ByteBpeTokenizer,
     Padded,
@@ -263,15 +264,7 @@ def _surface(token: Any) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} when there is no such file, because every one of them is optional."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LogitLockError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise LogitLockError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _library(name: str, path: Path) -> Any:

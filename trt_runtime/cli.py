@@ -18,7 +18,7 @@ from refmodels.chat import stop_ids as chat_stop_ids
 from refmodels.checkpoint import DTYPES
 from refmodels.cli import JsonFlag
 from refmodels.errors import LogitLockError
-from refmodels.shards import read_json
+from refmodels.records import read_json
 from refmodels.spec import ModelSpec
 from refmodels.tokenizer import Tokenizer, load_tokenizer
 from trt_runtime.bundle import read_bundle

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from refmodels.cache import KVCache, StepInputs
+from refmodels.checkpoint import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, is_cache_tap, tap_names
@@ -27,7 +28,6 @@ from trt_runtime.engine import Engine
 from trt_runtime.older_onnxruntime import has_tensor_scatter, without_tensor_scatter
 from trt_runtime.rounding import HALF_TYPES, compute_in_float, inline_and_type, load_graph, promote
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ELEMENT_TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 _TORCH_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 _BOTH_SESSIONS_BYTES = 2 << 30
@@ -92,7 +92,7 @@ class OnnxRuntimeEngine(Engine):
         self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
         info = self.bundle.info
         self.spec, self.max_positions = self.bundle.spec, info.max_positions
-        self.dtype, self.device = _DTYPES[info.precision], torch.device("cpu")
+        self.dtype, self.device = DTYPES[info.precision], torch.device("cpu")
         self.tap_names = tuple(name for name in tap_names(self.spec) if name in info.taps)
         self.emulate_rounding = emulate_rounding and info.precision != "fp32"
         self.threads = torch.get_num_threads() if threads is None else threads
