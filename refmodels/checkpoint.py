@@ -141,15 +141,19 @@ class _WithoutInitialisation(TorchFunctionMode):
 
 
 def load_tokenizer_for(source: ModelSource) -> Tokenizer:
-    """The tokenizer in the model's directory.
+    """The tokenizer in the model's directory; errors as `tokenizer_in`."""
+    return tokenizer_in(source.directory, source.spec)
+
+
+def tokenizer_in(directory: Path, spec: ModelSpec) -> Tokenizer:
+    """The tokenizer whose files are in a checkpoint or a bundle.
 
     Raises:
         LogitLockError: no tokenizer files, damaged ones, or the library they need is not installed.
     """
     from refmodels.tokenizer import load_tokenizer
 
-    chat = source.spec.chat_format
-    return load_tokenizer(source.directory, family=source.spec.family if chat == "raw" else chat)
+    return load_tokenizer(directory, family=spec.family if spec.chat_format == "raw" else spec.chat_format)
 
 
 def stream_parameters(

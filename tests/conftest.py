@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,10 +10,17 @@ import pytest
 import torch
 from hypothesis import settings
 
+import refmodels
 from trt_runtime.older_onnxruntime import has_tensor_scatter
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(p.name for p in GOLDENS.iterdir() if (p / "config.json").is_file()) if GOLDENS.is_dir() else []
+
+
+def case_source(case: str) -> refmodels.ModelSource:
+    """A golden case as a model; meta.json says what no config key does."""
+    meta = json.loads((GOLDENS / case / "meta.json").read_text())
+    return refmodels.resolve(GOLDENS / case, variant=meta.get("variant"))
 
 
 # A loaded machine must not fail a test by being slow, and CI must try the same examples every time.

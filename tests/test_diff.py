@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command import logitlock
-from conftest import GOLDENS
+from conftest import GOLDENS, case_source
 from torch import Tensor
 
 import refmodels
@@ -22,7 +22,6 @@ from debug.results import DiffResult
 from debug.tables import verdict_line
 from export.compile import export_model
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoint import ModelSource
 from refmodels.errors import LogitLockError
 from refmodels.taps import Recorder
 from trt_runtime.engine import Engine, TorchEngine
@@ -34,11 +33,6 @@ CLEAN = ["chatglm2", "baichuan_13b", "baichuan2_7b", "qwen_ntk", "gpt2", "gpt_bi
 Bundles = Callable[..., Path]
 
 
-def source_of(case: str) -> ModelSource:
-    meta = json.loads((GOLDENS / case / "meta.json").read_text())
-    return refmodels.resolve(GOLDENS / case, variant=meta.get("variant"))
-
-
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """Exports a golden case or a toy once for each precision and numerics."""
@@ -47,7 +41,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     def bundle(model: str, precision: str, numerics: str = "exact") -> Path:
         output = root / f"{model}-{precision}-{numerics}"
         if not output.exists():
-            source = source_of(model) if (GOLDENS / model).is_dir() else refmodels.resolve(model)
+            source = case_source(model) if (GOLDENS / model).is_dir() else refmodels.resolve(model)
             export_model(source, precision=precision, numerics=numerics, output=output)  # type: ignore[arg-type]
         return output
 
@@ -57,7 +51,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
 def run(
     engine: Engine, case: str, *, numerics: str = "exact", prompts: Prompts | None = None, **options: Any
 ) -> DiffResult:
-    source = source_of(case)
+    source = case_source(case)
     truth = refmodels.load(source, dtype=torch.float64)
     rounded = refmodels.load(source, dtype=engine.dtype, numerics=numerics)  # type: ignore[arg-type]
     if prompts is None:
@@ -81,7 +75,7 @@ def test_clean_engines_give_no_alarm(case: str, precision: str, bundles: Bundles
     assert result.logits.margin_flips == 0 and result.logits.nonfinite == 0
     # Half the limit: what clean engines show must stay well below it.
     assert max(e.ratio for e in result.taps) < MULTIPLE / 2
-    spec = source_of(case).spec
+    spec = case_source(case).spec
     assert len(result.taps) == 9 * len(refmodels.taps.tap_names(spec))
     assert [e.tap for e in result.taps[: len(result.taps) // 9]] == list(refmodels.taps.tap_names(spec))
 
@@ -89,7 +83,7 @@ def test_clean_engines_give_no_alarm(case: str, precision: str, bundles: Bundles
 @pytest.mark.parametrize(("case", "dtype"), [("baichuan_13b", torch.float16), ("chatglm2", torch.bfloat16)])
 def test_upstream_rounding_is_no_fault_either(case: str, dtype: torch.dtype) -> None:
     """Another correct implementation: Hugging Face's order of rounding against the floor of exact numerics."""
-    engine = TorchEngine(refmodels.load(source_of(case), dtype=dtype, numerics="upstream"))
+    engine = TorchEngine(refmodels.load(case_source(case), dtype=dtype, numerics="upstream"))
     result = run(engine, case)
     assert result.verdict == "aligned", verdict_line(result)
     assert 1.5 < max(e.ratio for e in result.taps) < MULTIPLE / 2
@@ -110,7 +104,7 @@ def test_the_floor_is_the_dtype(bundles: Bundles) -> None:
 
 
 def test_lower_bound() -> None:
-    spec = source_of("qwen").spec
+    spec = case_source("qwen").spec
     assert lower_bound(spec, "blocks.0.resid_mid", torch.float32, slots=20) == 2**-24
     assert lower_bound(spec, "blocks.1.mlp.out", torch.float32, slots=20) == 2**-24 * (96 / 6) ** 0.5
     assert lower_bound(spec, "logits", torch.float16, slots=20) == 2**-11
@@ -211,7 +205,7 @@ class Misbehaving(TorchEngine):
     """The reference in fp16 with something done to its results."""
 
     def __init__(self, case: str) -> None:
-        super().__init__(refmodels.load(source_of(case), dtype=torch.float16))
+        super().__init__(refmodels.load(case_source(case), dtype=torch.float16))
         self.calls = 0
 
     def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
@@ -286,7 +280,7 @@ def test_default_prompts_pass_the_lengths_that_matter() -> None:
     seq_length = qwen.spec.attention.logn_seq_length
     assert seq_length is not None and int(prompts.mask.sum(1)[0]) > seq_length
     assert int(prompts.mask.sum(1).min()) >= 8 and len(set(prompts.mask.sum(1).tolist())) > 1
-    window = source_of("starcoder2_sliding").spec
+    window = case_source("starcoder2_sliding").spec
     assert window.attention.window is not None
     assert int(default_prompts(window, None, room=50, seed=0).mask.sum(1)[0]) > window.attention.window
     assert left_padded([[5], [6, 7, 8]], "").mask.tolist() == [[0, 0, 1], [1, 1, 1]]

@@ -19,7 +19,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from checkpoints import read_case, write_model
-from conftest import CASES, GOLDENS, needs_opset_24
+from conftest import CASES, GOLDENS, case_source, needs_opset_24
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
 from torch import Tensor
@@ -51,8 +51,7 @@ TOYS = ("toy:chatglm2", "toy:baichuan", "toy:qwen", "toy:gpt")
 def source_of(case: str) -> ModelSource:
     if case in TOYS:
         return refmodels.resolve(case.removeprefix("toy:"))
-    meta = json.loads((GOLDENS / case / "meta.json").read_text())
-    return refmodels.resolve(GOLDENS / case, variant=meta.get("variant"))
+    return case_source(case)
 
 
 def prompt_of(case: str, source: ModelSource) -> tuple[Tensor, Tensor | None]:

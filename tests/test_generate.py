@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, GOLDENS
+from conftest import CASES, GOLDENS, case_source
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,8 +23,7 @@ from trt_runtime.sampling import Sampling, adjust, choose, row_generators
 
 
 def open_case(case: str) -> TorchEngine:
-    meta = json.loads((GOLDENS / case / "meta.json").read_text())
-    return TorchEngine(refmodels.load(GOLDENS / case, variant=meta.get("variant")))
+    return TorchEngine(refmodels.load(case_source(case)))
 
 
 @pytest.mark.parametrize("case", CASES)

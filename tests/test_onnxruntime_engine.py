@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import CASES, GOLDENS, needs_opset_24
+from conftest import CASES, GOLDENS, case_source, needs_opset_24
 from safetensors.torch import load_file
 
 import refmodels
@@ -35,17 +34,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     def bundle(case: str, precision: str = "fp32", max_positions: int | None = None) -> Path:
         output = root / f"{case}-{precision}-{max_positions}"
         if not output.exists():
-            meta = json.loads((GOLDENS / case / "meta.json").read_text())
-            source = refmodels.resolve(GOLDENS / case, variant=meta.get("variant"))
-            export_model(source, precision=precision, output=output, max_positions=max_positions)  # type: ignore[arg-type]
+            export_model(case_source(case), precision=precision, output=output, max_positions=max_positions)  # type: ignore[arg-type]
         return output
 
     return bundle
 
 
 def reference(case: str) -> TorchEngine:
-    meta = json.loads((GOLDENS / case / "meta.json").read_text())
-    return TorchEngine(refmodels.load(GOLDENS / case, variant=meta.get("variant")))
+    return TorchEngine(refmodels.load(case_source(case)))
 
 
 @pytest.mark.parametrize("case", CASES)

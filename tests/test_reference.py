@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, GOLDENS
+from conftest import CASES, GOLDENS, case_source
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,8 +31,7 @@ FEATURES = [
 
 
 def open_case(case: str, **options: Any) -> Decoder:
-    meta = json.loads((GOLDENS / case / "meta.json").read_text())
-    return refmodels.load(GOLDENS / case, variant=meta.get("variant"), **options)
+    return refmodels.load(case_source(case), **options)
 
 
 def random_ids(model: Decoder, *shape: int, seed: int = 0) -> Tensor:

@@ -14,10 +14,11 @@ from checkpoints import read_case, write_model
 
 import refmodels
 from export.compile import export_model
+from refmodels.checkpoint import tokenizer_in
 from refmodels.cli import make_app, run
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
-from trt_runtime.cli import generate, inspect, stop_ids_in, tokenizer_in
+from trt_runtime.cli import generate, inspect, stop_ids_in
 from trt_runtime.generate import GenerationConfig
 from trt_runtime.generate import generate as run_generation
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine

@@ -15,12 +15,12 @@ from rich.table import Table
 import refmodels
 from refmodels.chat import chat_ids
 from refmodels.chat import stop_ids as chat_stop_ids
-from refmodels.checkpoint import DTYPES
+from refmodels.checkpoint import DTYPES, tokenizer_in
 from refmodels.cli import JsonFlag
 from refmodels.errors import LogitLockError
 from refmodels.records import read_json
 from refmodels.spec import ModelSpec
-from refmodels.tokenizer import Tokenizer, load_tokenizer
+from refmodels.tokenizer import Tokenizer
 from trt_runtime.bundle import read_bundle
 from trt_runtime.describe import describe, weight_groups
 from trt_runtime.engine import Engine, TorchEngine
@@ -118,11 +118,6 @@ def inspect(
         print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
         _show(found)
-
-
-def tokenizer_in(directory: Path, spec: ModelSpec) -> Tokenizer:
-    """The tokenizer whose files are in a bundle or a checkpoint."""
-    return load_tokenizer(directory, family=spec.family if spec.chat_format == "raw" else spec.chat_format)
 
 
 def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
