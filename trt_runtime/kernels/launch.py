@@ -1,0 +1,76 @@
+"""What a host must know to launch a kernel, independent of who launches it.
+
+A kernel family (`rms_norm.py`, `attention.py`) turns shapes and addresses into a list of `Launch`; a host executes it.
+There are two hosts: `torch_host.py` (Triton's own launcher, on torch tensors) and `compiled.py` (kernels compiled
+ahead of time for named compute capabilities, launched through the CUDA driver on raw addresses, as a TensorRT plugin
+has them).  Which kernel, block sizes and grid serve a shape is therefore said once, for all hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ElementType = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: blocks in x, y, z.
+        arguments: run-time arguments by parameter name: tensors (torch host) or addresses (compiled host), int, float.
+        constants: `tl.constexpr` arguments by parameter name.
+        pointers: element type of every pointer among `arguments`, in Triton's spelling without the star ("fp16",
+            "i64", ...): the compiled host's signature.
+        warps, stages: Triton's num_warps and num_stages.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    pointers: Mapping[str, str]
+    warps: int = 4
+    stages: int = 2
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormShape:
+    """`fused_rms_norm` on x [rows, width].  `quantized`: also int8 or fp8 output with one fp32 scale a row."""
+
+    rows: int
+    width: int
+    eps: float
+    weight_in_float: bool
+    dtype: ElementType
+    quantized: Literal["int8", "fp8"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """`cached_attention` (arithmetic "exact") on qkv [batch, tokens, (heads + 2 * kv_heads) * head_dim].
+
+    `slots` is the width of `visible`, `capacity` the third axis of the caches; `rotary_dim` 0 means no rotation;
+    `table_dtype` is that of cos, sin and query_scale.  The other names are those of `refmodels.ops.cached_attention`.
+    """
+
+    batch: int
+    tokens: int
+    slots: int
+    capacity: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    dtype: ElementType
+    rotary_dim: int = 0
+    rotary_interleaved: bool = False
+    window: int = 0
+    has_query_scale: bool = False
+    has_alibi: bool = False
+    table_dtype: ElementType = "fp32"
