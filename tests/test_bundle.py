@@ -12,7 +12,16 @@ from conftest import GOLDENS
 
 import refmodels
 from refmodels.errors import LogitLockError
-from trt_runtime.bundle import SCHEMA, BundleInfo, Profile, TensorInfo, check_output, read_bundle, write_bundle
+from trt_runtime.bundle import (
+    SCHEMA,
+    BundleInfo,
+    EngineInfo,
+    Profile,
+    TensorInfo,
+    check_output,
+    read_bundle,
+    write_bundle,
+)
 
 SPEC = refmodels.resolve(GOLDENS / "qwen_b1").spec
 
@@ -31,12 +40,14 @@ def info() -> BundleInfo:
         inputs=[TensorInfo(name="input_ids", dtype="int64", shape=["batch", "tokens"])],
         outputs=[TensorInfo(name="logits", dtype="float16", shape=["batch", "wanted", 64])],
         profiles=[Profile(name="decode", batch=[1, 8], tokens=[1, 1], capacity=[1, 64])],
+        engine=EngineInfo(backend="tensorrt", package="tensorrt_rtx 1.7.1.116", max_batch=8, max_input=64, max_seq=64),
     )
 
 
 def write(output: Path, *, overwrite: bool = False, content: bytes = b"graph") -> Path:
     with write_bundle(output, overwrite=overwrite) as draft:
         (draft.directory / "model.onnx").write_bytes(content)
+        (draft.directory / "engine.plan").write_bytes(b"plan")
         (draft.directory / "sub").mkdir()
         (draft.directory / "sub" / "vocab.json").write_text("{}")
         draft.finish(info())
@@ -53,8 +64,9 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_written_bundle_reads_back(tmp_path: Path) -> None:
     bundle = read_bundle(write(tmp_path / "new" / "b"))
     assert bundle.spec == SPEC
-    assert set(bundle.info.files) == {"model.onnx", "sub/vocab.json"}
+    assert set(bundle.info.files) == {"engine.plan", "model.onnx", "sub/vocab.json"}
     assert bundle.info.files["model.onnx"].bytes == 5
+    assert bundle.info.engine == info().engine and bundle.plan_path.read_bytes() == b"plan"
     assert bundle.info.profiles == info().profiles and bundle.info.inputs == info().inputs
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["b"], "nothing temporary is left beside it"
     assert (tmp_path / "new" / "b").stat().st_mode & 0o077, "readable as any directory, not only by its owner"
@@ -127,6 +139,11 @@ def test_changed_file(tmp_path: Path, content: bytes, message: str) -> None:
         (lambda d: d.update(max_positions=True), "max_positions is True.*int"),
         (lambda d: d["inputs"][0].update(shape=[1.5]), r"shape\[0\] is 1.5"),
         (lambda d: d.update(files={}), r"lists no model\.onnx"),
+        (lambda d: d["engine"].update(max_seq=None), r"engine\.max_seq is None"),
+        (lambda d: d["engine"].update(backend="tvm"), r"engine\.backend is 'tvm'"),
+        (lambda d: d["engine"].pop("package"), "engine lacks the key 'package'"),
+        (lambda d: d["engine"].update(taps_plan=True), r"lists no engine\.taps\.plan"),
+        (lambda d: d["files"].pop("engine.plan"), r"lists no engine\.plan"),
         (lambda d: d.pop("schema"), "no key 'schema'"),
     ],
 )

@@ -25,9 +25,14 @@ from refmodels.spec import ModelSpec, Numerics, spec_from_dict
 SCHEMA = 1
 INFO_NAME = "bundle.json"
 MODEL_NAME = "model.onnx"
+PLAN_NAME = "engine.plan"
+TAPS_PLAN_NAME = "engine.taps.plan"
+LAYERS_NAME = "engine.layers.json"
+KERNELS_NAME = "kernels.bin"
 
 Precision = Literal["fp32", "fp16", "bf16"]
 AttentionMode = Literal["plugin", "native", "decomposed"]
+EngineBackend = Literal["tensorrt", "torch-tensorrt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,32 @@ class FileInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What the TensorRT engine in a bundle was built with and for.
+
+    Attributes:
+        backend: what made the plan.
+        package: TensorRT's name and version, 'tensorrt_rtx 1.7.1.116'; a plan runs only with this package, and with
+            another version of it only where TensorRT says so.
+        compute_capabilities: GPUs that the plan was built for, such as '8.9'; empty: the package's default.
+        plugins: version of each plugin that the plan calls, by name; their namespace is "refmodels".
+        max_batch: most rows of a step.
+        max_input: most tokens of a row in a step.
+        max_seq: slots of every cache that the plan is bound to: its capacity is fixed.
+        taps_plan: the bundle also holds the plan whose taps are outputs.
+    """
+
+    backend: EngineBackend
+    package: str
+    compute_capabilities: list[str] = field(default_factory=list)
+    plugins: dict[str, str] = field(default_factory=dict)
+    max_batch: int
+    max_input: int
+    max_seq: int
+    taps_plan: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class BundleInfo:
     """What bundle.json says.
 
@@ -68,6 +99,7 @@ class BundleInfo:
         tools: versions of what made the bundle.
         taps: tap name -> name of the value in model.onnx.
         inputs, outputs: of the graph, in its order.
+        engine: the TensorRT engine beside the graph; None: the bundle runs on the CPU only.
         files: every other file of the bundle, by its path inside it; filled in by `BundleDraft.finish`.
     """
 
@@ -84,6 +116,7 @@ class BundleInfo:
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
     profiles: list[Profile] = field(default_factory=list)
+    engine: EngineInfo | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
 
 
@@ -98,6 +131,11 @@ class Bundle:
     @property
     def model_path(self) -> Path:
         return self.directory / MODEL_NAME
+
+    @property
+    def plan_path(self) -> Path:
+        """The TensorRT engine; there only if `info.engine` is."""
+        return self.directory / PLAN_NAME
 
 
 class BundleDraft:
@@ -211,10 +249,14 @@ def read_bundle(path: Path | str, *, verify_hashes: bool = True) -> Bundle:
             f"{directory} has bundle schema {data['schema']!r}, this version reads schema {SCHEMA}; export it again"
         )
     info = read_record(BundleInfo, data, str(manifest))
+    needed = [MODEL_NAME]
+    if info.engine is not None:
+        needed += [PLAN_NAME, *([TAPS_PLAN_NAME] if info.engine.taps_plan else [])]
+    for name in needed:
+        if name not in info.files:
+            raise LogitLockError(f"{manifest} lists no {name}")
     for name, file in info.files.items():
         _check_file(directory, name, file, verify_hash=verify_hashes)
-    if MODEL_NAME not in info.files:
-        raise LogitLockError(f"{manifest} lists no {MODEL_NAME}")
     return Bundle(info=info, directory=directory, spec=spec_from_dict(info.spec))
 
 
