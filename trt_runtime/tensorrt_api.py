@@ -102,7 +102,8 @@ class Logger(trt.ILogger):  # type: ignore[misc]
         try:
             yield messages
         finally:
-            self._collected.remove(messages)
+            # Not remove(): nested lists are equal while both are empty.
+            self._collected = [other for other in self._collected if other is not messages]
 
 
 LOGGER = Logger()
