@@ -211,4 +211,5 @@ def rope_rows(position_ids: Tensor, ntk_table: Tensor, positions: int) -> Tensor
 
 def select_tokens(x: Tensor, index: Tensor) -> Tensor:
     """x[b, index[b, n]]: [batch, n, hidden] from x [batch, tokens, hidden] and index [batch, n] int64."""
-    return torch.take_along_dim(x, index[:, :, None], 1)
+    # Not torch.take_along_dim: torch.export fixes its sizes.
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
