@@ -87,7 +87,9 @@ class CachedAttention(Plugin):
             raise LogitLockError("the last axes of qkv and past_key must have a fixed size")
         expected = (a.heads + 2 * a.kv_heads) * head_dim.get_constant_value()
         if width.get_constant_value() != expected:
-            raise LogitLockError(f"qkv is {width.get_constant_value()} wide; heads and caches ask for {expected}")
+            raise LogitLockError(
+                f"qkv is {width.get_constant_value()} wide; the heads and the cache ask for {expected}"
+            )
         context = trt.DimsExprs(inputs[0])
         context[2] = builder.constant(a.heads * head_dim.get_constant_value())
         return [context, trt.DimsExprs(inputs[1]), trt.DimsExprs(inputs[2])]

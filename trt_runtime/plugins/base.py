@@ -104,7 +104,7 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.I
         self.num_outputs = self.OUTPUTS
         self.timing_cache_id = ""
         self.attributes, self.layer, self.kernels = attributes, layer, kernels
-        self._fields: Any = None
+        self._fields: Fields | None = None
 
     @property
     def title(self) -> str:
@@ -148,7 +148,9 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.I
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
         names = self.inputs()
         if len(input_types) != len(names):
-            raise LogitLockError(f"it has {len(input_types)} inputs, its attributes ask for {', '.join(names)}")
+            raise LogitLockError(
+                f"it has {len(input_types)} inputs; its attributes ask for {len(names)}: {', '.join(names)}"
+            )
         for index, (name, given) in enumerate(zip(names, input_types, strict=True)):
             allowed = self.input_types(input_types[:index])[index]
             if given not in allowed:
@@ -182,14 +184,18 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.I
 
     @reported
     def get_fields_to_serialize(self) -> Any:
-        # Kept: TensorRT reads the arrays after this returns.
-        self._fields = trt.PluginFieldCollection(
-            [
-                trt.PluginField(name, np.array([getattr(self.attributes, name)], _NUMPY[kind]), _FIELD_TYPES[kind])
-                for name, kind in attribute_types(self.Attributes).items()
-            ]
-        )
-        return self._fields
+        self._fields = Fields({name: getattr(self.attributes, name) for name in attribute_types(self.Attributes)})
+        return self._fields.collection
+
+
+class Fields:
+    """A collection of fields and the memory it points to: TensorRT's own objects do not keep the arrays alive."""
+
+    def __init__(self, values: dict[str, int | float]) -> None:
+        arrays = {name: np.array([value], _NUMPY[type(value)]) for name, value in values.items()}
+        fields = [trt.PluginField(name, array, _FIELD_TYPES[type(values[name])]) for name, array in arrays.items()]
+        self.collection = trt.PluginFieldCollection(fields)
+        self._kept = (arrays, fields)
 
 
 class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
@@ -200,24 +206,22 @@ class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         self.plugin = plugin
         self.name, self.plugin_version, self.plugin_namespace = plugin.NAME, VERSION, NAMESPACE
         self.title = plugin.NAME
-        self.field_names = trt.PluginFieldCollection(
-            [
-                trt.PluginField(name, np.array([], _NUMPY[kind]), _FIELD_TYPES[kind])
-                for name, kind in attribute_types(plugin.Attributes).items()
-            ]
-        )
+        self._advertised = Fields({name: kind() for name, kind in attribute_types(plugin.Attributes).items()})
+        self.field_names = self._advertised.collection
 
     @reported
     def create_plugin(self, name: str, fields: Any, phase: Any) -> Plugin:
         given = {field.name: field for field in fields}
         types = attribute_types(self.plugin.Attributes)
-        for what, names in (("lacks", types.keys() - given), ("has the unknown", given.keys() - types)):
+        at_build = phase == trt.TensorRTPhase.BUILD
+        for what, names in (("lacks the", types.keys() - given), ("has the unknown", given.keys() - types)):
             if names:
                 raise LogitLockError(f"{name or 'a plan'} {what} attribute {', '.join(sorted(names))}")
         values = {}
         for field_name, kind in types.items():
             field = given[field_name]
-            if field.type != _FIELD_TYPES[kind] or field.size != 1:
+            # A node may give a list; what a plan holds was one value.
+            if field.type != _FIELD_TYPES[kind] or (at_build and field.size != 1):
                 raise LogitLockError(
                     f"{name or 'a plan'}: the attribute {field_name} must be one {kind.__name__}, "
                     f"it is {field.size} of type {field.type.name}"
@@ -225,7 +229,7 @@ class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
             values[field_name] = kind(field.data[0])
         attributes = self.plugin.Attributes(**values)
         # The parser's name is the node's; the one at load is TensorRT's own.
-        layer = name if phase == trt.TensorRTPhase.BUILD else ""
+        layer = name if at_build else ""
         return self.plugin(attributes, layer=layer, kernels=_kernels[-1] if _kernels else None)
 
 
