@@ -18,9 +18,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
 import refmodels.model
-from export.functions import DOMAIN, ELEMENT_TYPES, OPSET, attention_inputs, inline, make_functions
+from export.bodies import DOMAIN, OPSET
+from export.functions import ELEMENT_TYPES, attention_inputs, inline, make_functions
 from refmodels.checkpoint import DTYPES, empty_decoder
-from refmodels.errors import LogitLockError
 from refmodels.model import gelu_new
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.positions import build_tables
@@ -68,16 +68,9 @@ def build_graph(
         precision: dtype of weights, activations and cache.
         numerics: "exact" (fp32 tables and reductions) or "upstream" (Hugging Face's tables and rounding).
         attention: "plugin" keeps `refmodels::*` nodes with their function bodies, "decomposed" puts the bodies in
-            their place.
+            their place, "native" bodies that use TensorRT's own operators for attention.
         max_positions: the longest cache that the position tables serve; None: what the model allows.
-    Raises:
-        LogitLockError: attention "native".
     """
-    if attention == "native":
-        raise LogitLockError(
-            "--attention native (TensorRT's own TRT_KVCacheUpdate and TRT_Attention) comes with the TensorRT engine; "
-            "use plugin or decomposed"
-        )
     decoder = empty_decoder(spec, numerics=numerics)
     positions = max_positions or spec.max_positions
     built = build_tables(spec, positions=positions, numerics=numerics, dtype=DTYPES[precision])
@@ -88,7 +81,7 @@ def build_graph(
             # As a buffer the table becomes a node of the trace instead of a constant in it.
             delattr(decoder, name)
             decoder.register_buffer(name, table, persistent=False)
-    lowering = _Lowering(decoder, spec, precision, numerics, inline_calls=attention == "decomposed")
+    lowering = _Lowering(decoder, spec, precision, numerics, attention)
     return lowering.run(_Tracer(autowrap_functions=_LEAF_FUNCTIONS).trace(decoder))
 
 
@@ -105,7 +98,7 @@ class _Lowering:
     spec: ModelSpec
     precision: Precision
     numerics: Numerics
-    inline_calls: bool
+    mode: AttentionMode
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)
     parameters: dict[str, bool] = field(default_factory=dict)
@@ -115,8 +108,9 @@ class _Lowering:
 
     def __post_init__(self) -> None:
         self.dtype = ELEMENT_TYPES[self.precision]
-        self.functions = make_functions(self.spec, precision=self.precision, numerics=self.numerics)
-        self.used: set[str] = set()
+        self.functions = make_functions(
+            self.spec, precision=self.precision, numerics=self.numerics, attention=self.mode
+        )
         self.owners = {id(p): name for name, p in self.decoder.named_parameters()}
         self.taken |= set(tap_names(self.spec))
 
@@ -140,13 +134,14 @@ class _Lowering:
             [infos[n] for n in outputs],
             value_info=[info for n, info in infos.items() if n not in outputs],
         )
+        called = {(node.domain, node.op_type) for node in self.nodes}
+        functions = [f for f in self.functions.values() if (f.domain, f.name) in called]
         opsets = [helper.make_opsetid("", OPSET)]
-        if self.used:
-            opsets.append(helper.make_opsetid(DOMAIN, 1))
+        opsets += [helper.make_opsetid(domain, 1) for domain in sorted({f.domain for f in functions})]
         model = helper.make_model(
             graph,
             opset_imports=opsets,
-            functions=[f for n, f in self.functions.items() if n in self.used],
+            functions=functions,
             ir_version=helper.find_min_ir_version_for(opsets[:1]),
             producer_name="logitlock",
         )
@@ -224,11 +219,7 @@ class _Lowering:
             plugin_version="1",
             **attributes,
         )
-        if self.inline_calls:
-            self.nodes += inline(self.functions[op], node)
-        else:
-            self.used.add(op)
-            self.nodes.append(node)
+        self.nodes += [node] if self.mode == "plugin" else inline(self.functions[op], node)
 
     def wide(self, op: Callable[[str, str], object], x: str, output: str) -> None:
         """Compute `output` from `x` in fp32 and round once, as torch's pointwise kernels do in half precision."""

@@ -394,7 +394,6 @@ def test_max_positions_limits_the_tables(tmp_path: Path) -> None:
     [
         ({"precision": "fp8"}, "--precision is 'fp8'; it must be one of fp32, fp16, bf16"),
         ({"attention": "flash"}, "--attention is 'flash'; it must be one of plugin, decomposed, native"),
-        ({"attention": "native"}, "--attention native .* comes with the TensorRT engine"),
         ({"numerics": "fast"}, "--numerics is 'fast'; it must be one of exact, upstream"),
         ({"max_positions": 0}, "--max-positions is 0; .* at least 1"),
         ({"max_positions": 10**6}, "--max-positions is 1000000; .* at most 64, the learned positions"),
