@@ -9,7 +9,7 @@ has them).  Which kernel, block sizes and grid serve a shape is therefore said o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 ElementType = Literal["fp32", "fp16", "bf16"]
@@ -27,6 +27,9 @@ class Launch:
         pointers: element type of every pointer among `arguments`, in Triton's spelling without the star ("fp16",
             "i64", ...): the compiled host's signature.
         warps, stages: Triton's num_warps and num_stages.
+        options: further compile options of Triton.  "launch_pdl" (programmatic dependent launch) lets the kernel start
+            before the one ahead has finished; it then has a constant OVERLAP and, where that is true, calls gdc_wait()
+            before it touches what others write.
     """
 
     kernel: Any
@@ -37,6 +40,13 @@ class Launch:
     warps: int = 4
     stages: int = 2
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def on(self, capability: int) -> Launch:
+        """This launch as a GPU of compute capability `capability` (90 for 9.0) can do it: no overlap before 9.0."""
+        if capability >= 90 or not self.options.get("launch_pdl"):
+            return self
+        options = {name: value for name, value in self.options.items() if name != "launch_pdl"}
+        return replace(self, constants={**self.constants, "OVERLAP": False}, options=options)
 
 
 @dataclass(frozen=True, kw_only=True)
