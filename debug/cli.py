@@ -41,7 +41,9 @@ class Verb:
 
 
 VERBS = {
-    "export": Verb("export.cli", "export", "Export a model to a bundle: model.onnx, weights, tokenizer and manifest."),
+    "export": Verb(
+        "export.cli", "export", "Export a model to a bundle: graph, weights, tokenizer and TensorRT engine."
+    ),
     "generate": Verb("trt_runtime.cli", "generate", "Generate text with the reference or with an engine."),
     "verify": Verb("debug.cli", "verify", "Compare the reference with what the upstream code computed."),
     "record": Verb("debug.cli", "record", "Record a golden case by running Hugging Face transformers."),

@@ -8,40 +8,121 @@ from typing import Annotated, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from export.compile import export_model
+from export.compile import Backend, default_backend, export_model
 from refmodels.cli import JsonFlag
 from refmodels.spec import Numerics
 from trt_runtime.bundle import AttentionMode, Precision, read_bundle
 
+_MODEL, _ENGINE, _OUTPUT = "Model", "Engine", "Output"
+
 
 def export(
     model: Annotated[
-        str, typer.Option(help="Family name (the bundled toy), Hugging Face directory, or hub id.", show_default=False)
+        str,
+        typer.Option(
+            help="Family name (the bundled toy), Hugging Face directory, or hub id.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
     ],
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp16",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16 or bf16: weights, activations and cache.", rich_help_panel=_MODEL)
+    ] = "fp16",
     attention: Annotated[
-        str, typer.Option(help="plugin: custom nodes with function bodies; decomposed: plain ONNX operators.")
+        str,
+        typer.Option(
+            help="plugin: our fused kernels in TensorRT; native: TensorRT's own attention; decomposed: plain "
+            "operators. ONNX Runtime runs all three.",
+            rich_help_panel=_MODEL,
+        ),
     ] = "plugin",
     numerics: Annotated[
-        str, typer.Option(help="exact: fp32 tables and reductions; upstream: Hugging Face's rounding.")
+        str,
+        typer.Option(
+            help="exact: fp32 tables and reductions; upstream: Hugging Face's rounding.", rich_help_panel=_MODEL
+        ),
     ] = "exact",
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights", help="Random weights: config.json is enough (benchmarks).", rich_help_panel=_MODEL
+        ),
+    ] = False,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="tensorrt: graph and TensorRT plan; torch-tensorrt: the plan through torch.export; onnxruntime: the "
+            "graph alone.",
+            show_default="tensorrt if it can build here, else onnxruntime",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Most prompts at a time.", rich_help_panel=_ENGINE)] = 8,
+    max_input: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of a prompt in one step; longer prompts take several.",
+            show_default="2048, at most --max-seq",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    max_seq: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest cache in tokens; a plan's cache always has room for all of them.",
+            show_default="what the model allows; with a plan at most 4096",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GPU to build for, such as 8.9; repeatable (TensorRT-RTX).",
+            show_default="8.0 and newer",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    workspace: Annotated[
+        int | None,
+        typer.Option(help="MiB of scratch memory a kernel may use.", show_default="no limit", rich_help_panel=_ENGINE),
+    ] = None,
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(help="TensorRT's builder effort, 0 to 5.", show_default="TensorRT's", rich_help_panel=_ENGINE),
+    ] = None,
+    taps: Annotated[
+        bool,
+        typer.Option(
+            "--taps", help="Also build a plan that outputs every tap, for `logitlock diff`.", rich_help_panel=_ENGINE
+        ),
+    ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Directory of the bundle.", show_default="engines/<model>-<precision>")
+        Path | None,
+        typer.Option(
+            help="Directory of the bundle.", show_default="engines/<model>-<precision>", rich_help_panel=_OUTPUT
+        ),
     ] = None,
-    max_positions: Annotated[
-        int | None, typer.Option(help="Longest cache in tokens.", show_default="what the model allows")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at the output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a bundle at the output.", rich_help_panel=_OUTPUT)
+    ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Export a model to a bundle: model.onnx, weights, tokenizer and manifest.
+    """Export a model to a bundle: graph, weights, tokenizer and TensorRT engine.
+
+    Every bundle runs on ONNX Runtime; its plan runs on NVIDIA GPUs.  TensorRT-RTX builds without one.
 
     Example: python -m export --model qwen --precision fp16
+
+    Example: python -m export --model Qwen/Qwen-7B --compute-capability 8.9 --max-seq 8192 --taps
     """
+    reason = ""
+    if backend is None:
+        backend, why = default_backend(attention=cast(AttentionMode, attention), numerics=cast(Numerics, numerics))
+        reason = f" (the default: {why})"
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=json_output or not console.is_terminal) as bar:
         task = bar.add_task(f"export {model}", total=None)
         path = export_model(
@@ -49,15 +130,26 @@ def export(
             precision=cast(Precision, precision),
             attention=cast(AttentionMode, attention),
             numerics=cast(Numerics, numerics),
+            backend=cast(Backend, backend),
             output=output,
-            max_positions=max_positions,
+            max_batch=max_batch,
+            max_input=max_input,
+            max_seq=max_seq,
+            workspace=workspace,
+            optimization_level=optimization_level,
+            compute_capabilities=compute_capability or (),
+            taps=taps,
+            random_weights=random_weights,
             overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total or None),
         )
     info = read_bundle(path, verify_hashes=False).info
     size = sum(file.bytes for file in info.files.values())
     if json_output:
         result = {"bundle": str(path), "model": info.model, "precision": info.precision, "attention": info.attention}
-        print(json.dumps({**result, "numerics": info.numerics, "bytes": size}, ensure_ascii=False))
+        result |= {"numerics": info.numerics, "backend": backend}
+        engine = None if info.engine is None else vars(info.engine)
+        print(json.dumps({**result, "engine": engine, "bytes": size}, ensure_ascii=False))
     else:
-        print(f"{path}: {info.model}, {info.precision}, attention {info.attention}, {size / 1e6:.1f} MB")
+        what = f"{info.model}, {info.precision}, attention {info.attention}, {size / 1e6:.1f} MB"
+        print(f"{path}: {what}, backend {backend}{reason}")

@@ -1,33 +1,41 @@
-"""From a model to a bundle: graph, weights, tokenizer and manifest, written whole or not at all."""
+"""From a model to a bundle: graph, weights, tokenizer, engine and manifest, written whole or not at all."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import onnx
 from torch import Tensor
 
 from export.graph import Graph, build_graph
-from export.weights import DATA_NAME, WeightWriter
+from export.options import BuildOptions, build_options
+from export.weights import DATA_NAME, RANDOM_HASH, WeightWriter, random_parameters
 from refmodels.checkpoint import DTYPES, ModelSource, checkpoint_hash, empty_decoder, resolve, stream_parameters
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap_names
 from trt_runtime.bundle import (
+    LAYERS_NAME,
     MODEL_NAME,
     AttentionMode,
     BundleInfo,
+    EngineInfo,
     Precision,
-    Profile,
     TensorInfo,
     check_output,
     write_bundle,
 )
+from trt_runtime.layers import write_layers
 
+Backend = Literal["onnxruntime", "tensorrt", "torch-tensorrt"]
+Progress = Callable[[str, int, int], None]
+
+BACKENDS: tuple[Backend, ...] = ("onnxruntime", "tensorrt", "torch-tensorrt")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 ATTENTION_MODES: tuple[AttentionMode, ...] = ("plugin", "decomposed", "native")
 NUMERICS: tuple[Numerics, ...] = ("exact", "upstream")
@@ -51,72 +59,164 @@ def default_output(model: str | Path, precision: str) -> Path:
     return Path("engines") / f"{Path(model).resolve().name}-{precision}"
 
 
+def default_backend(*, attention: AttentionMode, numerics: Numerics) -> tuple[Backend, str]:
+    """TensorRT where it can build here and has kernels for the model's numerics, else ONNX Runtime; and the reason."""
+    if attention == "plugin" and numerics != "exact":
+        return "onnxruntime", "the TensorRT plugins compute exact numerics only"
+    try:
+        from trt_runtime.tensorrt_api import can_build, package_version
+    except LogitLockError:
+        return "onnxruntime", "TensorRT is not installed"
+    if can_build():
+        return "tensorrt", f"{package_version()} builds here"
+    return "onnxruntime", f"{package_version()} builds on a machine with a CUDA GPU only"
+
+
 def export_model(
     model: str | Path | ModelSource,
     *,
     precision: Precision,
     attention: AttentionMode = "plugin",
     numerics: Numerics = "exact",
+    backend: Backend = "onnxruntime",
     output: Path | str | None = None,
-    max_positions: int | None = None,
+    max_batch: int | None = None,
+    max_input: int | None = None,
+    max_seq: int | None = None,
+    workspace: int | None = None,
+    optimization_level: int | None = None,
+    compute_capabilities: Sequence[str] = (),
+    taps: bool = False,
+    random_weights: bool = False,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
-    """Export a model to a bundle with `model.onnx`.
+    """Export a model to a bundle: `model.onnx`, which ONNX Runtime runs, and with another backend an engine beside it.
 
     Args:
         model: as for `refmodels.checkpoint.resolve`, or its result.
         precision: fp32, fp16 or bf16: dtype of weights, activations and cache.
         attention, numerics: see `export.graph.build_graph`.
+        backend: what else is built: nothing ("onnxruntime") or a TensorRT plan.
         output: the bundle's directory, missing or empty; None: `default_output`.
-        max_positions: the longest cache (tokens) that the bundle serves; None: what the model allows.
+        max_batch, max_input, max_seq, workspace, optimization_level, compute_capabilities: see
+            `export.options.BuildOptions`; None: defaults of `export.options.build_options`.
+        taps: also build a plan whose taps are outputs.
+        random_weights: no checkpoint is read; see `export.weights.random_parameters`.
         overwrite: replace a bundle at `output`.
-        progress: called with (bytes written, bytes in all) while weights are written.
+        progress: called with what is done, how much of it (bytes of weights, steps of TensorRT) and how much in all.
     Returns: the bundle's directory.
     Raises:
-        LogitLockError: an unknown option value, an output that must not be written, or a model or checkpoint that
-            cannot be read (see `resolve` and `stream_parameters`).
+        LogitLockError: an unknown option value, an output that must not be written, a model or checkpoint that
+            cannot be read (see `resolve` and `stream_parameters`), or an engine that cannot be built.
     """
     for value, option, known in (
         (precision, "precision", PRECISIONS),
         (attention, "attention", ATTENTION_MODES),
         (numerics, "numerics", NUMERICS),
+        (backend, "backend", BACKENDS),
     ):
         if value not in known:
             raise LogitLockError(f"--{option} is {value!r}; it must be one of {', '.join(known)}")
     source = model if isinstance(model, ModelSource) else resolve(model)
     spec = source.spec
-    positions = spec.max_positions if max_positions is None else max_positions
-    if positions < 1 or (spec.position == "learned" and positions > spec.max_positions):
-        most = f" and at most {spec.max_positions}, the learned positions" if spec.position == "learned" else ""
-        raise LogitLockError(f"--max-positions is {positions}; for {spec.variant} it must be at least 1{most}")
+    options = build_options(
+        spec,
+        fixed_cache=backend != "onnxruntime",
+        max_batch=max_batch,
+        max_input=max_input,
+        max_seq=max_seq,
+        workspace=workspace,
+        optimization_level=optimization_level,
+        compute_capabilities=tuple(compute_capabilities),
+    )
+    _check_backend(backend, attention, numerics, options, taps=taps)
     target = default_output(source.name, precision) if output is None else Path(output)
     check_output(target, overwrite=overwrite)
-    graph = build_graph(spec, precision=precision, numerics=numerics, attention=attention, max_positions=positions)
+    graph = build_graph(
+        spec, precision=precision, numerics=numerics, attention=attention, max_positions=options.max_seq
+    )
     info = BundleInfo(
         model=source.name.rpartition("/")[2],
         spec=spec.to_dict(),
         precision=precision,
         numerics=numerics,
         attention=attention,
-        max_positions=positions,
-        checkpoint_hash="",
+        max_positions=options.max_seq,
+        checkpoint_hash=RANDOM_HASH,
         tools={name: importlib.metadata.version(name) for name in ("logitlock", "onnx", "torch")},
         taps={name: name for name in tap_names(spec)},
         inputs=[_tensor_info(value) for value in graph.model.graph.input],
         outputs=[_tensor_info(value) for value in graph.model.graph.output],
-        profiles=[
-            Profile(name="prefill", batch=[1, 8], tokens=[1, positions], capacity=[1, positions]),
-            Profile(name="decode", batch=[1, 8], tokens=[1, 1], capacity=[1, positions]),
-        ],
+        profiles=options.profiles() if backend != "onnxruntime" else [],
     )
     with write_bundle(target, overwrite=overwrite) as draft, ThreadPoolExecutor(1) as pool:
-        identity = pool.submit(checkpoint_hash, source)
+        identity = None if random_weights else pool.submit(checkpoint_hash, source)
         draft.copy(path for name in _COPIED if (path := source.directory / name).is_file())
-        tensors = stream_parameters(source, dtype=DTYPES[precision], numerics=numerics)
+        if random_weights:
+            tensors = random_parameters(spec, dtype=DTYPES[precision])
+        else:
+            tensors = stream_parameters(source, dtype=DTYPES[precision], numerics=numerics)
         _write_model(graph, tensors, draft.directory, spec, precision, progress)
-        draft.finish(dataclasses.replace(info, checkpoint_hash=identity.result()))
+        if backend == "tensorrt":
+            engine = _build_engine(draft.directory, spec, options, taps=taps, progress=progress)
+            info = dataclasses.replace(info, engine=engine)
+        if identity is not None:
+            info = dataclasses.replace(info, checkpoint_hash=identity.result())
+        draft.finish(info)
     return target
+
+
+def _check_backend(
+    backend: Backend, attention: AttentionMode, numerics: Numerics, options: BuildOptions, *, taps: bool
+) -> None:
+    """Refuse before the work what no backend, or not this one, can do."""
+    if backend == "onnxruntime":
+        for value, option in (
+            (options.workspace, "workspace"),
+            (options.optimization_level, "optimization-level"),
+            (options.compute_capabilities, "compute-capability"),
+            (taps, "taps"),
+        ):
+            if value:
+                raise LogitLockError(f"--{option} is for --backend tensorrt; ONNX Runtime runs the graph as it is")
+        return
+    from trt_runtime.tensorrt_api import can_build, package_version
+
+    if not can_build():
+        raise LogitLockError(f"{package_version()} builds on a machine with a CUDA GPU, and none is here")
+    if attention == "plugin" and numerics != "exact":
+        raise LogitLockError(
+            "the plugins compute --numerics exact only; for an engine with upstream's rounding use "
+            "--attention decomposed"
+        )
+    from export.tensorrt_build import capability_member
+
+    for capability in options.compute_capabilities:
+        capability_member(capability)
+
+
+def _build_engine(
+    directory: Path, spec: ModelSpec, options: BuildOptions, *, taps: bool, progress: Progress | None
+) -> EngineInfo:
+    from export.tensorrt_build import build_plan, capability_name
+    from trt_runtime.tensorrt_api import package_version
+
+    results = [
+        build_plan(directory, spec, options=options, taps=tapped, progress=progress)
+        for tapped in ((False, True) if taps else (False,))
+    ]
+    write_layers(directory / LAYERS_NAME, [result.layers for result in results])
+    return EngineInfo(
+        backend="tensorrt",
+        package=package_version(),
+        compute_capabilities=[capability_name(capability) for capability in options.compute_capabilities],
+        plugins=results[0].plugins,
+        max_batch=options.max_batch,
+        max_input=options.max_input,
+        max_seq=options.max_seq,
+        taps_plan=taps,
+    )
 
 
 def _write_model(
@@ -125,7 +225,7 @@ def _write_model(
     directory: Path,
     spec: ModelSpec,
     precision: Precision,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     total = sum(p.numel() for p in empty_decoder(spec).parameters()) * DTYPES[precision].itemsize
     total += sum(t.numel() * t.element_size() for t in graph.tables.values())
@@ -135,7 +235,7 @@ def _write_model(
         nonlocal done
         done += count
         if progress is not None:
-            progress(done, total)
+            progress("weights", done, total)
 
     initializers = graph.model.graph.initializer
     with (directory / DATA_NAME).open("wb") as stream:

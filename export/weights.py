@@ -9,6 +9,9 @@ import onnx
 import torch
 from torch import Tensor
 
+from refmodels.checkpoint import empty_decoder
+from refmodels.spec import ModelSpec
+
 DATA_NAME = "model.onnx.data"
 _ELEMENT_TYPES: Mapping[torch.dtype, int] = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -18,6 +21,9 @@ _ELEMENT_TYPES: Mapping[torch.dtype, int] = {
 # Offsets on page boundaries let a runtime map tensors instead of copying them (ONNX specification, external data).
 _ALIGNMENT = 4096
 _BLOCK_BYTES = 32 << 20
+_RANDOM_SCALE = 0.02
+RANDOM_HASH = "random weights, seed 0"
+"""Stands for the hash of a checkpoint in bundles of `random_parameters`."""
 
 
 class WeightWriter:
@@ -53,6 +59,18 @@ class WeightWriter:
         for key, value in where.items():
             proto.external_data.add(key=key, value=str(value))
         return proto
+
+
+def random_parameters(spec: ModelSpec, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the decoder in its order, as `refmodels.checkpoint.stream_parameters`, but random.
+
+    Always the same: normal with standard deviation 0.02, around 1 for the weights of norms and else around 0, so that
+    activations keep the size that a trained model's have.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, empty in empty_decoder(spec).named_parameters():
+        mean = 1.0 if empty.ndim == 1 and name.endswith(".weight") else 0.0
+        yield name, torch.empty(empty.shape, dtype=dtype).normal_(mean, _RANDOM_SCALE, generator=generator)
 
 
 def _blocks(tensor: Tensor, *, transposed: bool) -> Iterator[Tensor]:

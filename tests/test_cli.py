@@ -216,7 +216,7 @@ def test_output_that_is_not_empty(tmp_path: Path) -> None:
 
 
 def test_prompt_longer_than_the_cache(tmp_path: Path) -> None:
-    export_model("qwen", precision="fp32", output=tmp_path / "small", max_positions=16)
+    export_model("qwen", precision="fp32", output=tmp_path / "small", max_seq=16)
     long = "The quick brown fox jumps over the lazy dog again and again and again."
     logitlock("generate", "--bundle", tmp_path / "small", "--prompt", long).assert_bad_input("16")
     logitlock("diff", "--bundle", tmp_path / "small", "--prompt", long).assert_bad_input("16")

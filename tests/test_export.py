@@ -375,13 +375,13 @@ def test_large_tensors_are_written_in_blocks(tmp_path: Path) -> None:
         assert np.array_equal(onnx.numpy_helper.to_array(proto), expected.numpy())
 
 
-def test_max_positions_limits_the_tables(tmp_path: Path) -> None:
+def test_max_seq_limits_the_tables(tmp_path: Path) -> None:
     source = source_of("qwen_ntk")
     small = build_graph(source.spec, precision="fp32", max_positions=64).tables
     large = build_graph(source.spec, precision="fp32", max_positions=128).tables
     assert small["logn"].shape == (64,) and large["logn"].shape == (128,)
     assert len(small["rope_cos"]) % 64 == 0 and len(small["rope_cos"]) < len(large["rope_cos"])
-    bundle = export_model(source, precision="fp32", max_positions=64, output=tmp_path / "bundle")
+    bundle = export_model(source, precision="fp32", max_seq=64, output=tmp_path / "bundle")
     assert read_bundle(bundle).info.max_positions == 64
     stored = {
         i.name: list(i.dims) for i in onnx.load(bundle / "model.onnx", load_external_data=False).graph.initializer
@@ -395,8 +395,8 @@ def test_max_positions_limits_the_tables(tmp_path: Path) -> None:
         ({"precision": "fp8"}, "--precision is 'fp8'; it must be one of fp32, fp16, bf16"),
         ({"attention": "flash"}, "--attention is 'flash'; it must be one of plugin, decomposed, native"),
         ({"numerics": "fast"}, "--numerics is 'fast'; it must be one of exact, upstream"),
-        ({"max_positions": 0}, "--max-positions is 0; .* at least 1"),
-        ({"max_positions": 10**6}, "--max-positions is 1000000; .* at most 64, the learned positions"),
+        ({"max_seq": 0}, "--max-seq is 0; it must be at least 1"),
+        ({"max_seq": 10**6}, "--max-seq is 1000000; .* has 64 learned positions"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_output_that_is_not_empty(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(step: str, done: int, total: int) -> None:
         if done > total / 2:
             raise KeyboardInterrupt
 
@@ -426,11 +426,12 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_progress_reaches_the_total(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     export_model(
         source_of("qwen2"), precision="fp32", output=tmp_path / "out", progress=lambda *state: seen.append(state)
     )
-    assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert {step for step, _, _ in seen} == {"weights"} and seen[-1][1] == seen[-1][2]
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
 
 
 def test_weights_too_large_for_fp16(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_same_logits(case: str, precision: Precision, tmp_path: Path, monkey
 def test_a_step_does_not_copy_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime_engine, "has_tensor_scatter", lambda: False)
     source = refmodels.resolve(GOLDENS / "qwen2")
-    bundle = export_model(source, precision="fp32", output=tmp_path / "bundle", max_positions=1 << 16)
+    bundle = export_model(source, precision="fp32", output=tmp_path / "bundle", max_seq=1 << 16)
     engine = OnnxRuntimeEngine(bundle, threads=1)
     seconds = {}
     for capacity in (1 << 6, 1 << 16):

@@ -31,10 +31,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Exports a golden case once for each precision and length."""
     root = tmp_path_factory.mktemp("bundles")
 
-    def bundle(case: str, precision: str = "fp32", max_positions: int | None = None) -> Path:
-        output = root / f"{case}-{precision}-{max_positions}"
+    def bundle(case: str, precision: str = "fp32", max_seq: int | None = None) -> Path:
+        output = root / f"{case}-{precision}-{max_seq}"
         if not output.exists():
-            export_model(case_source(case), precision=precision, output=output, max_positions=max_positions)  # type: ignore[arg-type]
+            export_model(case_source(case), precision=precision, output=output, max_seq=max_seq)  # type: ignore[arg-type]
         return output
 
     return bundle

@@ -1,0 +1,89 @@
+"""What an engine is built for, with defaults that fit the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from refmodels.errors import LogitLockError
+from refmodels.spec import ModelSpec
+from trt_runtime.bundle import Profile
+
+_CACHE_SLOTS = 4096
+_INPUT_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Limits of an engine, and how TensorRT builds it.
+
+    Attributes:
+        max_batch: most rows of a step.
+        max_input: most tokens of a row in a step; longer prompts are run in pieces.
+        max_seq: longest cache in tokens; TensorRT's caches always have so many slots.
+        workspace: MiB of scratch memory that a kernel may use; None: TensorRT's default.
+        optimization_level: TensorRT's builder optimisation level, 0 to 5; None: its default.
+        compute_capabilities: GPUs to build for, as '8.9' (TensorRT-RTX only); empty: the package's default.
+    Raises:
+        LogitLockError: a value that no engine can have.
+    """
+
+    max_batch: int
+    max_input: int
+    max_seq: int
+    workspace: int | None = None
+    optimization_level: int | None = None
+    compute_capabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_seq", "max_batch", "max_input"):
+            if getattr(self, name) < 1:
+                raise LogitLockError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.max_input > self.max_seq:
+            raise LogitLockError(f"--max-input is {self.max_input}, more than --max-seq, which is {self.max_seq}")
+        if self.workspace is not None and self.workspace < 1:
+            raise LogitLockError(f"--workspace is {self.workspace} MiB; it must be at least 1")
+        if self.optimization_level not in (None, 0, 1, 2, 3, 4, 5):
+            raise LogitLockError(f"--optimization-level is {self.optimization_level}; it must be from 0 to 5")
+
+    def profiles(self) -> list[Profile]:
+        """The plan's optimisation profiles, in their order."""
+        batch, slots = [1, self.max_batch], [self.max_seq, self.max_seq]
+        return [
+            Profile(name="prefill", batch=batch, tokens=[1, self.max_input], capacity=slots),
+            Profile(name="decode", batch=batch, tokens=[1, 1], capacity=slots),
+        ]
+
+
+def build_options(
+    spec: ModelSpec,
+    *,
+    fixed_cache: bool,
+    max_batch: int | None = None,
+    max_input: int | None = None,
+    max_seq: int | None = None,
+    workspace: int | None = None,
+    optimization_level: int | None = None,
+    compute_capabilities: tuple[str, ...] = (),
+) -> BuildOptions:
+    """Options with the model's defaults for what is None.
+
+    Args:
+        fixed_cache: the engine's caches always have `max_seq` slots; its default is then at most 4096.
+    Raises:
+        LogitLockError: as `BuildOptions`, or a cache that is longer than the model's learned positions.
+    """
+    if max_seq is None:
+        max_seq = min(spec.max_positions, _CACHE_SLOTS) if fixed_cache else spec.max_positions
+    if spec.position == "learned" and max_seq > spec.max_positions:
+        raise LogitLockError(
+            f"--max-seq is {max_seq}; {spec.variant} has {spec.max_positions} learned positions, so it must be at most "
+            "that"
+        )
+    return BuildOptions(
+        max_batch=8 if max_batch is None else max_batch,
+        max_input=min(max_seq, _INPUT_TOKENS) if max_input is None else max_input,
+        max_seq=max_seq,
+        workspace=workspace,
+        optimization_level=optimization_level,
+        compute_capabilities=compute_capabilities,
+    )
