@@ -1,0 +1,397 @@
+"""The attention kernels against the op they replace, in fp64, on fresh random inputs.
+
+The small cases run on the CPU as well, through Triton's interpreter (`test_interpreted` starts that process), so that
+arithmetic, masks and addressing are proven without a GPU.  `pytest -m gpu` runs all of them on the GPU, in every dtype,
+up to 32768 slots.
+
+Tolerances.  With u the unit roundoff of the dtype, a kernel rounds four times what the fp64 body does not: the query
+(before the first product), the cached key, the weights (before the second product) and the context.  Rounding errors
+are uniform in the last place, so each has relative size of about 0.4 u.  Inputs are standard normal and scale is
+head_dim ** -0.5, so scores have a standard deviation of about 1: an error of 0.4 u in query or key changes a score by
+about 0.4 u, and a weight by that relative amount.  Independent weight errors e_j change the context by
+sqrt(sum w_j^2 e_j^2), which relative to |context| ~ sqrt(sum w_j^2) is 0.4 u again.  Together sqrt(4) * 0.4 u = 0.8 u;
+2 u is allowed over a whole tensor and 8 u for the worst query, whose scores can be several times larger.  fp32
+additions and exp2 have a relative error of up to about 2^-22 each where scores reach +-8: 2^-19 is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from refmodels.ops import _attention_body, rotate
+
+pytest.importorskip("triton")
+from trt_runtime.kernels import attention
+from trt_runtime.kernels.launch import AttentionShape
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCES = {"fp32": 2.0**-19, "fp16": 2 * 2.0**-11, "bf16": 2 * 2.0**-8}
+NAN = float("nan")
+
+runs_kernels = pytest.mark.skipif(not CUDA and not INTERPRETED, reason="needs a CUDA GPU or TRITON_INTERPRET=1")
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "chatglm2": {"heads": 8, "kv_heads": 2, "rotary": 0.5, "rotary_interleaved": True},
+    "baichuan7b": {"heads": 4, "kv_heads": 4, "rotary": 1.0},
+    "baichuan13b": {"heads": 5, "kv_heads": 5, "has_alibi": True},
+    "qwen": {"heads": 4, "kv_heads": 4, "rotary": 1.0, "has_query_scale": True},
+    "gpt": {"heads": 4, "kv_heads": 4},
+    "bigcode": {"heads": 6, "kv_heads": 1},
+    "starcoder2": {"heads": 6, "kv_heads": 2, "rotary": 1.0, "window": 37},
+    "alibi_mqa_window": {"heads": 20, "kv_heads": 1, "has_alibi": True, "window": 100, "rotary": 0.5},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """`lengths`: slots filled before, per row.  `hidden`: "none", "left" (pads in front), "right", "holes" or "all"."""
+
+    scheme: str = "baichuan7b"
+    lengths: tuple[int, ...]
+    tokens: int = 1
+    head_dim: int = 32
+    dtype: str = "fp32"
+    table_dtype: str = "fp32"
+    hidden: str = "none"
+    spare_slots: int = 0
+    spare_capacity: int = 3
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lengths = "_".join(map(str, self.lengths))
+        return f"{self.scheme}-{self.dtype}-d{self.head_dim}-n{lengths}-t{self.tokens}-{self.hidden}"
+
+    @property
+    def shape(self) -> AttentionShape:
+        scheme = SCHEMES[self.scheme] | self.more
+        slots = max(self.lengths) + self.tokens + self.spare_slots
+        return AttentionShape(
+            batch=len(self.lengths),
+            tokens=self.tokens,
+            slots=slots,
+            capacity=slots + self.spare_capacity,
+            heads=scheme["heads"],
+            kv_heads=scheme["kv_heads"],
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            dtype=self.dtype,  # type: ignore[arg-type]
+            rotary_dim=int(scheme.get("rotary", 0) * self.head_dim) // 2 * 2,
+            rotary_interleaved=scheme.get("rotary_interleaved", False),
+            window=scheme.get("window", 0),
+            has_query_scale=scheme.get("has_query_scale", False),
+            has_alibi=scheme.get("has_alibi", False),
+            table_dtype=self.table_dtype,  # type: ignore[arg-type]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    qkv: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    cache_lengths: Tensor
+    visible: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    query_scale: Tensor | None
+    alibi_slopes: Tensor | None
+
+    def wide(self) -> tuple[Tensor | None, ...]:
+        """In fp64, unwritten slots 0 (the body multiplies weights of 0 with them)."""
+        return tuple(
+            t if t is None or not t.is_floating_point() else t.double().nan_to_num(0.0) for t in vars(self).values()
+        )
+
+
+def inputs(shape: AttentionShape, lengths: tuple[int, ...], hidden: str = "none", seed: int = 0) -> Inputs:
+    """Random inputs; every slot that no token was written to is NaN."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    dtype, table_dtype = DTYPES[shape.dtype], DTYPES[shape.table_dtype]
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=DEVICE).to(dtype)
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator, device=DEVICE)
+
+    cache_lengths = torch.tensor(lengths, device=DEVICE)
+    slot = torch.arange(shape.capacity, device=DEVICE)
+    unwritten = (slot >= cache_lengths[:, None])[:, None, :, None]
+    size = (shape.batch, shape.kv_heads, shape.capacity, shape.head_dim)
+    visible = torch.ones(shape.batch, shape.slots, dtype=torch.bool, device=DEVICE)
+    if hidden == "left":
+        visible &= slot[: shape.slots] >= (cache_lengths[:, None] + shape.tokens) // 3
+    elif hidden == "right":
+        visible &= slot[: shape.slots] < cache_lengths[:, None] + (shape.tokens + 1) // 2
+    elif hidden == "holes":
+        visible &= uniform(shape.batch, shape.slots) > 0.3
+    elif hidden == "all":
+        visible[0] = False
+    angles = uniform(shape.batch, shape.tokens, shape.rotary_dim // 2) * 7
+    return Inputs(
+        qkv=normal(shape.batch, shape.tokens, (shape.heads + 2 * shape.kv_heads) * shape.head_dim),
+        key_cache=normal(*size).masked_fill(unwritten, NAN),
+        value_cache=normal(*size).masked_fill(unwritten, NAN),
+        cache_lengths=cache_lengths,
+        visible=visible,
+        cos=angles.cos().to(table_dtype) if shape.rotary_dim else None,
+        sin=angles.sin().to(table_dtype) if shape.rotary_dim else None,
+        query_scale=(1 + uniform(shape.batch, shape.tokens)).to(table_dtype) if shape.has_query_scale else None,
+        alibi_slopes=uniform(shape.heads) * 0.1 if shape.has_alibi else None,
+    )
+
+
+def run(shape: AttentionShape, given: Inputs, **choices: Any) -> Tensor:
+    """The kernels' context, in poisoned memory; the caches of `given` are updated."""
+    context = torch.full(
+        (shape.batch, shape.tokens, shape.heads * shape.head_dim), NAN, dtype=DTYPES[shape.dtype], device=DEVICE
+    )
+    workspace = torch.full((-(-attention.workspace_bytes(shape) // 4),), NAN, device=DEVICE)
+    counters = torch.zeros(attention.counter_count(shape), dtype=torch.int32, device=DEVICE)
+    for launch in attention.launches(
+        shape, **vars(given), context=context, workspace=workspace, counters=counters, **choices
+    ):
+        launch.kernel[launch.grid](**launch.arguments, **launch.constants, num_warps=launch.warps)
+    assert not counters.any(), "counters must be left at zero"
+    return context
+
+
+def assert_close(context: Tensor, expected: Tensor, dtype: str) -> None:
+    assert not context.isnan().any()
+    error = context.double() - expected
+    if not expected.any():
+        assert not error.any()
+        return
+    assert error.norm() / expected.norm() <= TOLERANCES[dtype], error.norm() / expected.norm()
+    size = expected.norm(dim=-1)
+    worst = (error.norm(dim=-1) / size)[size > 0].max()
+    assert worst <= 4 * TOLERANCES[dtype], worst
+    assert not error.norm(dim=-1)[size == 0].any(), "a query that sees no key gives 0"
+
+
+def assert_caches(shape: AttentionShape, before: Inputs, after: Inputs) -> None:
+    """Values copied, keys rotated and rounded once, every other slot untouched to the bit."""
+    bits = {2: torch.int16, 4: torch.int32}[after.qkv.element_size()]
+    split = after.qkv.view(shape.batch, shape.tokens, -1, shape.head_dim)
+    key = split[:, :, shape.heads : shape.heads + shape.kv_heads]
+    value = split[:, :, shape.heads + shape.kv_heads :]
+    slots = after.cache_lengths[:, None] + torch.arange(shape.tokens, device=DEVICE)
+    where = (torch.arange(shape.batch, device=DEVICE)[:, None], slice(None), slots)
+    assert torch.equal(after.value_cache[where], value)
+    wide = key.double()
+    if after.cos is not None and after.sin is not None:
+        wide = rotate(wide, after.cos.double(), after.sin.double(), shape.rotary_interleaved)
+    # One rounding of the result; the rotation itself in fp32, whose terms may cancel.
+    allowed = wide.abs() * TOLERANCES[shape.dtype] / 2 + key.double().abs().amax(-1, keepdim=True) * 2.0**-22
+    assert ((after.key_cache[where].double() - wide).abs() <= allowed).all()
+    for old, new in ((before.key_cache, after.key_cache), (before.value_cache, after.value_cache)):
+        untouched = new.clone()
+        untouched[where] = old[where]
+        assert torch.equal(untouched.view(bits), old.view(bits))
+
+
+def check(case: Case, *, seed: int = 0, **choices: Any) -> None:
+    shape = case.shape
+    before = inputs(shape, case.lengths, case.hidden, seed)
+    after = replace(before, key_cache=before.key_cache.clone(), value_cache=before.value_cache.clone())
+    context = run(shape, after, **choices)
+    expected, _, _ = _attention_body(
+        *before.wide(),  # type: ignore[arg-type]
+        shape.heads, shape.kv_heads, shape.scale, shape.rotary_interleaved, shape.window, "exact", in_place=True,
+    )  # fmt: skip
+    assert_close(context, expected, shape.dtype)
+    assert_caches(shape, before, after)
+
+
+# fp16 for what the fp32 cases cannot see: the rounding of operands.  The interpreter has no bf16 products.
+SMALL = [
+    *(Case(scheme=s, lengths=(70, 3), head_dim=16) for s in SCHEMES),
+    *(Case(scheme=s, lengths=(0, 41), tokens=37, head_dim=16) for s in SCHEMES),
+    Case(scheme="chatglm2", lengths=(130, 40), hidden="holes", dtype="fp16"),
+    Case(scheme="qwen", lengths=(90, 0), hidden="left", dtype="fp16", spare_slots=200),
+    Case(scheme="starcoder2", lengths=(70, 20), hidden="all", head_dim=24),
+    Case(scheme="baichuan13b", lengths=(40,), hidden="all"),
+    Case(scheme="chatglm2", lengths=(9, 0), tokens=70, hidden="left", dtype="fp16", table_dtype="fp16"),
+    Case(scheme="qwen", lengths=(0, 33), tokens=40, hidden="right", spare_slots=100),
+    Case(scheme="baichuan13b", lengths=(33,), tokens=33, hidden="holes", head_dim=24),
+    Case(scheme="gpt", lengths=(0, 0), tokens=2, hidden="all"),
+]
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small(case: Case) -> None:
+    check(case)
+
+
+@runs_kernels
+@pytest.mark.parametrize("last_combines", [False, True])
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("splits", [1, 2, 7])
+def test_splits(splits: int, rows: int, last_combines: bool) -> None:
+    """Rows with less to do than splits, and splits of different sizes."""
+    blocks = attention.DecodeBlocks(rows=rows, slots=16, warps=4, stages=1, last_combines=last_combines)
+    check(Case(lengths=(100, 0, 17, 16), head_dim=16, hidden="left"), decode=blocks, splits=splits)
+
+
+@runs_kernels
+def test_row_blocks() -> None:
+    """More heads on a kv head than a block takes."""
+    blocks = attention.DecodeBlocks(rows=16, slots=16, warps=4, stages=1, last_combines=True)
+    check(Case(scheme="alibi_mqa_window", lengths=(100, 5), head_dim=16), decode=blocks, splits=3)
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the GPU runs the small cases itself")
+def test_interpreted() -> None:
+    tests = "test_small or test_splits or test_row_blocks"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, __file__]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert f"{len(SMALL) + 13} passed" in result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_variants_are_all_that_launches_use(scheme: str, dtype: str) -> None:
+    """What is compiled ahead of time for a model covers every shape within its limits."""
+    limits = Case(scheme=scheme, lengths=(4000,) * 8, tokens=96, dtype=dtype, head_dim=64).shape
+    names = ("qkv", "key_cache", "value_cache", "cache_lengths", "visible", "cos", "sin", "query_scale")
+    addresses: dict[str, Any] = dict.fromkeys((*names, "alibi_slopes", "context", "workspace", "counters"), 0)
+
+    def key(launch: Any) -> object:
+        return launch.kernel, tuple(launch.constants.items()), launch.warps, launch.stages
+
+    known = {key(launch) for launch in attention.variants(limits)}
+    for batch in (1, 2, 5, 8):
+        for tokens in (1, 2, 7, 64, 65, 96):
+            for slots in (96, 256, 4096):
+                shape = replace(limits, batch=batch, tokens=tokens, slots=slots)
+                assert attention.workspace_bytes(shape) <= attention.workspace_bytes(limits)
+                assert attention.counter_count(shape) <= attention.counter_count(limits)
+                for launch in attention.launches(shape, **addresses):
+                    assert key(launch) in known
+                    assert set(launch.pointers) | {"scale", "tokens"} >= {
+                        name for name in launch.arguments if name in addresses
+                    }
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")]
+
+
+def marked(*marks: Any) -> Any:
+    def decorate(function: Any) -> Any:
+        for mark in marks:
+            function = mark(function)
+        return function
+
+    return decorate
+
+
+@marked(*gpu)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_schemes(scheme: str, dtype: str) -> None:
+    for hidden in ("none", "left", "holes"):
+        common: dict[str, Any] = {"scheme": scheme, "dtype": dtype, "head_dim": 64, "hidden": hidden}
+        check(Case(lengths=(700, 0, 1, 511), **common, spare_slots=300), seed=1)
+        check(Case(lengths=(3000,), **common), seed=2)
+        check(Case(lengths=(0, 130, 63), tokens=259, **common), seed=3)
+        check(Case(lengths=(1024, 5), tokens=33, **common, spare_slots=100), seed=4)
+
+
+@marked(*gpu)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 80, 96, 128, 160, 192, 256])
+def test_head_dims(head_dim: int, dtype: str) -> None:
+    for scheme in ("baichuan7b", "chatglm2"):
+        common: dict[str, Any] = {"scheme": scheme, "dtype": dtype, "head_dim": head_dim}
+        check(Case(lengths=(300, 77), **common), seed=5)
+        check(Case(lengths=(0, 200), tokens=200, **common), seed=6)
+
+
+@marked(*gpu)
+@pytest.mark.parametrize("scheme", ["baichuan7b", "chatglm2"])
+def test_lengths(scheme: str) -> None:
+    """1 .. 32768 slots; compiled once, so lengths are what is tested."""
+    common: dict[str, Any] = {"scheme": scheme, "dtype": "fp16", "head_dim": 128}
+    for slots in (1, 2, 31, 32, 33, 64, 65, 127, 128, 129, 1000, 4095, 4096, 8191, 16384, 32768):
+        check(Case(lengths=(slots - 1,), **common), seed=slots)
+        check(Case(lengths=(slots - 1, 0, slots // 2), **common), seed=slots)
+        if 1 < slots <= 8191:
+            check(Case(lengths=(0,), tokens=slots, **common), seed=slots)
+    check(Case(lengths=(32768 - 300,), tokens=300, **common), seed=7)
+
+
+@marked(*gpu)
+def test_large_caches() -> None:
+    """Offsets beyond 2**31 elements."""
+    case = Case(scheme="chatglm2", dtype="fp16", head_dim=128, lengths=(3, 40), spare_capacity=5_000_000)
+    check(case)
+    check(replace(case, tokens=70))
+
+
+@marked(*gpu)
+@pytest.mark.parametrize("scheme", ["chatglm2", "qwen"])
+def test_many_rows(scheme: str) -> None:
+    lengths = tuple(torch.randint(0, 1500, (96,), generator=torch.Generator().manual_seed(3)).tolist())
+    check(Case(scheme=scheme, dtype="bf16", head_dim=128, lengths=lengths, more={"heads": 32}), seed=8)
+
+
+@marked(*gpu)
+@pytest.mark.parametrize("scheme", ["chatglm2", "baichuan7b"])
+def test_chunks_then_graph_replays(scheme: str) -> None:
+    """Prefill in two chunks, then one captured decode step replayed while the lengths grow on the device."""
+    case = Case(scheme=scheme, dtype="fp16", head_dim=128, lengths=(0, 0), tokens=100, spare_slots=900)
+    shape = case.shape
+    caches = inputs(shape, case.lengths)
+    key, value = caches.key_cache, caches.value_cache
+    wide = [key.double().nan_to_num(0.0), value.double().nan_to_num(0.0)]
+    lengths = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+
+    def body(given: Inputs) -> Tensor:
+        tensors = list(given.wide())
+        tensors[1:3] = wide
+        return _attention_body(
+            *tensors,  # type: ignore[arg-type]
+            shape.heads, shape.kv_heads, shape.scale, shape.rotary_interleaved, shape.window, "exact", in_place=True,
+        )[0]  # fmt: skip
+
+    for seed in (1, 2):
+        given = replace(inputs(shape, case.lengths, seed=seed), key_cache=key, value_cache=value, cache_lengths=lengths)
+        assert_close(run(shape, given), body(given), "fp16")
+        lengths += 100
+    lengths[1] -= 60
+
+    shape = replace(shape, tokens=1)
+    static = replace(inputs(shape, (0, 0)), key_cache=key, value_cache=value, cache_lengths=lengths)
+    saved = lengths.clone()
+    run(shape, static)
+    lengths.copy_(saved)
+    context = torch.full((2, 1, shape.heads * shape.head_dim), NAN, dtype=torch.float16, device=DEVICE)
+    workspace = torch.full((attention.workspace_bytes(shape) // 4,), NAN, device=DEVICE)
+    counters = torch.zeros(attention.counter_count(shape), dtype=torch.int32, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in attention.launches(
+            shape, **vars(static), context=context, workspace=workspace, counters=counters
+        ):
+            launch.kernel[launch.grid](**launch.arguments, **launch.constants, num_warps=launch.warps)
+    for step in range(300):
+        fresh = inputs(shape, (0, 0), seed=10 + step)
+        static.qkv.copy_(fresh.qkv)
+        context.fill_(NAN)
+        graph.replay()
+        assert_close(context, body(static), "fp16")
+        lengths += 1
+    assert not counters.any()

@@ -1,0 +1,250 @@
+"""Which kernels of `attention_kernels.py` serve a `cached_attention`, with which block sizes, on which grid.
+
+Decode (one token) is one kernel, rotation and cache write inside; where there are too few rows and heads to fill the
+GPU its slots are split and a second kernel (or, for few partial results, the last block) combines them.  Prefill is
+two: write keys and values, then flash attention over the caches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trt_runtime.kernels import attention_kernels as kernels
+from trt_runtime.kernels.launch import AttentionShape, Launch
+
+BLOCKS_WANTED = 512
+"""Decode blocks that fill a GPU: 4 on each of the H200's 132 multiprocessors, all resident at once."""
+
+NO_WINDOW = 2**30
+L2_BYTES = 32 * 2**20
+"""Keys and values of the heads that prefill works on at once should fit in this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeBlocks:
+    """`rows` heads of one kv head a block (1: products element by element, else matrix products), `slots` a tile."""
+
+    rows: int
+    slots: int
+    warps: int
+    stages: int
+    last_combines: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillBlocks:
+    """`queries` a block, `slots` a tile."""
+
+    queries: int
+    slots: int
+    warps: int
+    stages: int
+    staged: bool = False
+
+
+def decode_blocks(shape: AttentionShape, capability: int = 90) -> DecodeBlocks:
+    """The one table of decode block sizes."""
+    group = shape.heads // shape.kv_heads
+    if group == 1:
+        return DecodeBlocks(rows=1, slots=32, warps=4, stages=1, last_combines=True)
+    rows = min(64, max(16, _power_of_2(group)))
+    if shape.dtype == "fp32":
+        return DecodeBlocks(rows=rows, slots=32, warps=4, stages=1, last_combines=False)
+    slots = 64 if _block_d(shape) <= 128 else 32
+    return DecodeBlocks(rows=rows, slots=slots, warps=4, stages=3, last_combines=False)
+
+
+def prefill_blocks(shape: AttentionShape, capability: int = 90) -> PrefillBlocks:
+    """The one table of prefill block sizes.  Shared memory: 86, 89 and 120 have 99 KiB, 80 163, 90 227."""
+    block_d = _block_d(shape)
+    if shape.dtype == "fp32":
+        return PrefillBlocks(queries=32, slots=32, warps=4, stages=1)
+    if shape.tokens <= 64:
+        return PrefillBlocks(queries=64, slots=64 if block_d <= 128 else 32, warps=4, stages=2)
+    if block_d <= 128:
+        return PrefillBlocks(queries=128, slots=64, warps=8, stages=2)
+    if capability == 90:
+        return PrefillBlocks(queries=128, slots=64, warps=8, stages=2)
+    return PrefillBlocks(queries=64, slots=32, warps=4, stages=2)
+
+
+def launches(
+    shape: AttentionShape,
+    *,
+    qkv: Any,
+    key_cache: Any,
+    value_cache: Any,
+    cache_lengths: Any,
+    visible: Any,
+    cos: Any,
+    sin: Any,
+    query_scale: Any,
+    alibi_slopes: Any,
+    context: Any,
+    workspace: Any,
+    counters: Any,
+    capability: int = 90,
+    decode: DecodeBlocks | None = None,
+    prefill: PrefillBlocks | None = None,
+    splits: int | None = None,
+) -> list[Launch]:
+    """The launches that do `refmodels.ops.cached_attention`, arithmetic "exact", in order.
+
+    Args:
+        qkv .. alibi_slopes: the op's tensors, or their addresses; None for those that `shape` says are absent.
+        context: [batch, tokens, heads * head_dim], written.
+        workspace: `workspace_bytes(shape)` bytes, aligned to 16, contents of no matter.
+        counters: int32 [`counter_count(shape)`], zero before the first launch ever; every launch leaves zeros.
+        capability: of the device, 90 for 9.0: limits the shared memory.
+        decode, prefill, splits: instead of the tables' (for measurements).
+    """
+    tensors = {
+        "qkv": qkv,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "cache_lengths": cache_lengths,
+        "visible": visible,
+        "cos": cos if shape.rotary_dim else qkv,
+        "sin": sin if shape.rotary_dim else qkv,
+        "query_scale": query_scale if shape.has_query_scale else qkv,
+        "alibi_slopes": alibi_slopes if shape.has_alibi else qkv,
+        "context": context,
+        "workspace": workspace,
+        "counters": counters,
+    }
+    types: dict[str, str] = {
+        **dict.fromkeys(tensors, shape.dtype),
+        "cache_lengths": "i64",
+        "visible": "i1",
+        "workspace": "fp32",
+        "counters": "i32",
+    }
+    if shape.rotary_dim:
+        types["cos"] = types["sin"] = shape.table_dtype
+    if shape.has_query_scale:
+        types["query_scale"] = shape.table_dtype
+    if shape.has_alibi:
+        types["alibi_slopes"] = "fp32"
+    sizes = {
+        "scale": float(shape.scale),
+        "tokens": shape.tokens,
+        "slots": shape.slots,
+        "capacity": shape.capacity,
+        "window": shape.window or NO_WINDOW,
+    }
+    constants = {
+        "HEADS": shape.heads,
+        "KV_HEADS": shape.kv_heads,
+        "HEAD_DIM": shape.head_dim,
+        "BLOCK_D": _block_d(shape),
+        "ROTARY": shape.rotary_dim,
+        "PAIRS": shape.rotary_interleaved,
+        "HAS_QUERY_SCALE": shape.has_query_scale,
+        "HAS_ALIBI": shape.has_alibi,
+    }
+
+    def launch(kernel: Any, grid: tuple[int, int, int], warps: int, **more: Any) -> Launch:
+        given = {**tensors, **sizes, **constants, **more}
+        names = kernel.arg_names
+        return Launch(
+            kernel=kernel,
+            grid=grid,
+            arguments={name: given[name] for name in names if not name.isupper()},
+            constants={name: given[name] for name in names if name.isupper()},
+            pointers={name: types[name] for name in names if name in types},
+            warps=warps,
+        )
+
+    if shape.tokens == 1:
+        blocks = decode or decode_blocks(shape, capability)
+        splits = splits or _splits(shape, blocks)
+        row_blocks = _cdiv(shape.heads // shape.kv_heads, blocks.rows)
+        first = launch(
+            kernels.decode,
+            (splits, shape.kv_heads * row_blocks, shape.batch),
+            blocks.warps,
+            splits=splits,
+            ROWS=blocks.rows,
+            BLOCK_N=blocks.slots,
+            LAST_COMBINES=blocks.last_combines,
+            STAGES=blocks.stages,
+        )
+        if splits == 1 or blocks.last_combines:
+            return [first]
+        grid = (shape.heads, shape.batch, 1)
+        return [first, launch(kernels.combine, grid, 4, splits=splits, BLOCK_N=blocks.slots)]
+
+    tiles = prefill or prefill_blocks(shape, capability)
+    block_t = max(1, 4096 // _block_d(shape))
+    write_grid = (1 + _cdiv(shape.tokens, block_t) * shape.kv_heads, shape.batch, 1)
+    return [
+        launch(kernels.write, write_grid, 4, BLOCK_T=block_t),
+        launch(
+            kernels.prefill,
+            (_cdiv(shape.tokens, tiles.queries) * shape.heads, shape.batch, 1),
+            tiles.warps,
+            heads_at_once=_heads_at_once(shape),
+            BLOCK_M=tiles.queries,
+            BLOCK_N=tiles.slots,
+            STAGES=tiles.stages,
+            STAGED=tiles.staged,
+        ),
+    ]
+
+
+def workspace_bytes(shape: AttentionShape) -> int:
+    """Bytes of workspace for this shape and every smaller batch, number of tokens and of slots."""
+    group = shape.heads // shape.kv_heads
+    # Batch * kv_heads * splits never exceeds the blocks wanted by more than one round; a partial result a head.
+    partial = (BLOCKS_WANTED + shape.batch * shape.kv_heads) * group * (shape.head_dim + 1) * 4
+    return max(partial, shape.batch * 3 * 4)
+
+
+def counter_count(shape: AttentionShape) -> int:
+    """Number of int32 counters for this shape and every smaller batch."""
+    return shape.batch * shape.heads
+
+
+def variants(limits: AttentionShape, *, capability: int = 90) -> list[Launch]:
+    """One launch (addresses 0) of every distinct kernel, constants and warps that shapes within `limits` can need."""
+    shapes = [
+        replace(limits, batch=batch, tokens=tokens)
+        for batch in {1, limits.batch}
+        for tokens in sorted({1, 2, limits.tokens})
+    ]
+    found: dict[object, Launch] = {}
+    for shape in shapes:
+        absent: dict[str, Any] = dict.fromkeys(
+            ("qkv", "key_cache", "value_cache", "cache_lengths", "visible", "cos", "sin", "query_scale"), 0
+        )
+        for launch in launches(
+            shape, **absent, alibi_slopes=0, context=0, workspace=0, counters=0, capability=capability
+        ):
+            found[(launch.kernel, tuple(launch.constants.items()), launch.warps)] = launch
+    return list(found.values())
+
+
+def _splits(shape: AttentionShape, blocks: DecodeBlocks) -> int:
+    busy = shape.batch * shape.kv_heads * _cdiv(shape.heads // shape.kv_heads, blocks.rows)
+    return max(1, min(BLOCKS_WANTED // busy, _cdiv(shape.slots, 2 * blocks.slots)))
+
+
+def _heads_at_once(shape: AttentionShape) -> int:
+    """A divisor of `heads`: as many heads as have their keys and values in L2 together."""
+    element = 4 if shape.dtype == "fp32" else 2
+    room = L2_BYTES // (2 * shape.slots * shape.head_dim * element) * (shape.heads // shape.kv_heads)
+    return max(d for d in range(1, shape.heads + 1) if shape.heads % d == 0 and d <= max(1, room))
+
+
+def _block_d(shape: AttentionShape) -> int:
+    return max(16, _power_of_2(shape.head_dim))
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << math.ceil(math.log2(n))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
