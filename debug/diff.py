@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from debug.diagnose import diagnose
 from debug.metrics import ErrorStats, compare, kl_divergence, nonfinite_count, top_margin
+from debug.modules import Forward
 from debug.prompts import Prompts, default_prompts, text_prompts
-from debug.results import Culprit, DiffResult, LogitError, ObserverEffect, Phase, TapError
+from debug.results import Culprit, Diagnosis, DiffResult, LogitError, ObserverEffect, Phase, TapError
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoint import ModelSource, checkpoint_hash, load, load_tokenizer_for, resolve
 from refmodels.errors import LogitLockError
@@ -119,6 +121,7 @@ class _Diff:
         self.engine, self.prompts, self.steps, self.multiple = engine, prompts, steps, multiple
         self.unit = torch.finfo(engine.dtype).eps / 2
         self.taps: list[TapError] = []
+        self.forwards: list[Forward] = []
         self.logits = _Logits()
         batch, tokens = prompts.ids.shape
         size = {"batch": batch, "capacity": tokens + steps}
@@ -171,10 +174,22 @@ class _Diff:
         for tap, found in stats.items():
             bound = lower_bound(self.engine.spec, tap, self.engine.dtype, slots=plan.attention_mask.shape[1])
             self.taps.append(self._tap_error(tap, step, bound, *found))
+        self.forwards.append(Forward(step=step, plan=plan, tensors=captured.tensors, before=self._cache_before(step)))
         real = plan.new_mask
         self.logits.add(truth[real], rounded[real], untapped[real], tapped[real])
         token = truth[:, -1:].argmax(-1)
         return token, torch.ones_like(token)
+
+    def _cache_before(self, step: int) -> dict[str, Tensor]:
+        """The engine's cache taps before a step: those after the last one, or none."""
+        if step:
+            return {n: t for n, t in self.forwards[step - 1].tensors.items() if is_cache_tap(n)}
+        cache = self.tapped
+        return {
+            f"blocks.{i}.{part}": tensors[i][:, :, :0]
+            for part, tensors in (("key", cache.key), ("value", cache.value))
+            for i in range(len(tensors))
+        }
 
     def _sink(
         self,
@@ -259,6 +274,7 @@ class _Diff:
 
     def _culprit(self, errors: list[TapError], *, accumulated: bool = False) -> Culprit:
         first = errors[0]
+        local = not accumulated and not first.nonfinite
         return Culprit(
             tap=first.tap,
             phase=first.phase,
@@ -269,6 +285,18 @@ class _Diff:
             ratio=first.accumulated_ratio if accumulated else first.ratio,
             worst=first.worst,
             occurrences=len(errors),
+            diagnosis=self._diagnose(first) if local else [],
+        )
+
+    def _diagnose(self, error: TapError) -> list[Diagnosis]:
+        return diagnose(
+            error.tap,
+            self.forwards[error.step],
+            self.truth.model,
+            self.rounded.model,
+            bound=error.floor_bound,
+            multiple=self.multiple,
+            dtype=self.engine.dtype,
         )
 
 

@@ -56,11 +56,29 @@ class TapError:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """A known fault under which the reference module gives what the engine gave.
+
+    local_before, local_after: local error without and with the fault; ratio_after: the latter in noise floors, of the
+    worst token.
+    """
+
+    fault: str
+    local_before: float
+    local_after: float
+    ratio_after: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Culprit:
     """A tap whose own module is wrong, at its first occurrence.
 
     kind: "local" (local error above the floor), "nonfinite" (NaN or Inf from finite inputs), or "accumulated" (no
     module by itself, but the logits are off by more than the dtype explains).  occurrences: forwards that show it.
+    diagnosis: known faults that explain it, the best first; empty: unknown.
     """
 
     tap: str
@@ -72,11 +90,10 @@ class Culprit:
     ratio: float
     worst: tuple[int, int]
     occurrences: int
+    diagnosis: list[Diagnosis] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        values = {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
-        # Filled by the diagnosis, which tries the catalogue of known faults at the culprit.
-        return values | {"diagnosis": []}
+        return {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
