@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import onnx
 from torch import Tensor
@@ -24,6 +25,7 @@ from trt_runtime.bundle import (
     MODEL_NAME,
     AttentionMode,
     BundleInfo,
+    EngineBackend,
     EngineInfo,
     Precision,
     TensorInfo,
@@ -31,6 +33,9 @@ from trt_runtime.bundle import (
     write_bundle,
 )
 from trt_runtime.layers import write_layers
+
+if TYPE_CHECKING:
+    from export.tensorrt_build import BuildResult
 
 Backend = Literal["onnxruntime", "tensorrt", "torch-tensorrt"]
 Progress = Callable[[str, int, int], None]
@@ -158,8 +163,8 @@ def export_model(
         else:
             tensors = stream_parameters(source, dtype=DTYPES[precision], numerics=numerics)
         _write_model(graph, tensors, draft.directory, spec, precision, progress)
-        if backend == "tensorrt":
-            engine = _build_engine(draft.directory, spec, options, taps=taps, progress=progress)
+        if backend != "onnxruntime":
+            engine = _build_engine(draft.directory, spec, backend, attention, options, taps=taps, progress=progress)
             info = dataclasses.replace(info, engine=engine)
         if identity is not None:
             info = dataclasses.replace(info, checkpoint_hash=identity.result())
@@ -185,6 +190,11 @@ def _check_backend(
 
     if not can_build():
         raise LogitLockError(f"{package_version()} builds on a machine with a CUDA GPU, and none is here")
+    if backend == "torch-tensorrt":
+        from export.torch_tensorrt import check_modes, import_torch_tensorrt
+
+        check_modes(attention, numerics)
+        import_torch_tensorrt()
     if attention == "plugin" and numerics != "exact":
         raise LogitLockError(
             "the plugins compute --numerics exact only; for an engine with upstream's rounding use "
@@ -197,18 +207,30 @@ def _check_backend(
 
 
 def _build_engine(
-    directory: Path, spec: ModelSpec, options: BuildOptions, *, taps: bool, progress: Progress | None
+    directory: Path,
+    spec: ModelSpec,
+    backend: EngineBackend,
+    attention: AttentionMode,
+    options: BuildOptions,
+    *,
+    taps: bool,
+    progress: Progress | None,
 ) -> EngineInfo:
     from export.tensorrt_build import build_plan, capability_name
     from trt_runtime.tensorrt_api import package_version
 
+    build: Callable[..., BuildResult] = build_plan
+    if backend == "torch-tensorrt":
+        from export import torch_tensorrt
+
+        build = functools.partial(torch_tensorrt.build_plan, attention=attention)
     results = [
-        build_plan(directory, spec, options=options, taps=tapped, progress=progress)
+        build(directory, spec, options=options, taps=tapped, progress=progress)
         for tapped in ((False, True) if taps else (False,))
     ]
     write_layers(directory / LAYERS_NAME, [result.layers for result in results])
     return EngineInfo(
-        backend="tensorrt",
+        backend=backend,
         package=package_version(),
         compute_capabilities=[capability_name(capability) for capability in options.compute_capabilities],
         plugins=results[0].plugins,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import BinaryIO
 
 import onnx
@@ -71,6 +72,19 @@ def random_parameters(spec: ModelSpec, *, dtype: torch.dtype) -> Iterator[tuple[
     for name, empty in empty_decoder(spec).named_parameters():
         mean = 1.0 if empty.ndim == 1 and name.endswith(".weight") else 0.0
         yield name, torch.empty(empty.shape, dtype=dtype).normal_(mean, _RANDOM_SCALE, generator=generator)
+
+
+def mapped_weights(model: onnx.ModelProto, directory: Path) -> dict[str, Tensor]:
+    """The initializers of a graph in `directory`, by name, as `WeightWriter` stored them: mapped, not read."""
+    path = directory / DATA_NAME
+    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    dtypes = {element: dtype for dtype, element in _ELEMENT_TYPES.items()}
+    tensors = {}
+    for proto in model.graph.initializer:
+        where = {entry.key: entry.value for entry in proto.external_data}
+        raw = data.narrow(0, int(where["offset"]), int(where["length"]))
+        tensors[proto.name] = raw.view(dtypes[proto.data_type]).view(*proto.dims)
+    return tensors
 
 
 def _blocks(tensor: Tensor, *, transposed: bool) -> Iterator[Tensor]:
