@@ -103,9 +103,9 @@ class Block(nn.Module):
         query_scale: Tensor | None,
         alibi_slopes: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        path, a = self.path, self.spec.attention
+        path = self.path
         normed = tap(f"{path}.attn_norm", self.attn_norm(x))
-        context, key, value = cached_attention(
+        context, key, value = self.attend(
             tap(f"{path}.attn.qkv", self.attn.qkv(normed)),
             past_key,
             past_value,
@@ -115,6 +115,31 @@ class Block(nn.Module):
             sin,
             query_scale,
             alibi_slopes,
+        )
+        key, value = tap(f"{path}.key", key), tap(f"{path}.value", value)
+        context = tap(f"{path}.attn.context", context)
+        x = tap(f"{path}.resid_mid", x + tap(f"{path}.attn.out", self.attn.out(context)))
+        normed = tap(f"{path}.mlp_norm", self.mlp_norm(x))
+        return tap(path, x + self.mlp(normed)), key, value
+
+    def attend(
+        self,
+        qkv: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        cache_lengths: Tensor,
+        visible: Tensor,
+        *positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`cached_attention` as this layer needs it; `positions` are cos, sin, query_scale and alibi_slopes."""
+        a = self.spec.attention
+        return cached_attention(
+            qkv,
+            past_key,
+            past_value,
+            cache_lengths,
+            visible,
+            *positions,
             heads=a.heads,
             kv_heads=a.kv_heads,
             scale=self.spec.scale(self.layer),
@@ -122,11 +147,6 @@ class Block(nn.Module):
             window=self.spec.window(self.layer),
             arithmetic=self.arithmetic,
         )
-        key, value = tap(f"{path}.key", key), tap(f"{path}.value", value)
-        context = tap(f"{path}.attn.context", context)
-        x = tap(f"{path}.resid_mid", x + tap(f"{path}.attn.out", self.attn.out(context)))
-        normed = tap(f"{path}.mlp_norm", self.mlp_norm(x))
-        return tap(path, x + self.mlp(normed)), key, value
 
 
 class Decoder(nn.Module):

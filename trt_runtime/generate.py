@@ -65,7 +65,7 @@ class _Row:
 
     def __init__(self, index: int, prompt: Sequence[int], room: int, tokenizer: Tokenizer | None) -> None:
         self.index, self.room = index, room
-        self.seen = torch.tensor(list(prompt), dtype=torch.int64)
+        self.prompt = prompt
         self.tokens: list[int] = []
         self.stream = tokenizer.stream() if tokenizer is not None else None
         self.text = ""
@@ -74,7 +74,6 @@ class _Row:
 
     def push(self, token: int, config: GenerationConfig, on_text: TextCallback | None) -> None:
         self.tokens.append(token)
-        self.seen = torch.cat([self.seen, torch.tensor([token])])
         if token in config.stop_ids:
             self.reason = "stop_id"
         elif len(self.tokens) >= self.room:
@@ -83,6 +82,10 @@ class _Row:
             self.text += self.stream.push(token) if self.reason != "stop_id" else ""
             self._cut(config.stop_strings)
             self._release(config.stop_strings, on_text)
+
+    def seen(self, sampling: Sampling) -> Tensor:
+        """All tokens so far, if the sampling asks for them."""
+        return torch.tensor([*self.prompt, *self.tokens] if sampling.repetition_penalty != 1 else [], dtype=torch.int64)
 
     def _cut(self, stop_strings: Sequence[str]) -> None:
         found = [at for stop in stop_strings if (at := self.text.find(stop, self.released)) >= 0]
@@ -153,15 +156,55 @@ def generate(
         ids[i, : len(prompt)] = torch.tensor(list(prompt))
         mask[i, : len(prompt)] = 1
     logits = engine.prefill(ids, cache, mask, last_logits_only=True, chunk=config.prefill_chunk)
+    if _stays_on_device(logits, config.sampling):
+        _run_ahead(engine, logits[:, -1], rows, config, on_text, cache)
+    else:
+        step = 0
+        while True:
+            _choose_all(logits[:, -1], rows, generators, step, config, on_text, cache)
+            running = torch.tensor([[int(row.reason is None)] for row in rows])
+            if not running.any():
+                break
+            logits = engine.decode(torch.tensor([[row.tokens[-1]] for row in rows]), cache, running)
+            step += 1
+    return [GenerationResult(token_ids=row.tokens, text=row.text, finish_reason=row.reason or "length") for row in rows]
+
+
+def _stays_on_device(logits: Tensor, sampling: Sampling) -> bool:
+    return logits.device.type != "cpu" and sampling.temperature == 0 and sampling.repetition_penalty == 1
+
+
+def _run_ahead(
+    engine: Engine,
+    logits: Tensor,
+    rows: list[_Row],
+    config: GenerationConfig,
+    on_text: TextCallback | None,
+    cache: KVCache,
+) -> None:
+    """The greedy loop on a device: its tokens are fed back there, and the next step starts before the host knows them.
+
+    A row that a stop ends has then run one token further, into a slot that it has but does not need.
+    """
     step = 0
     while True:
-        _choose_all(logits[:, -1], rows, generators, step, config, on_text, cache)
-        running = torch.tensor([[int(row.reason is None)] for row in rows])
-        if not running.any():
-            break
-        logits = engine.decode(torch.tensor([[row.tokens[-1]] for row in rows]), cache, running)
+        tokens = logits.argmax(-1)
+        finite = torch.stack(torch.aminmax(logits, dim=-1)).isfinite().all(0)
+        chosen = torch.stack([tokens, finite.to(torch.int64)]).to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event() if chosen.is_pinned() else None
+        running = [row.reason is None and len(row.tokens) + 1 < row.room for row in rows]
+        following = None
+        if any(running):
+            following = engine.decode(tokens, cache, torch.tensor(running))[:, -1]
+        if arrived is not None:
+            arrived.synchronize()
+        for row, (token, is_finite) in zip(rows, chosen.T.tolist(), strict=True):
+            if row.reason is None:
+                _take(row, token, bool(is_finite), step, config, on_text, cache)
+        if following is None or all(row.reason is not None for row in rows):
+            return
+        logits = following
         step += 1
-    return [GenerationResult(token_ids=row.tokens, text=row.text, finish_reason=row.reason or "length") for row in rows]
 
 
 def _choose_all(
@@ -176,16 +219,29 @@ def _choose_all(
     logits = logits.cpu()
     finite = torch.isfinite(logits).all(-1).tolist()
     for row, generator in zip(rows, generators, strict=True):
-        if row.reason is not None:
-            continue
-        if not finite[row.index]:
-            raise LogitLockError(
-                f"the logits of row {row.index} at step {step} hold NaN or infinity; run `logitlock diff` to see where "
-                "they come from"
-            )
-        row.push(choose(logits[row.index], row.seen, config.sampling, generator), config, on_text)
-        if row.reason is not None:
-            _give_back(cache, row.index)
+        if row.reason is None:
+            scores, usable = logits[row.index], finite[row.index]
+            token = choose(scores, row.seen(config.sampling), config.sampling, generator) if usable else -1
+            _take(row, token, usable, step, config, on_text, cache)
+
+
+def _take(
+    row: _Row,
+    token: int,
+    finite: bool,
+    step: int,
+    config: GenerationConfig,
+    on_text: TextCallback | None,
+    cache: KVCache,
+) -> None:
+    if not finite:
+        raise LogitLockError(
+            f"the logits of row {row.index} at step {step} hold NaN or infinity; run `logitlock diff` to see where "
+            "they come from"
+        )
+    row.push(token, config, on_text)
+    if row.reason is not None:
+        _give_back(cache, row.index)
 
 
 def _give_back(cache: KVCache, row: int) -> None:

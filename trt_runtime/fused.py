@@ -1,0 +1,152 @@
+"""The decoder with its weights where they are, in fewer kernels: what `TorchEngine` runs with kernels on.
+
+Nothing is described a second time but the order of a block's parts.  While a recorder is active, the reference's own
+`forward` runs, with the products below in place of its `nn.Linear`, so that every tap of it can be seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refmodels.model import Block, Decoder, Mlp, activate
+from refmodels.taps import active_recorder
+
+
+class Projection(nn.Module):
+    """An `nn.Linear`, or two that read the same input, with what follows the product.
+
+    forward(x [..., in], residual) gives residual + (x @ weight.T + bias) [..., out].  **The residual's memory is
+    reused** where that spares a kernel.  `gated`: weight and bias hold two products of equal width, and silu of the
+    first times the second takes the place of the product.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> None:
+        super().__init__()
+        self.weight, self.bias, self.gated = weight, bias, gated
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        rows = math.prod(x.shape[:-1])
+        if x.is_cuda and rows == 1 and x.shape[-1] * x.element_size() % 16 == 0:
+            return self._gemv(x, residual)
+        if residual is not None and self.bias is None and not self.gated:
+            residual.view(rows, -1).addmm_(x.reshape(rows, -1), self.weight.T)
+            return residual
+        y = F.linear(x, self.weight, self.bias)
+        y = _gate(y) if self.gated else y
+        return y if residual is None else residual + y
+
+    def _gemv(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        from trt_runtime.kernels import linear
+        from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
+
+        out = x.new_empty(*x.shape[:-1], len(self.weight) // (2 if self.gated else 1))
+        gemv = linear.gemv(
+            n=out.shape[-1],
+            k=x.shape[-1],
+            dtype=ELEMENT_TYPES[x.dtype],
+            x=x.contiguous(),
+            weight=self.weight,
+            bias=self.bias,
+            residual=residual,
+            out=out,
+            gated=self.gated,
+        )
+        execute([gemv])
+        return out
+
+
+def _gate(x: Tensor) -> Tensor:
+    """silu of the first half of the last axis times the second half."""
+    if not x.is_cuda:
+        first, second = x.chunk(2, -1)
+        return F.silu(first) * second
+    from trt_runtime.kernels import linear
+    from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
+
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    execute([linear.gate(rows=math.prod(x.shape[:-1]), n=out.shape[-1], dtype=ELEMENT_TYPES[x.dtype], x=x, out=out)])
+    return out
+
+
+class FusedBlock(nn.Module):
+    """A block of the decoder; `block` is the reference's, with `Projection`s in it."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        mlp = block.mlp
+        self.gate_up = _both(mlp) if mlp.spec.gated and mlp.spec.activation == "silu" else None
+
+    def forward(
+        self,
+        x: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        cache_lengths: Tensor,
+        visible: Tensor,
+        *positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        block, mlp = self.block, self.block.mlp
+        if active_recorder() is not None:
+            watched: tuple[Tensor, Tensor, Tensor] = block(x, past_key, past_value, cache_lengths, visible, *positions)
+            return watched
+        qkv = block.attn.qkv(block.attn_norm(x))
+        context, key, value = block.attend(qkv, past_key, past_value, cache_lengths, visible, *positions)
+        x = block.attn.out(context, x)
+        normed = block.mlp_norm(x)
+        if self.gate_up is not None:
+            act = self.gate_up(normed)
+        else:
+            act = activate(mlp.gate(normed) if mlp.spec.gated else mlp.up(normed), mlp.spec.activation)
+            act = act * mlp.up(normed) if mlp.spec.gated else act
+        return mlp.out(act, x), key, value
+
+
+def fused_decoder(decoder: Decoder) -> Decoder:
+    """A decoder on the same parameters, in eval mode, that runs `FusedBlock`s.
+
+    The weights of `gate` and `up` move next to each other into one tensor, layer by layer; the modules of `decoder`
+    keep views of it and work as before.  Position tables that `decoder` has are taken over; later ones are its own.
+    """
+    with torch.no_grad():
+        for module in decoder.modules():
+            if isinstance(module, Mlp) and module.spec.gated:
+                _put_together(module)
+    shared = [*decoder.parameters(), *(v for v in vars(decoder).values() if isinstance(v, Tensor))]
+    fused: Decoder = copy.deepcopy(decoder, {id(tensor): tensor for tensor in shared})
+    for module in list(fused.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, Projection(child.weight, child.bias))
+    for i, block in enumerate(fused.blocks):
+        assert isinstance(block, Block)
+        fused.blocks[i] = FusedBlock(block)
+    return fused.eval()
+
+
+def _put_together(mlp: Mlp) -> None:
+    gate, up = mlp.gate, mlp.up
+    if gate.weight.untyped_storage().data_ptr() == up.weight.untyped_storage().data_ptr():
+        return
+    for name in ("weight", "bias"):
+        first, second = getattr(gate, name), getattr(up, name)
+        if first is not None:
+            both = torch.cat([first, second])
+            for linear, part in ((gate, both[: len(first)]), (up, both[len(first) :])):
+                setattr(linear, name, nn.Parameter(part, requires_grad=first.requires_grad))
+
+
+def _both(mlp: Mlp) -> Projection:
+    """One product for both, whose parameters `_put_together` has made neighbours."""
+    weight, bias = mlp.gate.weight.data, mlp.gate.bias
+    width, inputs = weight.shape
+    return Projection(
+        weight.as_strided((2 * width, inputs), (inputs, 1)),
+        None if bias is None else bias.data.as_strided((2 * width,), (1,)),
+        gated=True,
+    )

@@ -1,0 +1,152 @@
+"""What a decode step does between attention and the norms, in as few kernels as it takes.
+
+For one token a product with a weight matrix is nothing but reading the weights.  `gemv` reads them at 79 to 99 % of the
+bandwidth of a long read on an H200, where cuBLAS reaches 54 to 91 %, and what follows the product (bias, activation of
+a gated MLP, residual) happens in its registers.  Everything is rounded where the separate operations round, so fusing
+changes no bit.  For several tokens cuBLAS is as fast; there `gate` remains, the activation of a gated MLP.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trt_runtime.kernels.launch import ElementType, Launch
+
+ROWS, COLUMNS, WARPS = 2, 2048, 4
+"""Of a tile of the matrix: the best, or within 2 % of it, for every shape of a 7B model (benchmarks/gpu_linear.py)."""
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@triton.jit
+def gemv_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    n,
+    k,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    kind: tl.constexpr = out.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < n
+    # A thread adds up its own 16 bytes before anything is exchanged or kept: few registers, so many blocks at a time.
+    column = (tl.arange(0, COLUMNS // VECTOR) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+    tile = weight + row.to(tl.int64)[:, None, None] * k + column[None, :, :]
+    tile_up = tile + n.to(tl.int64) * k
+    there = live[:, None, None] & (column < k)[None, :, :]
+    w = tl.load(tile, mask=there, other=0.0, eviction_policy="evict_first")
+    if GATED:
+        up = tl.load(tile_up, mask=there, other=0.0, eviction_policy="evict_first")
+    if OVERLAP:
+        # Nobody writes weights: the first tile is under way before the kernel ahead has written x.
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros((ROWS, COLUMNS // VECTOR), tl.float32)
+    total_up = tl.zeros((ROWS, COLUMNS // VECTOR), tl.float32)
+    for start in range(0, k, COLUMNS):
+        here = start + column
+        a = tl.load(x + here, mask=here < k, other=0.0).to(tl.float32)[None, :, :]
+        # The next tile is asked for before this one is used.
+        there = live[:, None, None] & (here + COLUMNS < k)[None, :, :]
+        following = tl.load(tile + start + COLUMNS, mask=there, other=0.0, eviction_policy="evict_first")
+        total += tl.sum(a * w.to(tl.float32), 2)
+        w = following
+        if GATED:
+            following = tl.load(tile_up + start + COLUMNS, mask=there, other=0.0, eviction_policy="evict_first")
+            total_up += tl.sum(a * up.to(tl.float32), 2)
+            up = following
+    y = tl.sum(total, 1)
+    if bias is not None:
+        y += tl.load(bias + row, mask=live, other=0.0).to(tl.float32)
+    if GATED:
+        y_up = tl.sum(total_up, 1)
+        if bias is not None:
+            y_up += tl.load(bias + n + row, mask=live, other=0.0).to(tl.float32)
+        y = y.to(kind).to(tl.float32)
+        y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32) * y_up.to(kind).to(tl.float32)
+    if residual is not None:
+        y = y.to(kind).to(tl.float32) + tl.load(residual + row, mask=live, other=0.0).to(tl.float32)
+    tl.store(out + row, y.to(kind), mask=live)
+
+
+@triton.jit
+def gate_kernel(x, out, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    kind: tl.constexpr = out.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = column < n
+    y = tl.load(x + row * 2 * n + column, mask=live, other=0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * n + n + column, mask=live, other=0.0).to(tl.float32)
+    y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32) * up
+    tl.store(out + row * n + column, y.to(kind), mask=live)
+
+
+def gemv_serves(k: int, dtype: ElementType) -> bool:
+    """Whether rows of `k` elements all start at a multiple of 16 bytes, as `gemv` needs it."""
+    return k * _BYTES[dtype] % 16 == 0
+
+
+def gemv(
+    *,
+    n: int,
+    k: int,
+    dtype: ElementType,
+    x: Any,
+    weight: Any,
+    out: Any,
+    bias: Any = None,
+    residual: Any = None,
+    gated: bool = False,
+    block: tuple[int, int, int] = (ROWS, COLUMNS, WARPS),
+) -> Launch:
+    """out = residual + (weight @ x + bias), or with `gated` silu of its first half times its second half.
+
+    Args:
+        n, k: elements of out and of x; `gemv_serves(k, dtype)`.
+        x [k], weight [n, k], out [n], bias [n], residual [n]: of `dtype`; weight [2 * n, k] and bias [2 * n] if gated.
+            Products are added in fp32.  out may be residual.
+        block: rows and columns of a tile, warps (for measurements).
+    """
+    return Launch(
+        kernel=gemv_kernel,
+        grid=(triton.cdiv(n, block[0]), 1, 1),
+        arguments={"x": x, "weight": weight, "bias": bias, "residual": residual, "out": out, "n": n, "k": k},
+        constants={
+            "ROWS": block[0],
+            "COLUMNS": block[1],
+            "VECTOR": 16 // _BYTES[dtype],
+            "GATED": gated,
+            "OVERLAP": True,
+        },
+        pointers=dict.fromkeys(("x", "weight", "bias", "residual", "out"), dtype),
+        warps=block[2],
+        options={"launch_pdl": True},
+    )
+
+
+def gate(*, rows: int, n: int, dtype: ElementType, x: Any, out: Any, block: int = 1024) -> Launch:
+    """out [rows, n] = silu of the first n columns of x [rows, 2 * n], times the others."""
+    return Launch(
+        kernel=gate_kernel,
+        grid=(rows, triton.cdiv(n, block), 1),
+        arguments={"x": x, "out": out, "n": n},
+        constants={"BLOCK": block, "OVERLAP": True},
+        pointers={"x": dtype, "out": dtype},
+        warps=4,
+        options={"launch_pdl": True},
+    )

@@ -1,0 +1,176 @@
+"""Decode steps on memory that does not move, so that a CUDA graph can repeat them.
+
+A step runs one token a row.  All that changes from step to step is copied into one block of device memory by one
+transfer from pinned memory; the caches stay where they are, and the mask is as wide as a whole number of `BUCKET`s, so
+that a graph lasts for many steps.  On the CPU the same steps run without a graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from refmodels.cache import KVCache, StepInputs
+from refmodels.model import Decoder
+
+if TYPE_CHECKING:
+    from trt_runtime.kernels.torch_host import Workspace
+
+BUCKET = 256
+"""Slots: a mask is a multiple of it wide, or as wide as the cache."""
+
+_ALIGNMENT = 16
+_NAMES = ("input_ids", "cache_lengths", "position_ids", "ntk_table", "logit_index")
+
+
+def bucket(slots: int, capacity: int) -> int:
+    """Width of the mask for `slots` slots in use."""
+    return min(-(-slots // BUCKET) * BUCKET, capacity)
+
+
+class Inputs:
+    """The inputs of a step in one block of memory: each of `_NAMES` [batch, 1] or [batch] int64, the mask bool.
+
+    Every one of them starts at a multiple of 16 bytes, as the kernels want it.
+    """
+
+    def __init__(self, batch: int, slots: int, device: torch.device | str, *, pinned: bool = False) -> None:
+        stride = -(-batch * 8 // _ALIGNMENT) * _ALIGNMENT
+        ends = stride * len(_NAMES)
+        self.block = torch.zeros(ends + batch * slots, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.tensors = {
+            name: self.block[i * stride : i * stride + batch * 8].view(torch.int64) for i, name in enumerate(_NAMES)
+        }
+        for name in ("input_ids", "position_ids", "logit_index"):
+            self.tensors[name] = self.tensors[name][:, None]
+        self.tensors["attention_mask"] = self.block[ends:].view(torch.bool).view(batch, slots)
+
+    def fill(self, plan: StepInputs) -> None:
+        for name, value in plan.tensors().items():
+            target = self.tensors[name]
+            if name == "attention_mask":
+                target[:, value.shape[1] :] = False
+                target = target[:, : value.shape[1]]
+            target.copy_(value)
+
+
+class _Step:
+    """A step for one cache and one width of the mask; holds all the memory that its graph works on."""
+
+    def __init__(self, model: Decoder, cache: KVCache, slots: int) -> None:
+        self.model, self.key, self.value = model, cache.key, cache.value
+        cuda = model.device.type == "cuda"
+        self.inputs = Inputs(cache.batch, slots, model.device)
+        # Two to send from, so that one can be written while the other is on its way.
+        self.pinned = [Inputs(cache.batch, slots, "cpu", pinned=cuda) for _ in range(2)]
+        self.sent = [torch.cuda.Event() for _ in range(2)] if cuda else []
+        self.tables = (model.rope_cos, model.rope_sin, model.logn, model.alibi_slopes)
+        self.workspace = _workspace(model, cache, slots) if cuda else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor
+
+    def serves(self, cache: KVCache) -> bool:
+        """Whether the cache still has the tensors that this step was made for."""
+        ours, theirs = (*self.key, *self.value), (*cache.key, *cache.value)
+        return all(a is b for a, b in zip(ours, theirs, strict=True))
+
+    def send(self, plan: StepInputs, ids: Tensor | None) -> None:
+        """Make these the inputs of the next run; `ids` [batch, 1] on the device takes the place of the plan's."""
+        self.pinned.reverse()
+        self.sent.reverse()
+        if self.sent:
+            self.sent[0].synchronize()
+        self.pinned[0].fill(plan)
+        self.inputs.block.copy_(self.pinned[0].block, non_blocking=True)
+        if self.sent:
+            self.sent[0].record()
+        if ids is not None:
+            self.inputs.tensors["input_ids"].copy_(ids)
+
+    def forward(self) -> Tensor:
+        logits: Tensor
+        logits, _, _ = self.model(past_key=self.key, past_value=self.value, **self.inputs.tensors)
+        return logits
+
+    def capture(self, stream: torch.cuda.Stream, pool: Any, *, warm: bool) -> None:
+        """Make the graph.  If it is not warm, the step runs once before, which loads the kernels; running it twice
+        does no harm, since it writes the same slots with the same values."""
+        from trt_runtime.kernels.torch_host import use_kernels
+
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream), use_kernels(self.workspace):
+            if not warm:
+                self.forward()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                self.logits = self.forward()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = graph
+
+
+class StaticDecode:
+    """Runs planned steps of one token a row.
+
+    Args:
+        model: the decoder; its position tables must be prepared for every cache that comes.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self._steps: weakref.WeakKeyDictionary[KVCache, dict[int, _Step]] = weakref.WeakKeyDictionary()
+        self._warm: set[tuple[int, int, int]] = set()
+        if model.device.type == "cuda":
+            self._stream = torch.cuda.Stream(model.device)
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, plan: StepInputs, cache: KVCache, ids: Tensor | None = None) -> Tensor:
+        """Run a step and advance the cache.
+
+        Args:
+            plan: one token a row, one logit a row.
+            ids: [batch, 1] int64 on the model's device, instead of the plan's; not checked against the vocabulary.
+        Returns: logits [batch, 1, vocab], a tensor of their own.
+        """
+        slots = bucket(plan.attention_mask.shape[1], cache.capacity)
+        steps = self._steps.setdefault(cache, {})
+        step = steps.get(slots)
+        if step is None or not step.serves(cache):
+            step = steps[slots] = _Step(self.model, cache, slots)
+        step.send(plan, ids)
+        if self.model.device.type != "cuda":
+            logits = step.forward()
+        else:
+            if step.graph is None:
+                kind = (cache.batch, slots, cache.capacity)
+                step.capture(self._stream, self._pool, warm=kind in self._warm)
+                self._warm.add(kind)
+            assert step.graph is not None
+            step.graph.replay()
+            logits = step.logits.clone()
+        cache.advance(plan)
+        return logits
+
+
+def _workspace(model: Decoder, cache: KVCache, slots: int) -> Workspace:
+    from trt_runtime.kernels.launch import AttentionShape
+    from trt_runtime.kernels.torch_host import ELEMENT_TYPES, Workspace
+
+    a = model.spec.attention
+    shape = AttentionShape(
+        batch=cache.batch,
+        tokens=1,
+        slots=slots,
+        capacity=cache.capacity,
+        heads=a.heads,
+        kv_heads=a.kv_heads,
+        head_dim=a.head_dim,
+        scale=a.scale,
+        dtype=ELEMENT_TYPES[model.dtype],
+    )
+    return Workspace.allocate(shape, model.device)
