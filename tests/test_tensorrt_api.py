@@ -21,7 +21,7 @@ FILES = sorted(f for package in ("trt_runtime", "export") for f in (ROOT / packa
 FILES += [ROOT / "tests" / "test_plugins.py", ROOT / "tests" / "test_tensorrt_gpu.py"]
 # The oldest that we support, and the newest.
 FULL_VERSIONS = {"oldest": "==11.0.*", "newest": ">=11.0"}
-RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
+RTX_ONLY = {"ComputeCapability", "is_stream_capturable", "num_compute_capabilities", "set_compute_capability"}
 """What we use of TensorRT-RTX only; each use stands under IS_RTX."""
 MODULES = ("tensorrt", "tensorrt_rtx")
 
