@@ -7,12 +7,14 @@ it is allowed four floors where the exact body is allowed three: a floor is what
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from conftest import CASES, needs_opset_24
+from mutate import mutated
 from test_export import FEATURES, TOLERANCE, TOYS, Evaluator, Runtime, prompt_of, source_of, worst_on_walk
 from torch import Tensor
 
@@ -21,9 +23,11 @@ from export.compile import export_model
 from export.graph import build_graph
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoint import DTYPES
-from refmodels.taps import Recorder, recording, tap_names
+from refmodels.spec import ModelSpec
+from refmodels.taps import Recorder, is_cache_tap, recording, tap_names
 from trt_runtime import onnxruntime_engine
 from trt_runtime.bundle import Precision
+from trt_runtime.layers import Layer
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
 
 # A case with one row differs from the one with several in its prompt only.
@@ -116,3 +120,106 @@ def test_the_graph_calls_the_operators_of_tensorrt() -> None:
     assert {node.domain for node in model.graph.node} == {"", "trt"}
     names = [node.name for node in model.graph.node]
     assert len(set(names)) == len(names) and all(names)
+
+
+def plan_of(
+    spec: ModelSpec, bundle: Path, fault: Callable[[onnx.ModelProto], None] | None = None
+) -> tuple[Counter[str], list[Layer]]:
+    """What TensorRT makes of a bundle: its network's layers by type, and the layers of its plan."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    from export.options import build_options
+    from export.tensorrt_build import build_plan, fix_capacity
+    from trt_runtime.tensorrt_api import LOGGER, trt
+
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    if fault is not None:
+        fault(model)
+        onnx.save(model, bundle / "model.onnx")
+    options = build_options(spec, fixed_cache=True, max_batch=2, max_seq=64, compute_capabilities=("8.9",))
+    result = build_plan(bundle, spec, options=options)
+    assert result.warnings == []
+    fix_capacity(model, 64)
+    builder = trt.Builder(LOGGER)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, LOGGER)
+    assert parser.parse(model.SerializeToString(), str(bundle / "model.onnx"))
+    return Counter(network.get_layer(i).type.name for i in range(network.num_layers)), result.layers.layers
+
+
+def check_plan(spec: ModelSpec, kinds: Counter[str], layers: list[Layer], *, kernels: dict[int, str]) -> None:
+    """`kernels`: what the name of the attention kernel of a profile begins with."""
+    assert kinds["ATTENTION_INPUT"] == spec.layers
+    assert kinds["KV_CACHE_UPDATE"] == 2 * spec.layers
+    for profile in (0, 1):
+        mine = [layer for layer in layers if layer.profile == profile]
+        for name in filter(is_cache_tap, tap_names(spec)):
+            written = [layer for layer in mine if name in {t.name for t in layer.outputs}]
+            assert len(written) == 1 and name in {t.name for t in written[0].inputs}, f"{name} is not updated in place"
+        if profile in kernels:
+            attention = [layer for layer in mine if layer.name.startswith(kernels[profile])]
+            assert [layer.taps for layer in attention] == [[f"blocks.{i}.attn.context"] for i in range(spec.layers)]
+            assert all(len(layer.inputs) == 4 for layer in attention), "query, key, value and mask"
+
+
+FUSED = {0: "_gemm_mha", 1: "_gemv_mha"}
+
+
+@pytest.mark.parametrize(
+    ("case", "precision"),
+    [*((case, "fp16") for case in (*FEATURES, *TOYS)), *((case, "bf16") for case in TOYS), ("baichuan_13b", "bf16")],
+)
+def test_tensorrt_fuses_attention_and_updates_caches_in_place(case: str, precision: Precision, tmp_path: Path) -> None:
+    source = source_of(case)
+    bundle = export_model(source, precision=precision, attention="native", output=tmp_path / "bundle")
+    check_plan(source.spec, *plan_of(source.spec, bundle), kernels=FUSED)
+
+
+@pytest.mark.parametrize("case", ["toy:qwen", "baichuan_13b"])
+def test_tensorrt_builds_fp32(case: str, tmp_path: Path) -> None:
+    """Its prefill has no fused kernel in fp32."""
+    source = source_of(case)
+    bundle = export_model(source, precision="fp32", attention="native", output=tmp_path / "bundle")
+    check_plan(source.spec, *plan_of(source.spec, bundle), kernels={1: "_gemv_mha"})
+
+
+def unmasked(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.op_type == "TRT_Attention":
+            del node.input[3]
+
+
+def by_its_body(model: onnx.ModelProto) -> None:
+    """Under another name TensorRT does not know the operator and takes its body."""
+    for named in (*model.graph.node, *model.functions):
+        field = "op_type" if isinstance(named, onnx.NodeProto) else "name"
+        if getattr(named, field) == "TRT_Attention":
+            setattr(named, field, "MyAttention")
+
+
+@pytest.mark.parametrize(("fault", "message"), [(unmasked, "query, key, value and mask"), (by_its_body, "0 == 2")])
+def test_the_check_of_a_plan_sees(fault: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path) -> None:
+    source = source_of("chatglm2")
+    bundle = export_model(source, precision="fp16", attention="native", output=tmp_path / "bundle")
+    plan = plan_of(source.spec, bundle, fault)
+    with pytest.raises(AssertionError, match=message):
+        check_plan(source.spec, *plan, kernels=FUSED)
+
+
+def hides_too_little(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.name.endswith(".seen"):
+            node.op_type = "Or"
+
+
+def does_not_scale(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.name.endswith(".scale_number"):
+            node.attribute[0].f = 1.0
+
+
+@needs_opset_24
+@pytest.mark.parametrize("fault", [hides_too_little, does_not_scale])
+def test_the_walk_sees(fault: Callable[[onnx.ModelProto], None], tmp_path: Path) -> None:
+    source = source_of("chatglm2")
+    bundle = export_model(source, precision="fp32", attention="native", output=tmp_path / "bundle")
+    assert worst_on_walk("chatglm2", source, Runtime(mutated(bundle, tmp_path / "mutated", fault))) > 100
