@@ -193,6 +193,9 @@ def _run_ahead(
         chosen = torch.stack([tokens, finite.to(torch.int64)]).to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if chosen.is_pinned() else None
         running = [row.reason is None and len(row.tokens) + 1 < row.room for row in rows]
+        for row, runs in zip(rows, running, strict=True):
+            if row.reason is None and not runs:
+                _give_back(cache, row.index)
         following = None
         if any(running):
             following = engine.decode(tokens, cache, torch.tensor(running))[:, -1]
