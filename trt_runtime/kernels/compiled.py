@@ -250,8 +250,9 @@ def _pack(files: Mapping[str, bytes]) -> bytes:
 def _sources() -> str:
     """Hash of the files that define and choose kernels: a kernel of other code must not meet this code's grid."""
     digest = hashlib.sha256()
-    for name in ("attention.py", "attention_kernels.py", "launch.py", "rms_norm.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
+    here = Path(__file__).parent
+    for file in sorted([*here.glob("attention*.py"), here / "launch.py", here / "rms_norm.py"]):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
