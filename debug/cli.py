@@ -163,6 +163,10 @@ def diff(
     prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt a line.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps, fed the reference's greedy tokens.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the random prompts for models without a tokenizer.")] = 0,
+    engine: Annotated[
+        Literal["auto", "tensorrt", "onnxruntime"],
+        typer.Option(help="auto is TensorRT where the bundle has a plan and this machine can run it."),
+    ] = "auto",
     emulate_rounding: Annotated[
         bool, typer.Option(help="Round every node of a half-precision bundle to its dtype on the CPU.")
     ] = True,
@@ -190,7 +194,9 @@ def diff(
         texts += [line for line in lines if line.strip()]
         if not texts:
             raise LogitLockError(f"the prompt file {prompt_file} has no prompt")
-    result = diff_bundle(bundle, model, prompts=texts, steps=steps, seed=seed, emulate_rounding=emulate_rounding)
+    result = diff_bundle(
+        bundle, model, prompts=texts, steps=steps, seed=seed, engine=engine, emulate_rounding=emulate_rounding
+    )
     if json_output:
         _print_json(result.to_json())
     else:

@@ -39,7 +39,7 @@ from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, is_cache_tap, recording
 from trt_runtime.bundle import read_bundle
 from trt_runtime.engine import Engine
-from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+from trt_runtime.engines import EngineChoice, open_engine, serves_tensorrt
 
 if TYPE_CHECKING:
     from refmodels.tokenizer import Tokenizer
@@ -162,6 +162,7 @@ class _Diff:
         untapped = self.engine.run(plan, self.untapped)
         captured = Recorder()
         tapped = self.engine.run(plan, self.tapped, recorder=captured)
+        captured.tensors = {name: tensor.cpu() for name, tensor in captured.tensors.items()}
         floor = Recorder()
         rounded = self.rounded.run(plan, floor)
         stats: dict[str, list[ErrorStats]] = {}
@@ -186,7 +187,7 @@ class _Diff:
             return {n: t for n, t in self.forwards[step - 1].tensors.items() if is_cache_tap(n)}
         cache = self.tapped
         return {
-            f"blocks.{i}.{part}": tensors[i][:, :, :0]
+            f"blocks.{i}.{part}": tensors[i][:, :, :0].cpu()
             for part, tensors in (("key", cache.key), ("value", cache.value))
             for i in range(len(tensors))
         }
@@ -399,16 +400,19 @@ def diff_bundle(
     prompts: Sequence[str] = (),
     steps: int = 8,
     seed: int = 0,
+    engine: EngineChoice = "auto",
     emulate_rounding: bool = True,
 ) -> DiffResult:
-    """Compare a bundle on the CPU engine with the reference of the model that it was made from.
+    """Compare a bundle's engine with the reference of the model that it was made from.
 
     Args:
         bundle: its directory.
         model: family name, directory or hub id; None: the family toy that the bundle names.
         prompts: texts of at least 8 tokens; none: default texts, or random ids for a model without a tokenizer.
         steps, seed: decode steps; seed of random ids.
-        emulate_rounding: round every node of a half-precision bundle to its dtype (see `OnnxRuntimeEngine`).
+        engine: see `trt_runtime.engines.open_engine`.
+        emulate_rounding: on ONNX Runtime: round every node of a half-precision bundle to its dtype (see
+            `OnnxRuntimeEngine`).
     Raises:
         LogitLockError: no or a damaged bundle or model, a bundle of another model or checkpoint, a prompt too short or
             too long.
@@ -427,11 +431,15 @@ def diff_bundle(
             f"{bundle} was made from another checkpoint than {source.name}: its weights have SHA-256 "
             f"{info.checkpoint_hash[:12]}…, those of the model {checkpoint[:12]}…; export it again"
         )
-    engine = OnnxRuntimeEngine(opened, emulate_rounding=emulate_rounding)
-    room = engine.max_positions - steps
+    chosen: EngineChoice = "tensorrt" if engine == "auto" and serves_tensorrt(opened) else engine
+    executor = open_engine(opened, engine=chosen, emulate_rounding=emulate_rounding and chosen != "tensorrt")
+    room = executor.max_positions - steps
+    if chosen == "tensorrt" and info.engine is not None:
+        # The prompt is one step.
+        room = min(room, info.engine.max_input)
     if room < LEAST_TOKENS:
         raise LogitLockError(
-            f"{bundle} serves {engine.max_positions} positions, but a diff needs {LEAST_TOKENS} prompt tokens "
+            f"{bundle} serves {executor.max_positions} positions, but a diff needs {LEAST_TOKENS} prompt tokens "
             f"and {steps} decode steps"
         )
     if prompts:
@@ -439,8 +447,8 @@ def diff_bundle(
     else:
         batch = default_prompts(source.spec, _tokenizer(source), room=room, seed=seed)
     truth = load(source, dtype=torch.float64)
-    rounded = load(source, dtype=engine.dtype, numerics=info.numerics)
-    result = diff_engine(engine, truth, rounded, batch, steps=steps)
+    rounded = load(source, dtype=executor.dtype, numerics=info.numerics)
+    result = diff_engine(executor, truth, rounded, batch, steps=steps)
     result.context = {
         "model": source.name,
         "bundle": bundle.name,

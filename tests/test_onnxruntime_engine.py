@@ -20,8 +20,9 @@ from refmodels.taps import Recorder, tap_names
 from trt_runtime import onnxruntime_engine
 from trt_runtime.bundle import read_bundle
 from trt_runtime.engine import TorchEngine
+from trt_runtime.engines import open_engine
 from trt_runtime.generate import GenerationConfig, generate
-from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine, open_engine, tap_width
+from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine, tap_width
 
 Exported = Callable[..., Path]
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import case_source, needs_opset_24
+from command import logitlock
+from conftest import GOLDENS, case_source, needs_opset_24
 from torch import Tensor
 
+import debug.diff
 import refmodels
 from export.compile import export_model
 from refmodels.errors import LogitLockError
@@ -379,3 +381,30 @@ def test_auto_takes_tensorrt_where_it_can_run(
     with pytest.raises(LogitLockError, match="needs a CUDA GPU"):
         open_engine(bundle, engine="tensorrt")
     assert not engines.serves_tensorrt(bundle)
+
+
+@needs_opset_24
+def test_diff_takes_the_same_engine(
+    bundles: Callable[[str], Bundle], opened: Callable[[str], TensorRTEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened("gpt_bigcode")
+    bundle, model = bundles("gpt_bigcode"), str(GOLDENS / "gpt_bigcode")
+    monkeypatch.setattr(debug.diff, "read_bundle", lambda path: bundle)
+    result = debug.diff.diff_bundle(bundle.directory, model, steps=2)
+    assert result.engine.startswith(f"TensorRT ({package_version()}) in float32") and result.verdict == "aligned"
+    assert {error.tap for error in result.taps} == set(tap_names(bundle.spec))
+    result = debug.diff.diff_bundle(bundle.directory, model, steps=2, engine="onnxruntime")
+    assert result.engine.startswith("ONNX Runtime")
+
+
+def test_the_verbs_offer_the_engine(bundles: Callable[[str], Bundle]) -> None:
+    directory = bundles("gpt_bigcode").directory
+    no_plan = "has no TensorRT engine; export it with --backend tensorrt"
+    outcome = logitlock("generate", "--bundle", directory, "--prompt", "x", "--engine", "tensorrt")
+    outcome.assert_bad_input(no_plan)
+    diff = ("diff", "--bundle", directory, "--model", GOLDENS / "gpt_bigcode", "--steps", 1, "--json")
+    logitlock(*diff, "--engine", "tensorrt").assert_bad_input(no_plan)
+    outcome = logitlock("generate", "--model", "qwen", "--prompt", "x", "--engine", "onnxruntime")
+    outcome.assert_bad_input("--engine are for --bundle")
+    outcome = logitlock(*diff, "--engine", "onnxruntime")
+    assert outcome.code == 0 and "ONNX Runtime" in outcome.out

@@ -24,9 +24,9 @@ from refmodels.tokenizer import Tokenizer
 from trt_runtime.bundle import read_bundle
 from trt_runtime.describe import describe, weight_groups
 from trt_runtime.engine import Engine, TorchEngine
+from trt_runtime.engines import EngineChoice, open_engine
 from trt_runtime.generate import GenerationConfig
 from trt_runtime.generate import generate as run_generation
-from trt_runtime.onnxruntime_engine import open_engine
 from trt_runtime.sampling import Sampling
 
 
@@ -57,6 +57,10 @@ def generate(
         bool, typer.Option("--emulate-rounding", help="With --bundle: round every tensor to fp16 or bf16 on the CPU.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="With --bundle: CPU threads.", show_default="all")] = None,
+    engine: Annotated[
+        EngineChoice,
+        typer.Option(help="With --bundle: auto is TensorRT where the bundle has a plan and this machine can run it."),
+    ] = "auto",
     json_output: JsonFlag = False,
 ) -> None:
     """Generate text with the reference or with an engine.
@@ -75,29 +79,31 @@ def generate(
         raise LogitLockError("give either --model (the reference) or --bundle (an engine)")
     if bundle is not None:
         if dtype is not None or device is not None:
-            raise LogitLockError("--dtype and --device are for --model; a bundle runs in its own precision on the CPU")
-        engine: Engine = open_engine(bundle, emulate_rounding=emulate_rounding, threads=threads)
+            raise LogitLockError("--dtype and --device are for --model; a bundle has its own precision and an --engine")
+        executor: Engine = open_engine(bundle, engine=engine, emulate_rounding=emulate_rounding, threads=threads)
         directory = bundle
     else:
         assert model is not None
-        if emulate_rounding or threads is not None:
-            raise LogitLockError("--emulate-rounding and --threads are for --bundle; for --model give --dtype")
+        if emulate_rounding or threads is not None or engine != "auto":
+            raise LogitLockError(
+                "--emulate-rounding, --threads and --engine are for --bundle; for --model give --dtype"
+            )
         source = refmodels.resolve(model)
-        engine = TorchEngine(refmodels.load(source, dtype=_dtype(dtype or "fp32"), device=_device(device or "cpu")))
+        executor = TorchEngine(refmodels.load(source, dtype=_dtype(dtype or "fp32"), device=_device(device or "cpu")))
         directory = source.directory
-    tokenizer = tokenizer_in(directory, engine.spec)
-    stops = (*stop_ids_in(directory, engine.spec, tokenizer, chat=chat), *(stop_id or ()))
+    tokenizer = tokenizer_in(directory, executor.spec)
+    stops = (*stop_ids_in(directory, executor.spec, tokenizer, chat=chat), *(stop_id or ()))
     config = dataclasses.replace(config, stop_ids=stops)
-    ids = [prompt_ids(text, engine.spec, tokenizer, chat=chat) for text in prompts]
+    ids = [prompt_ids(text, executor.spec, tokenizer, chat=chat) for text in prompts]
     live = stream and len(prompts) == 1 and not json_output
     if not json_output:
-        print(f"engine: {engine.arithmetic}", file=sys.stderr)
+        print(f"engine: {executor.arithmetic}", file=sys.stderr)
     results = run_generation(
-        engine, tokenizer, ids, config, on_text=(lambda _, text: print(text, end="", flush=True)) if live else None
+        executor, tokenizer, ids, config, on_text=(lambda _, text: print(text, end="", flush=True)) if live else None
     )
     if json_output:
         rows = [{"prompt": text, **vars(result)} for text, result in zip(prompts, results, strict=True)]
-        print(json.dumps({"engine": engine.arithmetic, "results": rows}, ensure_ascii=False, indent=2))
+        print(json.dumps({"engine": executor.arithmetic, "results": rows}, ensure_ascii=False, indent=2))
     elif live:
         print()
     else:

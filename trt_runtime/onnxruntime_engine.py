@@ -190,8 +190,3 @@ def _describe(dtype: torch.dtype, *, emulated: bool) -> str:
     if emulated:
         return f"ONNX Runtime on the CPU, every node computed in float32 and rounded to {name}"
     return f"ONNX Runtime on the CPU in float32 with {name} weights and caches; nothing between nodes is rounded"
-
-
-def open_engine(bundle: Bundle | Path | str, *, emulate_rounding: bool = False, threads: int | None = None) -> Engine:
-    """The engine that runs a bundle on this machine; arguments as `OnnxRuntimeEngine`."""
-    return OnnxRuntimeEngine(bundle, emulate_rounding=emulate_rounding, threads=threads)
