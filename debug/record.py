@@ -6,7 +6,6 @@ every block and of the final norm, the cache of layer 0, and greedy decoding wit
 
 from __future__ import annotations
 
-import inspect
 import json
 import platform
 import shutil
@@ -20,9 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from debug.executors.huggingface import layer_past, load_model, takes_positions, transformers_package
 from debug.metrics import top_margin
 from debug.prompts import Prompts, left_padded, random_prompts
-from debug.verify import DTYPES, past_layout
+from debug.verify import past_layout
 from refmodels.checkpoint import resolve
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec
@@ -65,7 +65,7 @@ def record_case(
         raise LogitLockError(f"the output {out} exists and is not an empty directory; choose another one")
     if steps < 1 or not lengths or min(lengths) < 1:
         raise LogitLockError(f"steps and lengths must be at least 1, got {steps} and {', '.join(map(str, lengths))}")
-    model = _load(hf, "fp32", trust_remote_code)
+    model = load_model(hf, "fp32", trust_remote_code=trust_remote_code)
     variant = _variant(model)
     spec = resolve(hf, variant=variant).spec
     batch = _from_text(hf, prompts, trust_remote_code) if prompts else random_prompts(spec.vocab_size, lengths, seed)
@@ -84,7 +84,7 @@ def record_case(
         meta["half_precision"] = {}
         for name in half:
             del model
-            model = _load(hf, name, trust_remote_code)
+            model = load_model(hf, name, trust_remote_code=trust_remote_code)
             rounded = _run(model, spec, batch, 0)
             save_file(_contiguous(rounded), directory / f"io_{name}.safetensors", metadata={"format": "pt"})
             real = batch.mask != 0
@@ -94,43 +94,6 @@ def record_case(
             meta["variant"] = variant
         (directory / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return meta
-
-
-def _load(hf: Path, dtype: str, trust_remote_code: bool) -> nn.Module:
-    transformers = _transformers()
-    settings: dict[str, Any] = {}
-    config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
-    remote = "auto_map" in config and config.get("model_type") not in transformers.CONFIG_MAPPING
-    if remote and not trust_remote_code:
-        raise LogitLockError(
-            f"{hf} needs the Python code in its own directory; read that code and pass --trust-remote-code to run it"
-        )
-    if not remote:
-        settings["attn_implementation"] = "eager"
-    if config.get("model_type") == "qwen":
-        # Its constructor casts the model by these flags, and probes a GPU when none is set.
-        settings |= {name: name == dtype for name in DTYPES}
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(hf), dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, local_files_only=True, **settings
-        )
-    except Exception as error:
-        # The loader of transformers, or remote code, may raise anything.
-        raise LogitLockError(f"transformers could not load {hf}: {error}") from error
-    assert isinstance(model, nn.Module)
-    return model.eval()
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise LogitLockError(
-            "recording runs Hugging Face transformers, which is not installed: pip install 'logitlock[record]'"
-        ) from error
-    return transformers
 
 
 def _variant(model: nn.Module) -> dict[str, Any]:
@@ -146,7 +109,7 @@ def _variant(model: nn.Module) -> dict[str, Any]:
 
 def _from_text(hf: Path, prompts: Sequence[str], trust_remote_code: bool) -> Prompts:
     try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(
+        tokenizer = transformers_package().AutoTokenizer.from_pretrained(
             str(hf), trust_remote_code=trust_remote_code, local_files_only=True
         )
         rows = [list(tokenizer.encode(text)) for text in prompts]
@@ -172,14 +135,10 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _run(model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int) -> dict[str, Tensor]:
     """Prefill and greedy steps of upstream, every tensor under its upstream name."""
-    takes_positions = (
-        spec.uses_position_ids
-        and spec.position_origin == "token"
-        and "position_ids" in inspect.signature(model.forward).parameters
-    )
+    told = takes_positions(model, spec)
     mask = batch.mask
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    extra: dict[str, Tensor] = {"position_ids": positions} if takes_positions else {}
+    extra: dict[str, Tensor] = {"position_ids": positions} if told else {}
     result: dict[str, Tensor] = dict(extra)
     with torch.inference_mode(), _hooks(model, spec, batch.ids.shape, result):
         output = model(input_ids=batch.ids, attention_mask=mask, use_cache=True, **extra)
@@ -188,7 +147,7 @@ def _run(model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int) -> dict[
         raise LogitLockError("the model gives NaN or Inf logits; such a run cannot be a golden case")
     result["logits"] = logits
     past = output.past_key_values
-    for name, tensor in zip(("key", "value"), _layer_zero(past), strict=True):
+    for name, tensor in zip(("key", "value"), layer_past(past, 0), strict=True):
         result[f"past.0.{name}"] = tensor.clone()
     if not steps:
         return result
@@ -197,7 +156,7 @@ def _run(model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int) -> dict[
     for _ in range(steps):
         mask = torch.cat((mask, torch.ones_like(token)), 1)
         position = position + 1
-        extra = {"position_ids": position} if takes_positions else {}
+        extra = {"position_ids": position} if told else {}
         with torch.inference_mode():
             output = model(input_ids=token, attention_mask=mask, past_key_values=past, use_cache=True, **extra)
         past = output.past_key_values
@@ -206,7 +165,7 @@ def _run(model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int) -> dict[
         step_positions.append(position)
         token = output.logits[:, -1:].argmax(-1)
     result |= {"decode_ids": torch.cat(ids, 1), "decode_logits": torch.cat(step_logits, 1)}
-    if takes_positions:
+    if told:
         result["decode_position_ids"] = torch.cat(step_positions, 1)
     return result
 
@@ -254,15 +213,6 @@ def _submodule(model: nn.Module, paths: Sequence[str]) -> nn.Module:
     raise LogitLockError(f"{type(model).__name__} has none of the submodules {', '.join(paths)}; it cannot be recorded")
 
 
-def _layer_zero(past: Any) -> tuple[Tensor, Tensor]:
-    """Key and value of layer 0, from a Cache object of transformers or the older tuple of tuples."""
-    if hasattr(past, "layers"):
-        return past.layers[0].keys, past.layers[0].values
-    if isinstance(past, (tuple, list)) and len(past[0]) >= 2:
-        return past[0][0], past[0][1]
-    raise LogitLockError(f"the model returned a cache of an unknown kind: {type(past).__name__}")
-
-
 def _meta(hf: Path, model: nn.Module, spec: ModelSpec, batch: Prompts, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     greedy = torch.cat((tensors["logits"][:, -1:], tensors["decode_logits"]), 1)
     kind = type(model)
@@ -270,7 +220,7 @@ def _meta(hf: Path, model: nn.Module, spec: ModelSpec, batch: Prompts, tensors: 
         "case": hf.resolve().name,
         "upstream": {"module": kind.__module__.split(".", 1)[-1], "class": kind.__name__},
         "versions": {
-            "transformers": _transformers().__version__,
+            "transformers": transformers_package().__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
