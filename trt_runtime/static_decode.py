@@ -127,7 +127,6 @@ class StaticDecode:
         self._warm: set[tuple[int, int, int]] = set()
         if model.device.type == "cuda":
             self._stream = torch.cuda.Stream(model.device)
-            self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, plan: StepInputs, cache: KVCache, ids: Tensor | None = None) -> Tensor:
         """Run a step and advance the cache.
@@ -148,7 +147,9 @@ class StaticDecode:
         else:
             if step.graph is None:
                 kind = (cache.batch, slots, cache.capacity)
-                step.capture(self._stream, self._pool, warm=kind in self._warm)
+                # The steps of a cache share their scratch memory: no two of them run at a time.
+                others = (other.graph.pool() for other in steps.values() if other.graph is not None)
+                step.capture(self._stream, next(others, None), warm=kind in self._warm)
                 self._warm.add(kind)
             assert step.graph is not None
             step.graph.replay()

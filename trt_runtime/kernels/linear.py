@@ -44,7 +44,7 @@ def gemv_kernel(
     # A thread adds up its own 16 bytes before anything is exchanged or kept: few registers, so many blocks at a time.
     column = (tl.arange(0, COLUMNS // VECTOR) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
     tile = weight + row.to(tl.int64)[:, None, None] * k + column[None, :, :]
-    tile_up = tile + n.to(tl.int64) * k
+    tile_up = weight + (row + n).to(tl.int64)[:, None, None] * k + column[None, :, :]
     there = live[:, None, None] & (column < k)[None, :, :]
     w = tl.load(tile, mask=there, other=0.0, eviction_policy="evict_first")
     if GATED:
