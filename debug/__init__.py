@@ -1,6 +1,6 @@
 """Say which layer differs, by how much, and why.
 
-    from debug.diff import diff_bundle
+    from debug.sides import diff_bundle
 
     result = diff_bundle(Path("engines/qwen-fp16"))              # .verdict, .culprits, .taps, .to_json()
 

@@ -181,7 +181,7 @@ def diff(
 
     Example: logitlock diff --model qwen --bundle engines/qwen-fp16
     """
-    from debug.diff import diff_bundle
+    from debug.sides import diff_bundle
     from debug.tables import print_diff
     from refmodels.errors import LogitLockError
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from debug.capture import Forward
 from debug.faults import CATALOGUE
 from debug.metrics import ErrorStats, compare
-from debug.modules import Forward, Module, module_at
+from debug.modules import Module, module_at
 from debug.results import Diagnosis
 from refmodels.model import Decoder
 from refmodels.taps import is_cache_tap

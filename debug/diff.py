@@ -1,48 +1,43 @@
 """`logitlock diff`: an engine against the reference, tap by tap, with the noise that its dtype explains beside it.
 
-Every forward (one prefill, then teacher-forced decode steps) is run several times:
+The engine runs without taps, as it ships, and with taps, on a prompt and on its own greedy tokens.  The reference then
+runs once over all of these tokens in a batch of two halves:
 
-1. the engine without taps, as it ships, and with taps;
-2. `truth`, the reference in fp64 with `exact` numerics, on the same token ids: **accumulated** error;
-3. `rounded`, the reference in the engine's dtype and numerics, on the same token ids: the floor of 2;
-4. `truth` with the engine's captured tensors put in place of its own, and its cache filled with the engine's: every
-   module then runs on the engine's own inputs, and what it makes is compared with what the engine made: **local**
-   error.  A healthy module after a broken one has accumulated but no local error;
-5. `rounded` in the same way: the floor of 4, on the same inputs.
+1. on the token ids: **accumulated** error;
+2. with the engine's captured tensors put in place of its own, so that every module runs on the engine's own inputs and
+   what it makes is compared with what the engine made: **local** error.  A healthy module after a broken one has
+   accumulated but no local error.
+
+It does so in fp64 with `exact` numerics (the truth) and in the engine's dtype and numerics (the noise floor of both).
+One pass over all tokens is the same computation as step by step, and reads each weight once.
 
 The first tap whose local error exceeds `MULTIPLE` floors is the culprit.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from debug.capture import Capture, capture_engine
 from debug.diagnose import diagnose
-from debug.metrics import ErrorStats, compare, kl_divergence, nonfinite_count, top_margin
-from debug.modules import Forward
-from debug.prompts import Prompts, default_prompts, text_prompts
-from debug.results import Culprit, Diagnosis, DiffResult, LogitError, ObserverEffect, Phase, TapError
-from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoint import ModelSource, checkpoint_hash, load, load_tokenizer_for, resolve
+from debug.logits import LogitComparison
+from debug.metrics import TokenErrors, token_errors
+from debug.prompts import Prompts
+from debug.results import Culprit, Diagnosis, DiffResult, LogitError, Phase, TapError
+from debug.streaming import Reference, decoder_of, ready, ready_at
 from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES
-from refmodels.model import Decoder
 from refmodels.positions import wide_dtype
 from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, is_cache_tap, recording
-from trt_runtime.bundle import read_bundle
 from trt_runtime.engine import Engine
-from trt_runtime.engines import EngineChoice, open_engine, serves_tensorrt
-
-if TYPE_CHECKING:
-    from refmodels.tokenizer import Tokenizer
 
 MULTIPLE = 8.0
 """How many floors of local error are a fault.
@@ -59,25 +54,14 @@ diff of the same model's fp32 bundle, whose floor is four orders of magnitude lo
 """
 
 
-_BLOCK_TOKENS = 32
-LEAST_TOKENS = 8
-"""A prompt needs this many: on one token at position 0 faults of rotation, mask and scale give a difference of 0."""
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One executor of the reference with its own cache."""
-
-    model: Decoder
-    cache: KVCache
-
-    def run(self, plan: StepInputs, recorder: Recorder) -> Tensor:
-        with recording(recorder):
-            return self.model.run(plan, self.cache)
-
-
 def diff_engine(
-    engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, *, steps: int = 8, multiple: float = MULTIPLE
+    engine: Engine,
+    truth: Reference,
+    rounded: Reference,
+    prompts: Prompts,
+    *,
+    steps: int = 8,
+    multiple: float = MULTIPLE,
 ) -> DiffResult:
     """Compare an engine with the reference over one prefill and `steps` decode steps.
 
@@ -86,21 +70,28 @@ def diff_engine(
         truth: the reference in fp64, `exact`.
         rounded: the reference in the engine's dtype and numerics; it gives the noise floor.
         prompts: at least 8 real tokens a row, if position and mask faults are to show.
-        steps: decode steps; every executor is fed the greedy tokens of `truth`.
+        steps: decode steps; the engine and the reference are fed the engine's greedy tokens.
         multiple: floors of local error that are a fault.
     Raises:
         LogitLockError: engine and reference of different specs, or prompts longer than the engine's cache.
     """
-    if engine.spec != truth.spec or truth.spec != rounded.spec:
-        differing = _spec_difference(truth.spec, engine.spec)
+    specs = [decoder_of(r).spec for r in (truth, rounded)]
+    if engine.spec != specs[0] or specs[0] != specs[1]:
+        differing = spec_difference(specs[0], engine.spec)
         raise LogitLockError(f"the engine and the reference are not the same model: they differ in {differing}")
     if not bool((prompts.mask != 0).any(1).all()):
         raise LogitLockError("a prompt is empty: it has no tokens")
     with torch.inference_mode():
-        return _Diff(engine, truth, rounded, prompts, steps, multiple).result()
+        return diff_capture(capture_engine(engine, prompts, steps=steps), truth, rounded, multiple=multiple)
 
 
-def _spec_difference(model: ModelSpec, engine: ModelSpec) -> str:
+def diff_capture(capture: Capture, truth: Reference, rounded: Reference, *, multiple: float = MULTIPLE) -> DiffResult:
+    """Compare what an executor showed with the reference; arguments as `diff_engine`."""
+    with torch.inference_mode():
+        return _Diff(capture, truth, rounded, multiple).result()
+
+
+def spec_difference(model: ModelSpec, engine: ModelSpec) -> str:
     ours, theirs = _flat(model.to_dict()), _flat(engine.to_dict())
     differing = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
     named = [f"{k} (model {ours.get(k)!r}, engine {theirs.get(k)!r})" for k in differing[:3]]
@@ -114,29 +105,46 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _Pair(Recorder):
+    """Two runs in one batch: the first half of the rows on the token ids, the second on the engine's own tensors.
+
+    `sink` receives (name, first half, second half) of every tap; behind it the second half goes on with the engine's
+    tensor, so that every module of that half runs on the engine's own inputs.
+    """
+
+    def __init__(self, engine: Mapping[str, Tensor], sink: Callable[[str, Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._engine, self._pair_sink = engine, sink
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        kept = tensor[:, :, : self.live_slots] if is_cache_tap(name) else tensor
+        self._pair_sink(name, *kept.chunk(2))
+        if name not in self._engine:
+            return tensor
+        own = self._engine[name].to(device=tensor.device, dtype=tensor.dtype)
+        return torch.cat([tensor[: len(own)], own])
+
+
 class _Diff:
-    def __init__(
-        self, engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, steps: int, multiple: float
-    ) -> None:
-        self.engine, self.prompts, self.steps, self.multiple = engine, prompts, steps, multiple
-        self.unit = torch.finfo(engine.dtype).eps / 2
+    def __init__(self, capture: Capture, truth: Reference, rounded: Reference, multiple: float) -> None:
+        self.capture, self.truth, self.rounded, self.multiple = capture, truth, rounded, multiple
+        self.unit = torch.finfo(capture.dtype).eps / 2
+        self.whole = capture.whole()
+        self.floors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.errors: dict[str, list[_Errors]] = {}
         self.taps: list[TapError] = []
-        self.forwards: list[Forward] = []
-        self.logits = _Logits()
-        batch, tokens = prompts.ids.shape
-        size = {"batch": batch, "capacity": tokens + steps}
-        self.untapped, self.tapped = engine.new_cache(**size), engine.new_cache(**size)
-        self.truth, self.rounded = (_Pass(m, m.new_cache(**size)) for m in (truth, rounded))
-        self.local_truth, self.local_rounded = (_Pass(m, m.new_cache(**size)) for m in (truth, rounded))
+        self.logits = LogitComparison()
 
     def result(self) -> DiffResult:
-        ids, mask = self.prompts.ids, self.prompts.mask
-        for step in range(self.steps + 1):
-            ids, mask = self._forward(ids, mask, step)
+        self._run(self.rounded, self._keep_floor)
+        self._run(self.truth, self._compare)
+        for step in range(self.capture.steps + 1):
+            for tap in self.capture.tap_names:
+                self.taps.append(self._tap_error(tap, step))
         logits = self.logits.result()
         culprits = self._culprits(logits)
         spoiled = logits.nonfinite or any(t.nonfinite for t in self.taps)
-        name = str(self.engine.dtype).removeprefix("torch.")
+        name = str(self.capture.dtype).removeprefix("torch.")
         return DiffResult(
             verdict="nonfinite" if spoiled else "diverged" if culprits else "aligned",
             culprits=culprits,
@@ -144,83 +152,74 @@ class _Diff:
             logits=logits,
             observer_effect=self.logits.observer_effect(),
             reference="PyTorch reference in float64, exact numerics",
-            floor=f"PyTorch reference in {name}, {self.rounded.model.numerics} numerics, on the same inputs",
-            engine=self.engine.arithmetic,
+            floor=f"PyTorch reference in {name}, {decoder_of(self.rounded).numerics} numerics, on the same inputs",
+            engine=self.capture.arithmetic,
             multiple=self.multiple,
             unit_roundoff=self.unit,
-            prompts=self.prompts.origin,
-            prompt_lengths=self.prompts.mask.sum(1).tolist(),
-            steps=self.steps,
+            prompts=self.capture.prompts.origin,
+            prompt_lengths=self.capture.prompts.mask.sum(1).tolist(),
+            steps=self.capture.steps,
         )
 
-    def _forward(self, ids: Tensor, mask: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """One forward of everything; returns the next tokens and their mask."""
-        plan = self.truth.cache.plan(ids, mask)
-        # The engine updates its cache in place, so its state before the step is taken first.
-        for executor in (self.local_truth, self.local_rounded):
-            _copy_cache(self.tapped, executor.cache)
-        untapped = self.engine.run(plan, self.untapped)
-        captured = Recorder()
-        tapped = self.engine.run(plan, self.tapped, recorder=captured)
-        captured.tensors = {name: tensor.cpu() for name, tensor in captured.tensors.items()}
-        floor = Recorder()
-        rounded = self.rounded.run(plan, floor)
-        stats: dict[str, list[ErrorStats]] = {}
-        sink = self._sink(plan, stats, captured.tensors, floor.tensors)
-        truth = self.truth.run(plan, Recorder(self.engine.tap_names, sink=sink))
-        floor = Recorder(substitutes=captured.tensors)
-        self.local_rounded.run(plan, floor)
-        sink = self._sink(plan, stats, captured.tensors, floor.tensors)
-        self.local_truth.run(plan, Recorder(self.engine.tap_names, substitutes=captured.tensors, sink=sink))
-        for tap, found in stats.items():
-            bound = lower_bound(self.engine.spec, tap, self.engine.dtype, slots=plan.attention_mask.shape[1])
-            self.taps.append(self._tap_error(tap, step, bound, *found))
-        self.forwards.append(Forward(step=step, plan=plan, tensors=captured.tensors, before=self._cache_before(step)))
-        real = plan.new_mask
-        self.logits.add(truth[real], rounded[real], untapped[real], tapped[real])
-        token = truth[:, -1:].argmax(-1)
-        return token, torch.ones_like(token)
+    def _run(self, reference: Reference, sink: Callable[[str, Tensor, Tensor], None]) -> None:
+        plan = self.whole.plan
+        twice = dataclasses.replace(
+            plan,
+            **{f.name: torch.cat([v, v]) for f in dataclasses.fields(plan) if (v := getattr(plan, f.name)) is not None},
+        )
+        with ready(reference) as decoder, recording(_Pair(self.whole.tensors, sink)):
+            batch, slots = twice.attention_mask.shape
+            decoder.run(twice, decoder.new_cache(batch=batch, capacity=slots))
 
-    def _cache_before(self, step: int) -> dict[str, Tensor]:
-        """The engine's cache taps before a step: those after the last one, or none."""
-        if step:
-            return {n: t for n, t in self.forwards[step - 1].tensors.items() if is_cache_tap(n)}
-        cache = self.tapped
-        return {
-            f"blocks.{i}.{part}": tensors[i][:, :, :0].cpu()
-            for part, tensors in (("key", cache.key), ("value", cache.value))
-            for i in range(len(tensors))
-        }
+    def _keep_floor(self, name: str, accumulated: Tensor, local: Tensor) -> None:
+        if name in self.capture.tap_names:
+            # Cache tensors are views of buffers that no later token overwrites.
+            self.floors[name] = accumulated, local
 
-    def _sink(
-        self,
-        plan: StepInputs,
-        stats: dict[str, list[ErrorStats]],
-        engine: dict[str, Tensor],
-        floor: dict[str, Tensor],
-    ) -> Callable[[str, Tensor], None]:
+    def _compare(self, name: str, accumulated: Tensor, local: Tensor) -> None:
         """Compare engine and floor with each tensor of the fp64 run as it comes, so that none is kept."""
-        slots = plan.attention_mask != 0
+        if name not in self.capture.tap_names:
+            return
+        floors = self.floors.pop(name)
+        if is_cache_tap(name):
+            self.errors[name] = [
+                _Errors.of(engine, slots, (accumulated, local), floors, self.capture.dtype)
+                for engine, slots in self._written(name)
+            ]
+            return
+        real = self.whole.plan.new_mask
+        engine = self.whole.tensors[name]
+        both = _Errors.of(engine, real, (accumulated, local), floors, self.capture.dtype)
+        # The tokens of step n are the columns from bounds[n] to bounds[n + 1].
+        column = both.local.token_of[:, 1]
+        length = self.capture.prompts.ids.shape[1]
+        bounds = [0, *range(length, length + self.capture.steps + 1)]
+        self.errors[name] = [
+            both.only((column >= start) & (column < stop), first=start) for start, stop in itertools.pairwise(bounds)
+        ]
+        if name == "logits":
+            untapped = torch.cat(list(self.capture.untapped), 1)
+            self.logits.add(accumulated[real], floors[0][real], untapped[real], engine[real])
 
-        def compare_both(name: str, expected: Tensor) -> None:
-            real = slots if is_cache_tap(name) else plan.new_mask
-            for actual in (engine[name], floor[name]):
-                # A cache tensor counts by slot: [batch, slots, kv_heads, head_dim].
-                pair = [t.transpose(1, 2) if is_cache_tap(name) else t for t in (actual, expected)]
-                stats.setdefault(name, []).append(compare(pair[0], pair[1], real, self.engine.dtype))
+    def _written(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each step the engine's cache, and the slots [batch, slots] that it has written in this step.
 
-        return compare_both
+        That is the new tokens' slots, and whatever old slot is not what it was: a cache that is only ever appended to
+        needs each slot judged once.
+        """
+        for forward in self.capture.forwards:
+            now, before = forward.tensors[name], forward.before[name]
+            visible = forward.plan.attention_mask != 0
+            old = before.shape[2]
+            written = torch.ones_like(visible)
+            written[:, :old] = (now[:, :, :old] != before).any(3).any(1)
+            yield now, written & visible
 
-    def _tap_error(
-        self,
-        tap: str,
-        step: int,
-        bound: float,
-        accumulated: ErrorStats,
-        accumulated_floor: ErrorStats,
-        local: ErrorStats,
-        local_floor: ErrorStats,
-    ) -> TapError:
+    def _tap_error(self, tap: str, step: int) -> TapError:
+        errors = self.errors[tap][step]
+        bound = lower_bound(self.capture.spec, tap, self.capture.dtype, slots=self.whole.plan.attention_mask.shape[1])
+        accumulated, accumulated_floor = errors.accumulated.stats(), errors.accumulated_floor.stats()
+        local, local_floor = errors.local.stats(), errors.local_floor.stats()
         # A token whose floor is small by luck counts with the floor of the whole tensor.  Where the dtype overflows in
         # the floor's run but not in the engine, nothing but the bound is known.
         whole = local_floor.rel_l2 if math.isfinite(local_floor.rel_l2) else 0.0
@@ -270,7 +269,7 @@ class _Diff:
                 beyond = (e for e in self.taps if e.accumulated_ratio > limit)
                 first = next(beyond, next(e for e in self.taps if e.tap == "logits"))
                 culprits.append(self._culprit([first], accumulated=True))
-        order = {tap: i for i, tap in enumerate(self.engine.tap_names)}
+        order = {tap: i for i, tap in enumerate(self.capture.tap_names)}
         return sorted(culprits, key=lambda c: (c.step, order[c.tap]))
 
     def _culprit(self, errors: list[TapError], *, accumulated: bool = False) -> Culprit:
@@ -290,15 +289,48 @@ class _Diff:
         )
 
     def _diagnose(self, error: TapError) -> list[Diagnosis]:
-        return diagnose(
-            error.tap,
-            self.forwards[error.step],
-            self.truth.model,
-            self.rounded.model,
-            bound=error.floor_bound,
-            multiple=self.multiple,
-            dtype=self.engine.dtype,
+        with ready_at(self.truth, error.tap) as truth, ready_at(self.rounded, error.tap) as rounded:
+            return diagnose(
+                error.tap,
+                self.capture.forwards[error.step],
+                truth,
+                rounded,
+                bound=error.floor_bound,
+                multiple=self.multiple,
+                dtype=self.capture.dtype,
+            )
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """Engine and floor against the fp64 reference, on the token ids and on the engine's own inputs."""
+
+    accumulated: TokenErrors
+    accumulated_floor: TokenErrors
+    local: TokenErrors
+    local_floor: TokenErrors
+
+    @staticmethod
+    def of(
+        engine: Tensor, real: Tensor, truth: tuple[Tensor, Tensor], floors: tuple[Tensor, Tensor], dtype: torch.dtype
+    ) -> _Errors:
+        """`truth`, `floors`: accumulated and local.  A cache tensor counts by slot, as many as the engine shows."""
+        if engine.ndim == 4:
+            slots = engine.shape[2]
+            engine, *others = (t[:, :, :slots].transpose(1, 2) for t in (engine, *truth, *floors))
+            truth, floors = (others[0], others[1]), (others[2], others[3])
+        return _Errors(
+            *(
+                token_errors(actual, expected, real, dtype)
+                for expected, floor in zip(truth, floors, strict=True)
+                for actual in (engine, floor)
+            )
         )
+
+    def only(self, keep: Tensor, *, first: int) -> _Errors:
+        """Some tokens, their positions counted from `first`."""
+        parts = (self.accumulated, self.accumulated_floor, self.local, self.local_floor)
+        return _Errors(*(part.only(keep, first=first) for part in parts))
 
 
 def lower_bound(spec: ModelSpec, tap: str, dtype: torch.dtype, *, slots: int) -> float:
@@ -319,150 +351,3 @@ def lower_bound(spec: ModelSpec, tap: str, dtype: torch.dtype, *, slots: int) ->
     }.get(tap.split(".", 2)[-1], 0)
     unit, sum_unit = torch.finfo(dtype).eps / 2, torch.finfo(wide_dtype(dtype)).eps / 2
     return float(max(unit, sum_unit * math.sqrt(terms / 6)))
-
-
-def _copy_cache(source: KVCache, target: KVCache) -> None:
-    live = int(source.lengths.max())
-    for ours, theirs in ((target.key, source.key), (target.value, source.value)):
-        for mine, other in zip(ours, theirs, strict=True):
-            mine[:, :, :live] = other[:, :, :live].to(device=mine.device, dtype=mine.dtype)
-
-
-class _Logits:
-    """Logits of the real tokens of all forwards: numbers a token, never the logits themselves."""
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-        self.squares = torch.zeros(3, dtype=torch.float64)
-        self.nonfinite = 0
-        self.changed = False
-
-    def add(self, truth: Tensor, rounded: Tensor, untapped: Tensor, tapped: Tensor) -> None:
-        """Each [tokens, vocab]; taken a block of tokens at a time, since a float64 vocabulary is large."""
-        for start in range(0, len(truth), _BLOCK_TOKENS):
-            block = slice(start, start + _BLOCK_TOKENS)
-            self._add(*(t[block].to("cpu", torch.float64) for t in (truth, rounded, untapped, tapped)))
-
-    def _add(self, truth: Tensor, rounded: Tensor, untapped: Tensor, tapped: Tensor) -> None:
-        self.nonfinite += nonfinite_count(untapped)
-        # Unlike torch.equal this counts NaN in the same place as equal.
-        self.changed |= not torch.allclose(untapped, tapped, rtol=0.0, atol=0.0, equal_nan=True)
-        best = truth.argmax(-1)
-        self.squares += torch.stack(
-            [(t - o).square().sum() for t, o in ((truth, 0), (untapped, truth), (rounded, truth))]
-        )
-        self.rows.append(
-            torch.stack(
-                [
-                    kl_divergence(truth, untapped),
-                    kl_divergence(truth, rounded),
-                    untapped.argmax(-1) != best,
-                    rounded.argmax(-1) != best,
-                    top_margin(truth),
-                    (untapped - truth).abs().amax(-1),
-                    (rounded - truth).abs().amax(-1),
-                    (untapped - tapped).abs().amax(-1),
-                    untapped.argmax(-1) != tapped.argmax(-1),
-                ],
-                1,
-            )
-        )
-
-    def result(self) -> LogitError:
-        kl, floor_kl, flips, floor_flips, margin, error, floor_error, _, _ = torch.cat(self.rows).unbind(1)
-        size, off, floor_off = self.squares.sqrt().tolist()
-        return LogitError(
-            tokens=len(kl),
-            kl_mean=float(kl.mean()),
-            kl_max=float(kl.max()),
-            top1=float(1 - flips.mean()),
-            flips=int(flips.sum()),
-            margin_flips=int(((flips > 0) & (margin > 2 * floor_error.max())).sum()),
-            max_abs=float(error.max()),
-            rel_l2=off / size if size else off,
-            floor_kl_mean=float(floor_kl.mean()),
-            floor_kl_max=float(floor_kl.max()),
-            floor_top1=float(1 - floor_flips.mean()),
-            floor_max_abs=float(floor_error.max()),
-            floor_rel_l2=floor_off / size if size else floor_off,
-            nonfinite=self.nonfinite,
-        )
-
-    def observer_effect(self) -> ObserverEffect:
-        rows = torch.cat(self.rows)
-        return ObserverEffect(changed=self.changed, max_abs=float(rows[:, 7].max()), top1_changed=int(rows[:, 8].sum()))
-
-
-def diff_bundle(
-    bundle: Path,
-    model: str | None = None,
-    *,
-    prompts: Sequence[str] = (),
-    steps: int = 8,
-    seed: int = 0,
-    engine: EngineChoice = "auto",
-    emulate_rounding: bool = True,
-) -> DiffResult:
-    """Compare a bundle's engine with the reference of the model that it was made from.
-
-    Args:
-        bundle: its directory.
-        model: family name, directory or hub id; None: the family toy that the bundle names.
-        prompts: texts of at least 8 tokens; none: default texts, or random ids for a model without a tokenizer.
-        steps, seed: decode steps; seed of random ids.
-        engine: see `trt_runtime.engines.open_engine`.
-        emulate_rounding: on ONNX Runtime: round every node of a half-precision bundle to its dtype (see
-            `OnnxRuntimeEngine`).
-    Raises:
-        LogitLockError: no or a damaged bundle or model, a bundle of another model or checkpoint, a prompt too short or
-            too long.
-    """
-    opened = read_bundle(bundle)
-    info = opened.info
-    if model is None and info.model not in FAMILIES:
-        raise LogitLockError(f"{bundle} was made from {info.model!r}; say with --model where that model is")
-    source = resolve(info.model if model is None else model)
-    if source.spec != opened.spec:
-        differing = _spec_difference(source.spec, opened.spec)
-        raise LogitLockError(f"{bundle} is not a bundle of {source.name}: the architecture differs in {differing}")
-    checkpoint = checkpoint_hash(source)
-    if checkpoint != info.checkpoint_hash:
-        raise LogitLockError(
-            f"{bundle} was made from another checkpoint than {source.name}: its weights have SHA-256 "
-            f"{info.checkpoint_hash[:12]}…, those of the model {checkpoint[:12]}…; export it again"
-        )
-    chosen: EngineChoice = "tensorrt" if engine == "auto" and serves_tensorrt(opened) else engine
-    executor = open_engine(opened, engine=chosen, emulate_rounding=emulate_rounding and chosen != "tensorrt")
-    room = executor.max_positions - steps
-    if chosen == "tensorrt" and info.engine is not None:
-        # The prompt is one step.
-        room = min(room, info.engine.max_input)
-    if room < LEAST_TOKENS:
-        raise LogitLockError(
-            f"{bundle} serves {executor.max_positions} positions, but a diff needs {LEAST_TOKENS} prompt tokens "
-            f"and {steps} decode steps"
-        )
-    if prompts:
-        batch = text_prompts(prompts, load_tokenizer_for(source), least=LEAST_TOKENS)
-    else:
-        batch = default_prompts(source.spec, _tokenizer(source), room=room, seed=seed)
-    truth = load(source, dtype=torch.float64)
-    rounded = load(source, dtype=executor.dtype, numerics=info.numerics)
-    result = diff_engine(executor, truth, rounded, batch, steps=steps)
-    result.context = {
-        "model": source.name,
-        "bundle": bundle.name,
-        "precision": info.precision,
-        "numerics": info.numerics,
-        "attention": info.attention,
-        "checkpoint_hash": checkpoint,
-    }
-    return result
-
-
-def _tokenizer(source: ModelSource) -> Tokenizer | None:
-    try:
-        return load_tokenizer_for(source)
-    except LogitLockError:
-        # Default prompts are random ids then; a prompt that the user gave needs one and says so.
-        return None

@@ -40,8 +40,65 @@ def nonfinite_count(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-def compare(actual: Tensor, expected: Tensor, real: Tensor, dtype: torch.dtype) -> ErrorStats:
-    """Compare two tensors of one shape.
+@dataclass(frozen=True)
+class TokenErrors:
+    """What `ErrorStats` is made of, token by token: all [tokens] float64 but token_of [tokens, 2] (row, position).
+
+    Kept apart so that one pass over a tensor of many steps gives the numbers of each step.
+    """
+
+    token_of: Tensor
+    off: Tensor  # squared L2 norm of actual - expected
+    expected: Tensor  # squared L2 norms
+    actual: Tensor
+    product: Tensor
+    max_abs: Tensor
+    ulp: Tensor
+    nonfinite: Tensor
+    tiny: float
+
+    @property
+    def rel(self) -> Tensor:
+        """Relative L2 error of each token."""
+        # A token that is all zero has no scale of its own: below the smallest normal number errors count as absolute.
+        return self.off.sqrt() / self.expected.sqrt().clamp(min=self.tiny)
+
+    def only(self, keep: Tensor, *, first: int) -> TokenErrors:
+        """Some of the tokens ([tokens] bool), their positions counted from `first`."""
+        return TokenErrors(
+            self.token_of[keep] - torch.tensor([0, first]),
+            self.off[keep],
+            self.expected[keep],
+            self.actual[keep],
+            self.product[keep],
+            self.max_abs[keep],
+            self.ulp[keep],
+            self.nonfinite[keep],
+            self.tiny,
+        )
+
+    def stats(self) -> ErrorStats:
+        if not len(self.off):
+            return ErrorStats(
+                max_abs=0.0, rel_l2=0.0, cosine=1.0, ulp=0.0, snr_db=float("inf"), nonfinite=0,
+                token_rel=self.rel, token_of=self.token_of,
+            )  # fmt: skip
+        rel = float(self.off.sum().sqrt() / self.expected.sum().sqrt().clamp(min=self.tiny))
+        size = float(self.actual.sum().sqrt() * self.expected.sum().sqrt())
+        return ErrorStats(
+            max_abs=float(self.max_abs.max()),
+            rel_l2=rel,
+            cosine=float(self.product.sum()) / size if size else float(rel == 0.0),
+            ulp=float(self.ulp.max()),
+            snr_db=float("inf") if rel == 0.0 else float(-20.0 * torch.log10(torch.tensor(rel, dtype=torch.float64))),
+            nonfinite=int(self.nonfinite.sum()),
+            token_rel=self.rel,
+            token_of=self.token_of,
+        )
+
+
+def token_errors(actual: Tensor, expected: Tensor, real: Tensor, dtype: torch.dtype) -> TokenErrors:
+    """Compare two tensors of one shape, token by token.
 
     Args:
         actual, expected: [batch, tokens, ...], any float dtype.
@@ -51,29 +108,27 @@ def compare(actual: Tensor, expected: Tensor, real: Tensor, dtype: torch.dtype) 
     token_of = real.nonzero()
     a = actual[real].double().flatten(1)
     b = expected[real].double().flatten(1)
-    bad = nonfinite_count(a)
+    finite = torch.isfinite(a)
     difference = a - b
-    # A token that is all zero has no scale of its own: below the smallest normal number errors count as absolute.
-    tiny = torch.finfo(dtype).smallest_normal
-    token_rel = difference.norm(dim=1) / b.norm(dim=1).clamp(min=tiny)
-    if not a.numel():
-        return ErrorStats(
-            max_abs=0.0, rel_l2=0.0, cosine=1.0, ulp=0.0, snr_db=float("inf"), nonfinite=0,
-            token_rel=token_rel, token_of=token_of,
-        )  # fmt: skip
-    rel = float(difference.norm() / b.norm().clamp(min=tiny))
-    size = float(a.norm() * b.norm())
-    scale = ulp(dtype, b.abs().amax(1, keepdim=True))
-    return ErrorStats(
-        max_abs=float(difference.abs().max()),
-        rel_l2=rel,
-        cosine=float((a * b).sum()) / size if size else float(rel == 0.0),
-        ulp=float((difference.abs() / scale).max()),
-        snr_db=float("inf") if rel == 0.0 else float(-20.0 * torch.log10(torch.tensor(rel, dtype=torch.float64))),
-        nonfinite=bad,
-        token_rel=token_rel,
-        token_of=token_of,
+    # Reductions over an empty axis have no maximum.
+    largest = difference.abs().amax(1) if a.shape[1] else a.new_zeros(len(a))
+    scale = ulp(dtype, b.abs().amax(1)) if a.shape[1] else a.new_ones(len(a))
+    return TokenErrors(
+        token_of,
+        torch.linalg.vector_norm(difference, dim=1).square(),
+        torch.linalg.vector_norm(b, dim=1).square(),
+        torch.linalg.vector_norm(a, dim=1).square(),
+        torch.linalg.vecdot(a, b),
+        largest,
+        largest / scale,
+        (~finite).sum(1).double(),
+        torch.finfo(dtype).smallest_normal,
     )
+
+
+def compare(actual: Tensor, expected: Tensor, real: Tensor, dtype: torch.dtype) -> ErrorStats:
+    """`token_errors` summed up over all real tokens."""
+    return token_errors(actual, expected, real, dtype).stats()
 
 
 def kl_divergence(expected_logits: Tensor, actual_logits: Tensor) -> Tensor:

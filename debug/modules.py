@@ -15,27 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refmodels.cache import StepInputs
+from debug.capture import Forward
 from refmodels.model import Decoder, RmsNorm, activate
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.positions import ntk_alphas, rope_table
 from refmodels.spec import RopeSpec
 
 Kind = Literal["embed", "norm", "linear", "attention", "activation", "residual"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forward:
-    """What an engine showed of one forward.
-
-    step: 0 for the prefill.  tensors: its taps; cache taps hold the live slots after the step.  before: the cache taps
-    before the step ([batch, kv_heads, slots, head_dim], no slots before the first).
-    """
-
-    step: int
-    plan: StepInputs
-    tensors: Mapping[str, Tensor]
-    before: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

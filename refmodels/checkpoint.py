@@ -157,11 +157,11 @@ def tokenizer_in(directory: Path, spec: ModelSpec) -> Tokenizer:
 
 
 def stream_parameters(
-    source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact"
+    source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact", prefixes: tuple[str, ...] = ("",)
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the decoder in its order, as an own contiguous CPU tensor of `dtype`, one at a time.
 
-    A tied head is not among them.  Names, shapes and dtypes of the whole checkpoint are checked before this returns,
+    `prefixes` keeps those whose name begins with one of them.  A tied head is not among them.  Names, shapes and dtypes of the whole checkpoint are checked before this returns,
     values as they are read.
 
     Raises:
@@ -175,7 +175,7 @@ def stream_parameters(
     files = WeightFiles(source.directory)
     table = source.family.weights(source.spec)
     stored = match_names(files.tensors, table, source)
-    return _stream(files, table, stored, source.spec, dtype, numerics)
+    return _stream(files, table, stored, source.spec, dtype, numerics, prefixes)
 
 
 def match_names(tensors: Mapping[str, StoredTensor], table: WeightMap, source: ModelSource) -> dict[str, StoredTensor]:
@@ -238,8 +238,11 @@ def _stream(
     spec: ModelSpec,
     dtype: torch.dtype,
     numerics: Numerics,
+    prefixes: tuple[str, ...],
 ) -> Iterator[tuple[str, Tensor]]:
     for name, empty in empty_decoder(spec, numerics=numerics).named_parameters():
+        if not name.startswith(prefixes):
+            continue
         value = torch.empty(empty.shape, dtype=dtype)
         normalized = name == "head.weight" and spec.head_normalized
         start = 0

@@ -182,11 +182,18 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        return self._resident.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self._resident.device
+
+    @property
+    def _resident(self) -> Tensor:
+        """A parameter that is there even while others are streamed in and out."""
+        weight = self.final_norm.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def prepare_tables(self, positions: int) -> None:
         """Make the position tables for caches of up to `positions` slots (kept while they are long enough)."""

@@ -10,8 +10,9 @@ from conftest import case_source
 from mutants import LEAST, MODELS, Mutant, rates, run
 
 import refmodels
+from debug.capture import Forward
 from debug.faults import CATALOGUE
-from debug.modules import Forward, module_at
+from debug.modules import module_at
 from debug.prompts import random_prompts
 from refmodels.taps import Recorder, is_cache_tap, recording, tap_names
 

@@ -16,9 +16,10 @@ from conftest import GOLDENS, case_source
 from torch import Tensor
 
 import refmodels
-from debug.diff import MULTIPLE, diff_bundle, diff_engine, lower_bound
+from debug.diff import MULTIPLE, diff_engine, lower_bound
 from debug.prompts import Prompts, default_prompts, left_padded, random_prompts
 from debug.results import DiffResult
+from debug.sides import diff_bundle
 from debug.tables import verdict_line
 from export.compile import export_model
 from refmodels.cache import KVCache, StepInputs
@@ -148,7 +149,8 @@ FAULTS: dict[str, tuple[str, str, mutate.Fault, list[str]]] = {
         ["blocks.1.attn.context"],
     ),
     "padding seen": ("chatglm2", "fp16", mutate.padding_visible, CONTEXTS),
-    "positions": ("baichuan2_7b", "fp16", mutate.positions_off_by_one, _rope_taps(2)),
+    # Rope is relative: with query and key both off by one, only the keys are wrong.
+    "positions": ("baichuan2_7b", "fp16", mutate.positions_off_by_one, ["blocks.0.key", "blocks.1.key"]),
     "learned positions": ("gpt2", "fp16", mutate.positions_off_by_one, ["embed"]),
     "head": ("baichuan_13b", "fp16", mutate.edit("head.weight", lambda w: 1.05 * w), ["logits"]),
 }  # fmt: skip

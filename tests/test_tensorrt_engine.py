@@ -14,7 +14,7 @@ from command import logitlock
 from conftest import GOLDENS, case_source, needs_opset_24
 from torch import Tensor
 
-import debug.diff
+import debug.sides
 import refmodels
 from export.compile import export_model
 from refmodels.errors import LogitLockError
@@ -389,11 +389,11 @@ def test_diff_takes_the_same_engine(
 ) -> None:
     opened("gpt_bigcode")
     bundle, model = bundles("gpt_bigcode"), str(GOLDENS / "gpt_bigcode")
-    monkeypatch.setattr(debug.diff, "read_bundle", lambda path: bundle)
-    result = debug.diff.diff_bundle(bundle.directory, model, steps=2)
+    monkeypatch.setattr(debug.sides, "read_bundle", lambda path: bundle)
+    result = debug.sides.diff_bundle(bundle.directory, model, steps=2)
     assert result.engine.startswith(f"TensorRT ({package_version()}) in float32") and result.verdict == "aligned"
     assert {error.tap for error in result.taps} == set(tap_names(bundle.spec))
-    result = debug.diff.diff_bundle(bundle.directory, model, steps=2, engine="onnxruntime")
+    result = debug.sides.diff_bundle(bundle.directory, model, steps=2, engine="onnxruntime")
     assert result.engine.startswith("ONNX Runtime")
 
 

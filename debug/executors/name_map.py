@@ -1,0 +1,163 @@
+"""Where our taps are in somebody else's graph: a name map, as a JSON file that a person can write and correct.
+
+    {"taps": {"blocks.0.attn_norm": "/model/layers.0/input_layernorm/Mul_1_output_0",
+              "blocks.0.attn.qkv": {"concat": ["val_84", "val_92", "val_100"]},
+              "blocks.0.mlp.gate": {"value": "val_131", "columns": [0, 4096]},
+              "blocks.0.attn.context": {"value": "val_120", "transpose": [0, 2, 1, 3]}},
+     "inputs": {"input_ids": "tokens", "blocks.0.key": "layer0_k_in"},
+     "outputs": {"logits": "lm_out", "blocks.0.key": "layer0_k_out"}}
+
+`inputs` and `outputs` are needed only for those whose names and shapes do not tell what they are.  A file may also hold
+the object under `taps` alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debug.executors.step import regroup_heads
+from refmodels.errors import LogitLockError
+from refmodels.records import read_json, read_record
+from refmodels.spec import ModelSpec
+from refmodels.taps import is_cache_tap, tap_names
+from trt_runtime.onnxruntime_engine import tap_width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """How a tap is made from values of a graph: in this order transpose, [batch, tokens, -1], columns, heads.
+
+    Attributes:
+        value: a name; or `concat`, several sources joined along the last axis.
+        transpose: axes that bring batch and tokens to the front ([0, 2, 1, 3] for [batch, heads, tokens, head_dim]);
+            not needed for [batch, tokens, ...] and [batch * tokens, width].
+        columns: [start, stop) of the width, where one value holds several taps.
+        heads: the width is grouped by so many heads, (query, key, value) of each together.
+    """
+
+    value: str | None = None
+    concat: list[Source] = field(default_factory=list)
+    transpose: list[int] | None = None
+    columns: list[int] | None = None
+    heads: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (not self.concat):
+            raise LogitLockError('the source of a tap needs either "value" or "concat"')
+        if self.columns is not None and len(self.columns) != 2:
+            raise LogitLockError(f"columns of {self.value} must be [start, stop], got {self.columns}")
+
+    def values(self) -> Iterator[str]:
+        """Names of all values that are read."""
+        if self.value is not None:
+            yield self.value
+        for part in self.concat:
+            yield from part.values()
+
+    def read(self, tensors: Mapping[str, Tensor], batch: int, tokens: int) -> Tensor:
+        """[batch, tokens, width] from the graph's tensors.
+
+        Raises:
+            LogitLockError: a tensor that cannot be brought into this form.
+        """
+        if self.value is None:
+            return torch.cat([part.read(tensors, batch, tokens) for part in self.concat], -1)
+        tensor = tensors[self.value]
+        shape = list(tensor.shape)
+        if self.transpose is not None:
+            if sorted(self.transpose) != list(range(tensor.ndim)):
+                raise LogitLockError(f"{self.value} has shape {shape}, which cannot be transposed by {self.transpose}")
+            tensor = tensor.permute(self.transpose)
+        if tensor.ndim < 2 or list(tensor.shape[:2]) != [batch, tokens]:
+            # Only a flattened [batch * tokens, width] may be cut anew; anything else would mix tokens up.
+            if tensor.ndim != 2 or tensor.shape[0] != batch * tokens:
+                raise LogitLockError(
+                    f"{self.value} has shape {shape}; with [{batch}, {tokens}] tokens its first axes must be these "
+                    "(say with transpose how), or their product"
+                )
+        tensor = tensor.reshape(batch, tokens, -1)
+        if self.columns is not None:
+            tensor = tensor[..., self.columns[0] : self.columns[1]]
+        return regroup_heads(tensor, self.heads) if self.heads else tensor
+
+    def to_json(self) -> str | dict[str, Any]:
+        facts: dict[str, Any] = {"value": self.value} if self.value is not None else {}
+        if self.concat:
+            facts["concat"] = [part.to_json() for part in self.concat]
+        for name in ("transpose", "columns", "heads"):
+            if getattr(self, name):
+                facts[name] = getattr(self, name)
+        return self.value if list(facts) == ["value"] and self.value is not None else facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameMap:
+    """`taps`: sources by tap; `inputs`, `outputs`: names in the graph by role (see `debug.executors.roles`)."""
+
+    taps: Mapping[str, Source] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)
+
+    def values(self) -> list[str]:
+        """Every value of the graph that a tap reads, once."""
+        return list(dict.fromkeys(name for source in self.taps.values() for name in source.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        taps = {tap: source.to_json() for tap, source in self.taps.items()}
+        return {"taps": taps, "inputs": dict(self.inputs), "outputs": dict(self.outputs)}
+
+
+def read_name_map(file: Path, spec: ModelSpec) -> NameMap:
+    """Read a name map.
+
+    Raises:
+        LogitLockError: not readable, an unknown key, or a tap that this model does not have.
+    """
+    data = read_json(file)
+    if not data.keys() & {"taps", "inputs", "outputs"}:
+        data = {"taps": data}
+    # What a proposal says about itself is for people.
+    data = {key: value for key, value in data.items() if key not in ("confidence", "ambiguous", "unmatched")}
+    known = tap_names(spec)
+    for tap in data.get("taps", {}):
+        if tap not in known:
+            raise LogitLockError(
+                f"{file}: {tap!r} is no tap of {spec.variant}; taps are named like {', '.join(known[:4])}"
+            )
+    return read_record(NameMap, {**data, "taps": {t: _objects(s) for t, s in data.get("taps", {}).items()}}, str(file))
+
+
+def _objects(taps: Any) -> Any:
+    """Bare names as objects, also inside `concat`."""
+    if isinstance(taps, str):
+        return {"value": taps}
+    if isinstance(taps, list):
+        return [_objects(item) for item in taps]
+    if isinstance(taps, dict) and "concat" in taps:
+        return {**taps, "concat": _objects(taps["concat"])}
+    return taps
+
+
+def check_width(spec: ModelSpec, tap: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it is as wide as the tap.
+
+    Raises:
+        LogitLockError: it is not.
+    """
+    a = spec.attention
+    width = a.kv_heads * a.head_dim if is_cache_tap(tap) else tap_width(spec, tap)
+    if tensor.shape[-1] != width:
+        raise LogitLockError(f"the name map gives {tap} a width of {tensor.shape[-1]}; it must be {width}")
+    return tensor
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON object, readable."""
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
