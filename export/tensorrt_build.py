@@ -10,10 +10,14 @@ warnings are read (`check_warnings`), and calls of plugins are counted afterward
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,6 +61,13 @@ _BUILTIN_ATTRIBUTES: Mapping[str, frozenset[str]] = {
 """What TensorRT's own operators know; it drops other attributes without a word."""
 
 
+_PROGRESS_STEPS = 1000
+_NO_CANCEL = frozenset({"Cloning network graph"})
+"""Milliseconds long; cancelled there, with plugins in the network, TensorRT-RTX 1.7.1 corrupts its heap."""
+_PATIENCE = 1.0
+"""Seconds that a cancelled build may take to end by itself."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
     """A plan that was written.
@@ -86,7 +97,8 @@ def build_plan(
         directory: a bundle, or one being written, with its weights.
         spec: of the model in it.
         taps: every tap becomes an output of the plan.
-        progress: called with the builder's phases.
+        progress: called with the share of the builder's steps that are done, out of 1000; most of the time goes into
+            a few of them.
     Raises:
         LogitLockError: TensorRT refuses the graph or cannot build it; it would drop something of it; a plugin node
             has no plugin.
@@ -101,11 +113,9 @@ def build_plan(
     with LOGGER.collect() as messages:
         builder = trt.Builder(LOGGER)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        # The parser owns the mapped weights and must outlive the build.
         parser = _parse(network, model, directory / MODEL_NAME, messages)
         plugins = _check_plugins(network, model)
-        build_network(builder, network, path, inputs=model.graph.input, options=options, progress=progress)
-        del network, parser, builder
+        build_network(builder, network, path, inputs=model.graph.input, options=options, progress=progress, keep=parser)
     return BuildResult(
         plan=path,
         layers=parse_log((text for _, text in messages), plan=path.name, taps=node_taps(model, tap_names(spec))),
@@ -122,6 +132,7 @@ def build_network(
     inputs: Iterable[onnx.ValueInfoProto],
     options: BuildOptions,
     progress: Progress | None = None,
+    keep: object = None,
 ) -> None:
     """Build a `trt.INetworkDefinition` and write its plan to `path`; on any exception no file is left.
 
@@ -129,6 +140,7 @@ def build_network(
         builder: the `trt.Builder` of the network, with `LOGGER`.
         inputs: of the network; dynamic axes are named batch, tokens, slots and logit_tokens.
         options, progress: as for `build_plan`.
+        keep: whatever must live as long as the network: the owner of its weights.
     Raises:
         LogitLockError: TensorRT cannot build it, or drops something of it; the plan cannot be written.
     """
@@ -137,7 +149,9 @@ def build_network(
     try:
         with LOGGER.collect() as messages, path.open("wb") as stream:
             writer = _Writer(stream)
-            done = _in_thread(lambda: builder.build_serialized_network_to_stream(network, config, writer), monitor)
+            done = _in_thread(
+                lambda: builder.build_serialized_network_to_stream(network, config, writer), monitor, keep
+            )
         for failure in (monitor.failure, writer.failure):
             if failure is not None:
                 raise failure
@@ -286,45 +300,87 @@ def _shapes(value: onnx.ValueInfoProto, profile: Profile, options: BuildOptions)
     return [tuple(sizes[d.dim_param][i] if d.dim_param else d.dim_value for d in dims) for i in range(3)]
 
 
-def _in_thread(build: Callable[[], bool], monitor: _Monitor) -> bool:
-    """Build in another thread: a signal would wait in this one until TensorRT is done."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(build)
+def _in_thread(build: Callable[[], bool], monitor: _Monitor, keep: object) -> bool:
+    """Build in another thread: in this one a signal would wait until TensorRT is done.
+
+    TensorRT looks only between its steps whether it is cancelled, and one step may take minutes; so after a moment
+    nobody waits for it any more.  It then ends by itself, and has what it uses, and `keep`, until it does.
+    """
+    result: Future[bool] = Future()
+
+    def run(_keep: object) -> None:
         try:
-            return future.result()
-        except BaseException:
-            monitor.cancelled = True
-            raise
+            result.set_result(build())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, args=(keep,), daemon=True)
+    thread.start()
+    try:
+        return result.result()
+    except BaseException:
+        monitor.cancelled = True
+        atexit.register(_leave_at_once, thread)
+        thread.join(_PATIENCE)
+        raise
+
+
+def _leave_at_once(thread: threading.Thread) -> None:
+    # An ordinary exit takes the interpreter away from under the builder, which ends in a crash.
+    if thread.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
 
 
 class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-    """Hands the builder's progress on, and cancels the build: `cancelled`, or an exception in `progress`."""
+    """Hands the builder's progress on, and cancels the build: `cancelled`, or an exception in `progress`.
+
+    The builder's phases are nested: a step of one may be a phase with steps of its own, and counts as done as far as
+    that phase is.
+    """
 
     def __init__(self, name: str, progress: Progress | None) -> None:
         trt.IProgressMonitor.__init__(self)
         self.cancelled = False
         self.failure: BaseException | None = None
         self._name, self._progress = name, progress
-        self._steps: dict[str, int] = {}
+        self._open: list[_Phase] = []
+        self._reported = -1
 
     def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-        self._steps[phase] = steps
-        self._report(phase, 0)
+        self._open.append(_Phase(phase, steps))
+        self._report()
 
     def step_complete(self, phase: str, step: int) -> bool:
-        self._report(phase, step + 1)
-        return not self.cancelled
+        for opened in self._open:
+            if opened.name == phase:
+                opened.done = step + 1
+        self._report()
+        return not self.cancelled or phase in _NO_CANCEL
 
     def phase_finish(self, phase: str) -> None:
-        self._report(phase, self._steps.get(phase, 0))
+        self._open = [opened for opened in self._open if opened.name != phase]
 
-    def _report(self, phase: str, done: int) -> None:
-        if self._progress is None or self.cancelled:
+    def _report(self) -> None:
+        share = 0.0
+        for opened in reversed(self._open):
+            share = min(1.0, (opened.done + share) / max(1, opened.steps))
+        now = int(share * _PROGRESS_STEPS)
+        if self._progress is None or self.cancelled or now <= self._reported:
             return
+        self._reported = now
         try:
-            self._progress(f"{self._name}: {phase}", done, self._steps.get(phase, 0))
+            self._progress(f"building {self._name}", now, _PROGRESS_STEPS)
         except BaseException as error:
             self.failure, self.cancelled = error, True
+
+
+@dataclass
+class _Phase:
+    name: str
+    steps: int
+    done: int = 0
 
 
 class _Writer(trt.IStreamWriter):  # type: ignore[misc]
@@ -338,8 +394,8 @@ class _Writer(trt.IStreamWriter):  # type: ignore[misc]
     def write(self, data: bytes) -> int:
         try:
             return self._stream.write(data)
-        except OSError as error:
-            self.failure = LogitLockError(f"cannot write {self._stream.name}: {error.strerror}")
+        except (OSError, ValueError) as error:  # ValueError: closed, as the build was given up
+            self.failure = LogitLockError(f"cannot write {self._stream.name}: {getattr(error, 'strerror', error)}")
             return 0
 
 

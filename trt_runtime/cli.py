@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -225,11 +226,35 @@ def _show(found: dict[str, Any]) -> None:
         weights.add_row(group["name"], str(group["count"]), shape, group["dtype"], f"{size / 1e6:.2f}", share)
     weights.add_row("total", str(len(found["weights"])), "", "", f"{total / 1e6:.2f}", "")
     console.print(weights)
-    profiles = Table("profile", "batch", "tokens", "capacity", title="profiles", title_justify="left")
-    for profile in found["profiles"]:
-        profiles.add_row(profile["name"], *("–".join(map(str, profile[k])) for k in ("batch", "tokens", "capacity")))
-    console.print(profiles)
+    if found["engine"] is not None:
+        _show_engine(console, found)
     files = Table("file", "bytes", "sha256", title="files", title_justify="left")
     for name, file in found["files"].items():
         files.add_row(name, f"{file['bytes']:,}", file["sha256"][:16])
     console.print(files)
+
+
+def _show_engine(console: Console, found: dict[str, Any]) -> None:
+    engine = found["engine"]
+    facts = Table(show_header=False, box=None, title="engine", title_justify="left")
+    for name, value in (
+        ("made by", f"{engine['package']} ({engine['backend']})"),
+        ("GPUs", ", ".join(engine["compute_capabilities"]) or "the package's default"),
+        ("plugins", ", ".join(f"{name} {version}" for name, version in engine["plugins"].items()) or "none"),
+    ):
+        facts.add_row(name, value)
+    console.print(facts, highlight=False)
+    columns = ("plan", "profile", "batch", "tokens", "cache", "layers", "scratch MB")
+    profiles = Table(*columns, title="profiles", title_justify="left")
+    for plan in found["plans"]:
+        for profile, layers, scratch in zip(found["profiles"], plan["layers"], plan["activation_bytes"], strict=False):
+            sizes = ("–".join(map(str, dict.fromkeys(profile[k]))) for k in ("batch", "tokens", "capacity"))
+            profiles.add_row(plan["plan"], profile["name"], *sizes, str(layers), f"{scratch / 1e6:.1f}")
+    console.print(profiles)
+    types = Table("plan", "weights MB", "with taps", "layers by type", title="layers", title_justify="left")
+    for plan in found["plans"]:
+        counts: Counter[str] = sum((Counter(c) for c in plan["types"]), Counter())
+        named = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+        share = f"{plan['with_taps']} of {sum(plan['layers'])}"
+        types.add_row(plan["plan"], f"{plan['weight_bytes'] / 1e6:.2f}", share, named)
+    console.print(types)

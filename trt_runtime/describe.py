@@ -8,7 +8,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trt_runtime.bundle import Bundle
+from trt_runtime.bundle import LAYERS_NAME, Bundle
+from trt_runtime.layers import PlanLayers, read_layers
 from trt_runtime.rounding import load_graph
 
 
@@ -16,7 +17,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     """Everything that bundle.json and the graph say; JSON values.
 
     `nodes` counts the graph's own nodes by operator, `functions` gives the number of nodes in each function body,
-    `weights` has one entry a weight, the largest first, `spec` the architecture.
+    `weights` has one entry a weight, the largest first, `spec` the architecture, `engine` what bundle.json says of the
+    TensorRT engine (None: there is none) and `plans` what its builder said of each plan.
     """
     info = bundle.info
     model = load_graph(bundle.model_path, files=info.files)
@@ -41,6 +43,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "inputs": [vars(tensor) for tensor in info.inputs],
         "outputs": [vars(tensor) for tensor in info.outputs],
         "taps": info.taps,
+        "engine": None if info.engine is None else vars(info.engine),
+        "plans": [plan.summary() for plan in _plans(bundle)],
         "profiles": [vars(profile) for profile in info.profiles],
         "files": {name: vars(file) for name, file in info.files.items()},
     }
@@ -55,6 +59,10 @@ def weight_groups(weights: list[dict[str, Any]]) -> list[dict[str, Any]]:
         group["count"] += 1
         group["bytes"] += weight["bytes"]
     return sorted(groups.values(), key=lambda group: -group["bytes"])
+
+
+def _plans(bundle: Bundle) -> list[PlanLayers]:
+    return read_layers(bundle.directory / LAYERS_NAME) if LAYERS_NAME in bundle.info.files else []
 
 
 def _operator(node: ir.Node) -> str:
