@@ -53,6 +53,8 @@ class KVCache:
     Left pads occupy slots and are masked; trailing pads of a ragged batch do not advance the row, so the next tokens
     overwrite them.  A row without any real token in a step does not change.
 
+    Args:
+        buffers: memory to take for `key` and `value`, of that shape; emptied.  Without it, new memory.
     Raises:
         LogitLockError: capacity not positive, or beyond the learned positions of the model.
     """
@@ -65,6 +67,7 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        buffers: tuple[list[Tensor], list[Tensor]] | None = None,
     ) -> None:
         if batch < 1 or capacity < 1:
             raise LogitLockError(f"a cache needs batch and capacity of at least 1, got {batch} and {capacity}")
@@ -78,8 +81,11 @@ class KVCache:
         self.capacity = capacity
         a = spec.attention
         shape = (batch, a.kv_heads, capacity, a.head_dim)
-        self.key = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
-        self.value = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
+        if buffers is None:
+            self.key = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
+            self.value = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
+        else:
+            self.key, self.value = ([tensor.zero_() for tensor in tensors] for tensors in buffers)
         self.reset()
 
     def reset(self) -> None:

@@ -59,19 +59,29 @@ class FusedOnCpu(TorchEngine):
 
 
 class OnHost(Engine):
-    """An engine on a GPU whose logits and taps are delivered on the CPU, where the diff's references run."""
+    """An engine on a GPU whose caches, logits and taps are seen on the CPU, where the diff's references run."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.spec, self.max_positions, self.dtype = engine.spec, engine.max_positions, engine.dtype
-        self.device, self.tap_names, self.arithmetic = engine.device, engine.tap_names, engine.arithmetic
+        self.device, self.tap_names, self.arithmetic = torch.device("cpu"), engine.tap_names, engine.arithmetic
+        self.inner: dict[int, KVCache] = {}
+
+    def new_cache(self, *, batch: int, capacity: int) -> KVCache:
+        cache = super().new_cache(batch=batch, capacity=capacity)
+        self.inner[id(cache)] = self.engine.new_cache(batch=batch, capacity=capacity)
+        return cache
 
     def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        inner = Recorder() if recorder is not None else None
-        logits = self.engine.run(plan, cache, recorder=inner).cpu()
-        if recorder is not None and inner is not None:
+        inner, taps = self.inner[id(cache)], Recorder()
+        logits = self.engine.run(plan, inner, recorder=None if recorder is None else taps).cpu()
+        for ours, theirs in ((cache.key, inner.key), (cache.value, inner.value)):
+            for mine, other in zip(ours, theirs, strict=True):
+                mine.copy_(other)
+        cache.advance(plan)
+        if recorder is not None:
             recorder.live_slots = plan.attention_mask.shape[1]
-            for name, tensor in inner.tensors.items():
+            for name, tensor in taps.tensors.items():
                 recorder(name, tensor.cpu())
         return logits
 
@@ -195,6 +205,27 @@ def test_static_steps_are_kept_by_cache_and_width(monkeypatch: pytest.MonkeyPatc
     del pairs, pair, cache, first, known
     gc.collect()
     assert len(steps) == 0
+
+
+def test_a_cache_takes_over_from_a_dead_one() -> None:
+    """Its memory, emptied, and its steps with their graphs; only where batch and capacity are the same."""
+    engine = FusedOnCpu(load("chatglm2"))
+    first = engine.new_cache(batch=2, capacity=12)
+    expected = engine.prefill(torch.tensor([[5, 6], [7, 8]]), first)
+    engine.decode(torch.tensor([9, 9]), first)
+    memory = first.key[0].data_ptr()
+    second = engine.new_cache(batch=2, capacity=12)
+    assert second.key[0].data_ptr() != memory and engine.static._steps[second] == {}
+    del first, second
+    assert engine.static._steps[engine.new_cache(batch=2, capacity=13)] == {}
+    third = engine.new_cache(batch=1, capacity=12)
+    engine.decode(torch.tensor([4]), third)
+    steps, memory = engine.static._steps[third], third.key[0].data_ptr()
+    del third
+    fourth = engine.new_cache(batch=1, capacity=12)
+    assert fourth.key[0].data_ptr() == memory and engine.static._steps[fourth] is steps
+    assert not any(t.any() for t in (*fourth.key, *fourth.value)) and not fourth.lengths.any()
+    torch.testing.assert_close(engine.prefill(torch.tensor([[5, 6]]), fourth), expected[:1])
 
 
 def test_advance_writes_what_a_loop_over_rows_would() -> None:
@@ -412,7 +443,7 @@ def test_graphs_of_two_caches_alternately(monkeypatch: pytest.MonkeyPatch) -> No
             theirs = plain.decode(ids, pair[1], mask)
             torch.testing.assert_close(ours.cpu()[mask != 0], theirs[mask != 0], rtol=1e-4, atol=1e-4)
     assert engine._static is not None
-    assert [len(engine._static._steps[pair[0]]) for pair in pairs] == [3, 3]
+    assert [len(engine._static._steps[pair[0]]) for pair in pairs] == [3, 2]
 
 
 @gpu

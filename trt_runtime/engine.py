@@ -53,11 +53,15 @@ class Engine(ABC):
         Raises:
             LogitLockError: `capacity` is above `max_positions`.
         """
+        self.check_capacity(capacity)
+        return KVCache(self.spec, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
+
+    def check_capacity(self, capacity: int) -> None:
+        """Raise the error of `new_cache`, if there is one."""
         if capacity > self.max_positions:
             raise LogitLockError(
                 f"a cache of {capacity} tokens is longer than the {self.max_positions} positions of {self.spec.variant}"
             )
-        return KVCache(self.spec, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
 
     def prefill(
         self,
@@ -164,8 +168,11 @@ class TorchEngine(Engine):
             self.arithmetic += ", Triton kernels"
 
     def new_cache(self, *, batch: int, capacity: int) -> KVCache:
+        self.check_capacity(capacity)
         self._model.prepare_tables(capacity)
-        return super().new_cache(batch=batch, capacity=capacity)
+        if self._static is None:
+            return super().new_cache(batch=batch, capacity=capacity)
+        return self._static.new_cache(batch=batch, capacity=capacity)
 
     def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
         return self._run(plan, cache, recorder, None)

@@ -8,6 +8,7 @@ that a graph lasts for many steps.  On the CPU the same steps run without a grap
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,8 +115,22 @@ class _Step:
         self.graph = graph
 
 
+@dataclass(frozen=True)
+class _Spare:
+    """What is left of a cache that nobody has any more: its memory, and the steps that work on it."""
+
+    batch: int
+    capacity: int
+    key: list[Tensor]
+    value: list[Tensor]
+    steps: dict[int, _Step]
+
+
 class StaticDecode:
     """Runs planned steps of one token a row.
+
+    The memory and the graphs of the last cache that was given up serve the next one of its size: making graphs takes
+    as long as several steps.
 
     Args:
         model: the decoder; its position tables must be prepared for every cache that comes.
@@ -124,9 +139,30 @@ class StaticDecode:
     def __init__(self, model: Decoder) -> None:
         self.model = model
         self._steps: weakref.WeakKeyDictionary[KVCache, dict[int, _Step]] = weakref.WeakKeyDictionary()
+        self._spare: _Spare | None = None
         self._warm: set[tuple[int, int, int]] = set()
         if model.device.type == "cuda":
             self._stream = torch.cuda.Stream(model.device)
+
+    def new_cache(self, *, batch: int, capacity: int) -> KVCache:
+        spare, self._spare = self._spare, None
+        if spare is not None and (spare.batch, spare.capacity) != (batch, capacity):
+            spare = None
+        cache = KVCache(
+            self.model.spec,
+            batch=batch,
+            capacity=capacity,
+            dtype=self.model.dtype,
+            device=self.model.device,
+            buffers=None if spare is None else (spare.key, spare.value),
+        )
+        steps = self._steps[cache] = {} if spare is None else spare.steps
+        left = _Spare(batch, capacity, cache.key, cache.value, steps)
+        weakref.finalize(cache, self._keep, left).atexit = False
+        return cache
+
+    def _keep(self, spare: _Spare) -> None:
+        self._spare = spare
 
     def run(self, plan: StepInputs, cache: KVCache, ids: Tensor | None = None) -> Tensor:
         """Run a step and advance the cache.
