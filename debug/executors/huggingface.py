@@ -225,9 +225,8 @@ class HuggingFaceEngine(Engine):
             output = self.model(**inputs, past_key_values=self._past(step), use_cache=True)
         if self._legacy:
             for i in range(self.spec.layers):
-                pair = (self._axes.to_ours(t) for t in layer_past(output.past_key_values, i))
-                key, value = (t[:, :, step.past_slots :] for t in pair)
-                step.write(i, key, value)
+                for part, tensor in zip(("key", "value"), layer_past(output.past_key_values, i), strict=True):
+                    step.write(f"blocks.{i}.{part}", self._axes.to_ours(tensor)[:, :, step.past_slots :])
         logits = step.logits_of(output.logits)
         step.deliver("logits", logits)
         cache.advance(plan)
@@ -249,7 +248,8 @@ class HuggingFaceEngine(Engine):
 
         def updated(key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             # Only here are all new tokens seen: a sliding layer keeps the last ones of them.
-            step.write(layer_idx, key, value)
+            step.write(f"blocks.{layer_idx}.key", key)
+            step.write(f"blocks.{layer_idx}.value", value)
             return update(key, value, layer_idx, *args, **kwargs)
 
         past.update = updated

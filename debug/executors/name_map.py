@@ -75,13 +75,13 @@ class Source:
             if sorted(self.transpose) != list(range(tensor.ndim)):
                 raise LogitLockError(f"{self.value} has shape {shape}, which cannot be transposed by {self.transpose}")
             tensor = tensor.permute(self.transpose)
-        if tensor.ndim < 2 or list(tensor.shape[:2]) != [batch, tokens]:
-            # Only a flattened [batch * tokens, width] may be cut anew; anything else would mix tokens up.
-            if tensor.ndim != 2 or tensor.shape[0] != batch * tokens:
-                raise LogitLockError(
-                    f"{self.value} has shape {shape}; with [{batch}, {tokens}] tokens its first axes must be these "
-                    "(say with transpose how), or their product"
-                )
+        # Only a flattened [batch * tokens, width] may be cut anew; anything else would mix tokens up.
+        flat = tensor.ndim == 2 and tensor.shape[0] == batch * tokens
+        if not flat and list(tensor.shape[:2]) != [batch, tokens]:
+            raise LogitLockError(
+                f"{self.value} has shape {shape}; with [{batch}, {tokens}] tokens its first axes must be these (say "
+                "with transpose how), or their product"
+            )
         tensor = tensor.reshape(batch, tokens, -1)
         if self.columns is not None:
             tensor = tensor[..., self.columns[0] : self.columns[1]]
@@ -101,9 +101,9 @@ class Source:
 class NameMap:
     """`taps`: sources by tap; `inputs`, `outputs`: names in the graph by role (see `debug.executors.roles`)."""
 
-    taps: Mapping[str, Source] = field(default_factory=dict)
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    outputs: Mapping[str, str] = field(default_factory=dict)
+    taps: dict[str, Source] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
 
     def values(self) -> list[str]:
         """Every value of the graph that a tap reads, once."""
@@ -111,7 +111,7 @@ class NameMap:
 
     def to_json(self) -> dict[str, Any]:
         taps = {tap: source.to_json() for tap, source in self.taps.items()}
-        return {"taps": taps, "inputs": dict(self.inputs), "outputs": dict(self.outputs)}
+        return {"taps": taps, "inputs": self.inputs, "outputs": self.outputs}
 
 
 def read_name_map(file: Path, spec: ModelSpec) -> NameMap:
@@ -129,7 +129,7 @@ def read_name_map(file: Path, spec: ModelSpec) -> NameMap:
     for tap in data.get("taps", {}):
         if tap not in known:
             raise LogitLockError(
-                f"{file}: {tap!r} is no tap of {spec.variant}; taps are named like {', '.join(known[:4])}"
+                f"{file}: {tap!r} is no tap of {spec.variant}; its taps are {', '.join(known[:4])}, ..."
             )
     return read_record(NameMap, {**data, "taps": {t: _objects(s) for t, s in data.get("taps", {}).items()}}, str(file))
 

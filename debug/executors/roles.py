@@ -183,17 +183,14 @@ def _axes(value: ir.Value, spec: ModelSpec, path: Path) -> str:
     """The layout that fits the fixed sizes of a cache input; where several do, the usual one."""
     assert value.shape is not None
     dims = list(value.shape)
-    a = spec.attention
+    fixed = {"H": spec.attention.kv_heads, "D": spec.attention.head_dim}
     for order in _LAYOUTS:
-        fixed = {"H": a.kv_heads, "D": a.head_dim}
-        fits = all(
-            not isinstance(dim, int) or fixed.get(axis, dim) == dim for axis, dim in zip(order, dims, strict=True)
-        )
-        slots = dims[order.index("S")]
-        batch = str(getattr(dims[order.index("B")], "value", "") or "")
-        if fits and not isinstance(slots, int) and "seq" not in batch and "past" not in batch:
+        by_axis = dict(zip(order, dims, strict=True))
+        fits = all(not isinstance(dim, int) or fixed.get(axis, dim) == dim for axis, dim in by_axis.items())
+        batch = str(getattr(by_axis["B"], "value", "") or "")
+        if fits and not isinstance(by_axis["S"], int) and "seq" not in batch and "past" not in batch:
             return order
     raise LogitLockError(
         f"{path}: the cache input {value.name} of {_describe(value)} is not understood; expected the axes batch, "
-        f"{a.kv_heads} key heads, slots of any number and a head_dim of {a.head_dim}"
+        f"{fixed['H']} key heads, slots of any number and a head_dim of {fixed['D']}"
     )

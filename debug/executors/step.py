@@ -52,12 +52,13 @@ class Step:
         if self.recorder is not None and self.recorder(name, tensor) is not tensor:
             raise LogitLockError(f"the recorder substitutes {name}, which only the reference can do")
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Put the new tokens' keys and values [batch, kv_heads, tokens, head_dim] in their slots; show both taps."""
-        rows, slots = torch.arange(key.shape[0])[:, None], self.plan.cache_lengths[:, None] + torch.arange(key.shape[2])
-        for part, buffer, new in (("key", self.cache.key[layer], key), ("value", self.cache.value[layer], value)):
-            buffer[rows, :, slots] = new.transpose(1, 2).to(buffer.dtype)
-            self.deliver(f"blocks.{layer}.{part}", buffer)
+    def write(self, tap: str, new: Tensor) -> None:
+        """Put the new tokens' keys or values [batch, kv_heads, tokens, head_dim] in their slots, and show them."""
+        _, layer, part = tap.split(".")
+        buffer = (self.cache.key if part == "key" else self.cache.value)[int(layer)]
+        rows, slots = torch.arange(new.shape[0])[:, None], self.plan.cache_lengths[:, None] + torch.arange(new.shape[2])
+        buffer[rows, :, slots] = new.transpose(1, 2).to(buffer.dtype)
+        self.deliver(tap, buffer)
 
     def logits_of(self, x: Tensor) -> Tensor:
         """The tokens that the plan asks logits of: [batch, N, width] from [batch, tokens, width]."""

@@ -1,0 +1,285 @@
+"""Any decoder in an ONNX file as an executor, on ONNX Runtime: taps through a name map, the cache from the caller's."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import onnxruntime as ort
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from debug.executors.name_map import NameMap, check_width, read_name_map
+from debug.executors.roles import FLOATS, read_roles
+from debug.executors.step import Step
+from refmodels.cache import KVCache, StepInputs
+from refmodels.errors import LogitLockError
+from refmodels.spec import ModelSpec
+from refmodels.taps import Recorder, is_cache_tap, tap_names
+from trt_runtime.engine import Engine
+from trt_runtime.rounding import compute_in_float, inline_and_type, promote
+
+_TORCH = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.DOUBLE: torch.float64,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.INT32: torch.int32,
+    ir.DataType.BOOL: torch.bool,
+}
+_HALF = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+_LOG_SEVERITY = 3
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows that are run together: which rows, which of the past slots, which of the new tokens (all int64)."""
+
+    rows: Tensor
+    kept: Tensor
+    new: Tensor
+
+
+class OnnxFileEngine(Engine):
+    """A decoder that somebody else exported (optimum, onnxruntime-genai, torch.onnx, by hand).
+
+    Inputs and outputs are recognised by names and shapes; a graph without cache inputs is run on the whole sequence in
+    every step.  Graphs for a batch of one, or with attention that takes a length instead of a mask
+    (GroupQueryAttention), are run row by row without padding.  The caller's cache is the state, except for the token
+    ids that a graph without a cache needs again.
+
+    Args:
+        path: the file; its external data lie beside it.
+        spec: architecture facts; they must be the model's.
+        names: a name map or its file; None: only the cache and the logits are tapped.
+        emulate_rounding: fp16 graphs: round every node's result to fp16 (see `OnnxRuntimeEngine`); always so for bf16.
+        threads: of ONNX Runtime; default: torch's.
+    Raises:
+        LogitLockError: not a readable ONNX file, inputs or outputs that are not understood (all listed), a name that is
+            not in the graph, or a graph that ONNX Runtime cannot run.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        spec: ModelSpec,
+        names: NameMap | Path | None = None,
+        *,
+        emulate_rounding: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        self.path, self.spec, self.max_positions = Path(path), spec, spec.max_positions
+        self.names = names if isinstance(names, NameMap) else NameMap() if names is None else read_name_map(names, spec)
+        graph = self.load_graph().graph
+        self.roles = read_roles(graph, spec, self.names, self.path)
+        known = {v.name for node in graph for v in node.outputs}
+        for tap, source in self.names.taps.items():
+            for name in source.values():
+                if name not in known:
+                    raise LogitLockError(f"{self.path} has no value {name!r}, which the name map gives for {tap}")
+        self.dtype, self.device = _working_dtype(graph, list(self.roles.past.values())), torch.device("cpu")
+        self.emulate_rounding = self.dtype == torch.bfloat16 or (emulate_rounding and self.dtype == torch.float16)
+        self.threads = torch.get_num_threads() if threads is None else threads
+        shown = {"logits", *self.names.taps, *self.roles.present}
+        self.tap_names = tuple(name for name in tap_names(spec) if name in shown)
+        self.arithmetic = self._describe()
+        self._history: weakref.WeakKeyDictionary[KVCache, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+        self._sessions: dict[bool, ort.InferenceSession] = {}
+        self._session(tapped=False)
+
+    def _describe(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{self.path.name} on ONNX Runtime on the CPU, {dtype}"
+        if self.emulate_rounding:
+            text += f", every node computed in float32 and rounded to {dtype}"
+        elif self.dtype == torch.float16:
+            text += " (computed in float32 between some nodes)"
+        if not self.roles.past:
+            text += "; without a cache: the whole sequence in every step"
+        return text + ("; row by row without padding" if self.roles.one_row else "")
+
+    def load_graph(self) -> ir.Model:
+        """The model with function bodies in place of their calls; weights stay on disk where they are external."""
+        try:
+            model = ir.load(self.path)
+        except Exception as error:
+            # protobuf and onnx_ir raise what they like for a file that is no ONNX model.
+            raise LogitLockError(f"{self.path} cannot be read as an ONNX model: {error}") from error
+        return passes.InlinePass()(model).model
+
+    def session(self, values: Iterable[str]) -> ort.InferenceSession:
+        """A session that also gives these values."""
+        model = self.load_graph()
+        if self.emulate_rounding:
+            model = inline_and_type(model)
+            compute_in_float(model, _HALF[self.dtype], rounded=True)
+        promote(model, values)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _LOG_SEVERITY
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        folder = str(self.path.resolve().parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        try:
+            data = ir.to_proto(model).SerializeToString()
+            return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise LogitLockError(f"ONNX Runtime cannot run {self.path}: {error}") from error
+
+    def _session(self, *, tapped: bool) -> ort.InferenceSession:
+        if tapped not in self._sessions:
+            self._sessions[tapped] = self.session(self.names.values() if tapped else ())
+        return self._sessions[tapped]
+
+    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        step = Step(plan, cache, recorder)
+        self._remember(step)
+        session = self._session(tapped=recorder is not None)
+        results: dict[str, Tensor] = {}
+        for group in self._groups(step):
+            for tap, tensor in self._tensors(self.execute(session, step, group), step, group, recorder).items():
+                whole = results.setdefault(tap, tensor.new_zeros(*plan.input_ids.shape, tensor.shape[-1]))
+                whole[group.rows[:, None], group.new] = tensor
+        logits = step.logits_of(results.pop("logits"))
+        for tap in self.tap_names:
+            if is_cache_tap(tap) and tap in results:
+                step.write(tap, results[tap].unflatten(-1, (self.spec.attention.kv_heads, -1)).transpose(1, 2))
+            elif tap in results:
+                step.deliver(tap, step.logits_of(results[tap]) if tap == "final_norm" else results[tap])
+        step.deliver("logits", logits)
+        cache.advance(plan)
+        return logits
+
+    def _groups(self, step: Step) -> list[_Group]:
+        plan = step.plan
+        batch, tokens = plan.input_ids.shape
+        if not self.roles.one_row:
+            step.check_appended(self.path.name)
+            return [_Group(torch.arange(batch), torch.arange(step.past_slots), torch.arange(tokens))]
+        groups = []
+        for row in range(batch):
+            # Padding is left out, unless the model counts it.
+            padded = self.spec.position_origin == "slot"
+            new = torch.arange(tokens) if padded else plan.new_mask[row].nonzero()[:, 0]
+            kept = step.cache.mask[row, : step.past_slots].nonzero()[:, 0]
+            if padded:
+                kept = torch.arange(int(plan.cache_lengths[row]))
+            if len(new):
+                groups.append(_Group(torch.tensor([row]), kept, new))
+        return groups
+
+    def execute(self, session: ort.InferenceSession, step: Step, group: _Group) -> dict[str, Tensor]:
+        """All outputs of the graph for some rows of a step, by name."""
+        plan, roles = step.plan, self.roles
+        rows = group.rows[:, None]
+        slots = torch.cat((group.kept, step.past_slots + group.new))
+        ids = plan.input_ids[rows, group.new]
+        positions = None if plan.position_ids is None else plan.position_ids[rows, group.new]
+        if not roles.past:
+            old_ids, old_positions = self._history[step.cache]
+            ids = torch.cat((old_ids[rows, group.kept], ids), 1)
+            positions = None if positions is None else torch.cat((old_positions[rows, group.kept], positions), 1)
+        first = len(group.kept) if roles.past else 0
+        inputs: dict[str, Tensor | None] = {
+            "input_ids": ids,
+            "attention_mask": step.appended_mask()[rows, slots],
+            "position_ids": positions,
+            "cache_position": torch.arange(first, first + ids.shape[1]),
+            "use_cache_branch": torch.tensor([bool(first)]),
+        }
+        named = {name: inputs[role] for role, name in roles.step.items()}
+        for tap, name in roles.past.items():
+            _, layer, part = tap.split(".")
+            buffer = (step.cache.key if part == "key" else step.cache.value)[int(layer)]
+            named[name] = roles.axes.from_ours(buffer[group.rows][:, :, group.kept])
+        feeds = {i.name: _ort_value(named.get(i.name), i, self.path) for i in session.get_inputs()}
+        names = [o.name for o in session.get_outputs()]
+        try:
+            values = session.run_with_ort_values(names, feeds)
+        except Exception as error:
+            raise LogitLockError(f"ONNX Runtime cannot run {self.path}: {error}") from error
+        return {name: _tensor(value) for name, value in zip(names, values, strict=True)}
+
+    def _tensors(
+        self, outputs: Mapping[str, Tensor], step: Step, group: _Group, recorder: Recorder | None
+    ) -> dict[str, Tensor]:
+        """[rows, new tokens, width] of every tap."""
+        rows, new = len(group.rows), len(group.new)
+        tokens = new if self.roles.past else len(group.kept) + new
+        logits = outputs[self.roles.logits].reshape(rows, -1, self.spec.vocab_size)
+        if logits.shape[1] == 1 < tokens:
+            if bool((step.plan.logit_index[group.rows] != group.new[-1]).any()):
+                raise LogitLockError(
+                    f"{self.path} gives logits of the last token only; a comparison needs them for all tokens"
+                )
+            logits = logits.expand(-1, tokens, -1)
+        found = {"logits": logits[:, -new:]}
+        for tap, name in self.roles.present.items():
+            present = self.roles.axes.to_ours(outputs[name])
+            if present.shape[2] not in (new, len(group.kept) + new):
+                raise LogitLockError(
+                    f"{self.path}: the cache output {name} has {present.shape[2]} slots after {len(group.kept)} slots "
+                    f"and {new} tokens; it must hold the new ones only, or all"
+                )
+            found[tap] = present[:, :, -new:].transpose(1, 2).flatten(2)
+        if recorder is not None:
+            for tap, source in self.names.taps.items():
+                if tap not in found:
+                    found[tap] = check_width(self.spec, tap, source.read(outputs, rows, tokens))[:, -new:]
+        return found
+
+    def _remember(self, step: Step) -> None:
+        """Token ids and positions by slot, for a graph that keeps nothing."""
+        plan, cache = step.plan, step.cache
+        if self.roles.past:
+            return
+        if cache not in self._history:
+            empty = torch.zeros(cache.batch, cache.capacity, dtype=torch.int64)
+            self._history[cache] = (empty, empty.clone())
+        slots = plan.cache_lengths[:, None] + torch.arange(plan.input_ids.shape[1])
+        for known, new in zip(self._history[cache], (plan.input_ids, plan.position_ids), strict=True):
+            if new is not None:
+                known.scatter_(1, slots, new)
+
+
+def _working_dtype(graph: ir.Graph, cache: list[str]) -> torch.dtype:
+    """The dtype of the cache; without one, that of most weights."""
+    sizes: dict[ir.DataType, int] = {}
+    for value in graph.inputs:
+        if value.name in cache and value.dtype is not None:
+            return _TORCH[value.dtype]
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype in FLOATS:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+    return _TORCH[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else torch.float32
+
+
+_TYPES = {f"tensor({name})": dtype for name, dtype in (
+    ("float", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64),
+    ("int64", torch.int64), ("int32", torch.int32), ("bool", torch.bool),
+)}  # fmt: skip
+
+
+def _ort_value(tensor: Tensor | None, argument: Any, path: Path) -> ort.OrtValue:
+    if tensor is None:
+        raise LogitLockError(f"{path} asks for {argument.name}, which this model has not")
+    tensor = tensor.to(_TYPES[argument.type]).contiguous()
+    if tensor.dtype == torch.bfloat16:
+        bits = tensor.view(torch.uint16).numpy()
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, int(ir.DataType.BFLOAT16))
+    return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
+
+def _tensor(value: ort.OrtValue) -> Tensor:
+    # numpy has no bfloat16.
+    tensor: Tensor = from_dlpack(value) if "bfloat16" in value.data_type() else torch.from_numpy(value.numpy())
+    return tensor
