@@ -24,7 +24,7 @@ from refmodels.spec import ModelSpec
 from refmodels.tokenizer import Tokenizer
 from trt_runtime.bundle import read_bundle
 from trt_runtime.describe import describe, weight_groups
-from trt_runtime.engine import Engine, TorchEngine
+from trt_runtime.engine import Engine, TorchEngine, kernels_serve
 from trt_runtime.engines import EngineChoice, open_engine
 from trt_runtime.generate import GenerationConfig
 from trt_runtime.generate import generate as run_generation
@@ -53,7 +53,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     stream: Annotated[bool, typer.Option(help="Print text as it comes (one prompt only).")] = True,
     dtype: Annotated[str | None, typer.Option(help="With --model: fp64, fp32 (default), fp16 or bf16.")] = None,
-    device: Annotated[str | None, typer.Option(help="With --model: cpu (default) or cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --model: cpu (default), or cuda, with kernels if Triton is there.")
+    ] = None,
     emulate_rounding: Annotated[
         bool, typer.Option("--emulate-rounding", help="With --bundle: round every tensor to fp16 or bf16 on the CPU.")
     ] = False,
@@ -90,7 +92,8 @@ def generate(
                 "--emulate-rounding, --threads and --engine are for --bundle; for --model give --dtype"
             )
         source = refmodels.resolve(model)
-        executor = TorchEngine(refmodels.load(source, dtype=_dtype(dtype or "fp32"), device=_device(device or "cpu")))
+        decoder = refmodels.load(source, dtype=_dtype(dtype or "fp32"), device=_device(device or "cpu"))
+        executor = TorchEngine(decoder, kernels=kernels_serve(decoder))
         directory = source.directory
     tokenizer = tokenizer_in(directory, executor.spec)
     stops = (*stop_ids_in(directory, executor.spec, tokenizer, chat=chat), *(stop_id or ()))

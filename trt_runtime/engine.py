@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 
 import torch
@@ -136,6 +137,12 @@ class Engine(ABC):
         return self.run(cache.plan(ids, mask, last_logits_only=True), cache, recorder=recorder)
 
 
+def kernels_serve(decoder: Decoder) -> bool:
+    """Whether `TorchEngine` can run this model with kernels, here."""
+    exact = decoder.numerics == "exact" and decoder.dtype != torch.float64
+    return exact and decoder.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 class TorchEngine(Engine):
     """The reference model as an engine, on the device where it is.
 
@@ -146,7 +153,7 @@ class TorchEngine(Engine):
             graph for each cache and width of its mask in decode steps.  The decoder's MLP weights then move next to
             each other, and it must not be moved or cast any more; as a reference it serves as before.
     Raises:
-        LogitLockError: kernels for a model that is not on a GPU, or in fp64, or of upstream numerics.
+        LogitLockError: kernels for a model that they do not serve.
     """
 
     def __init__(self, decoder: Decoder, *, max_positions: int | None = None, kernels: bool = False) -> None:
@@ -159,10 +166,10 @@ class TorchEngine(Engine):
         self.arithmetic = f"PyTorch in {name}, {decoder.numerics} numerics"
         self._static: StaticDecode | None = None
         if kernels:
-            if decoder.device.type != "cuda" or decoder.dtype == torch.float64 or decoder.numerics != "exact":
+            if not kernels_serve(decoder):
                 raise LogitLockError(
-                    "the kernels serve fp32, fp16 and bf16 models of exact numerics on a CUDA GPU; this one is in "
-                    f"{name}, of {decoder.numerics} numerics, on {decoder.device}"
+                    "the kernels serve fp32, fp16 and bf16 models of exact numerics on a CUDA GPU, with the package "
+                    f"triton; this one is in {name}, of {decoder.numerics} numerics, on {decoder.device}"
                 )
             self._static = StaticDecode(fused_decoder(decoder))
             self.arithmetic += ", Triton kernels"
