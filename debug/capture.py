@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,36 @@ class _Joined(Mapping[str, Tensor]):
         return len(self._names)
 
 
+def run_steps(
+    engine: Engine,
+    prompts: Prompts,
+    *,
+    steps: int,
+    tokens: Tensor | None = None,
+    recorder: Callable[[], Recorder] | None = None,
+    fed: list[Tensor] | None = None,
+) -> Iterator[tuple[int, StepInputs, Tensor]]:
+    """Prefill and decode steps of an engine: (step, plan, logits on the CPU) after each.
+
+    Args:
+        tokens: [batch, steps] to feed after the prompt; None: the engine's own greedy tokens.
+        recorder: makes the recorder of each forward; None: no taps.
+        fed: receives the [batch, 1] tokens of each decode step.
+    """
+    batch, length = prompts.ids.shape
+    cache = engine.new_cache(batch=batch, capacity=length + steps)
+    ids, mask = prompts.ids, prompts.mask
+    for step in range(steps + 1):
+        plan = cache.plan(ids, mask)
+        logits = engine.run(plan, cache, recorder=recorder() if recorder is not None else None).cpu()
+        yield step, plan, logits
+        if step < steps:
+            ids = logits[:, -1:].argmax(-1) if tokens is None else tokens[:, step : step + 1]
+            mask = torch.ones_like(ids)
+            if fed is not None:
+                fed.append(ids)
+
+
 def capture_engine(engine: Engine, prompts: Prompts, *, steps: int, tokens: Tensor | None = None) -> Capture:
     """Run an engine without taps and then, on the same tokens, with them.
 
@@ -95,41 +125,32 @@ def capture_engine(engine: Engine, prompts: Prompts, *, steps: int, tokens: Tens
         steps: decode steps.
         tokens: [batch, steps] to feed after the prompt; None: the engine's own greedy tokens.
     """
-    batch, length = prompts.ids.shape
-    fed, untapped = [], []
-    cache = engine.new_cache(batch=batch, capacity=length + steps)
-    ids, mask = prompts.ids, prompts.mask
-    for step in range(steps + 1):
-        logits = engine.run(cache.plan(ids, mask), cache)
-        untapped.append(logits.cpu())
-        if step < steps:
-            ids = untapped[-1][:, -1:].argmax(-1) if tokens is None else tokens[:, step : step + 1]
-            mask = torch.ones_like(ids)
-            fed.append(ids)
-    del cache
-    cache = engine.new_cache(batch=batch, capacity=length + steps)
-    before = {
-        name: _buffer(cache, name)[:, :, :0] for name in engine.tap_names if is_cache_tap(name)
-    }  # fmt: skip
-    forwards = []
-    for step in range(steps + 1):
-        ids, mask = (prompts.ids, prompts.mask) if step == 0 else (fed[step - 1], torch.ones_like(fed[step - 1]))
-        plan, recorder = cache.plan(ids, mask), Recorder()
-        engine.run(plan, cache, recorder=recorder)
-        forwards.append(Forward(step=step, plan=plan, tensors=recorder.tensors, before=before))
-        before = {name: recorder.tensors[name] for name in before}
+    fed: list[Tensor] = []
+    untapped = [logits for _, _, logits in run_steps(engine, prompts, steps=steps, tokens=tokens, fed=fed)]
+    tokens = torch.cat(fed, 1) if fed else torch.zeros(len(prompts.ids), 0, dtype=torch.int64)
+    forwards: list[Forward] = []
+    recorders: list[Recorder] = []
+
+    def recorder() -> Recorder:
+        recorders.append(Recorder())
+        return recorders[-1]
+
+    for step, plan, _ in run_steps(engine, prompts, steps=steps, tokens=tokens, recorder=recorder):
+        now = recorders[-1].tensors
+        states = {name: now[name] for name in engine.tap_names if is_cache_tap(name)}
+        before = (
+            {name: forwards[-1].tensors[name] for name in states}
+            if forwards
+            else {name: tensor[:, :, :0] for name, tensor in states.items()}
+        )
+        forwards.append(Forward(step=step, plan=plan, tensors=now, before=before))
     return Capture(
         spec=engine.spec,
         dtype=engine.dtype,
         tap_names=engine.tap_names,
         arithmetic=engine.arithmetic,
         prompts=prompts,
-        tokens=torch.cat(fed, 1) if fed else torch.zeros(batch, 0, dtype=torch.int64),
+        tokens=tokens,
         forwards=forwards,
         untapped=untapped,
     )
-
-
-def _buffer(cache: KVCache, name: str) -> Tensor:
-    _, layer, part = name.split(".")
-    return (cache.key if part == "key" else cache.value)[int(layer)]
