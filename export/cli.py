@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from export.compile import Backend, default_backend, export_model
+from export.compile import export_model
+from export.engine import Backend, default_backend
 from refmodels.cli import JsonFlag
 from refmodels.spec import Numerics
 from trt_runtime.bundle import AttentionMode, Precision, read_bundle

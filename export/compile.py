@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import onnx
 from torch import Tensor
 
+from export.engine import BACKENDS, Backend, Progress, build_engine, check_backend
 from export.graph import Graph, build_graph
-from export.options import BuildOptions, build_options
+from export.options import build_options
 from export.weights import DATA_NAME, RANDOM_HASH, WeightWriter, random_parameters
 from refmodels.checkpoint import DTYPES, ModelSource, checkpoint_hash, empty_decoder, resolve, stream_parameters
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap_names
 from trt_runtime.bundle import (
-    LAYERS_NAME,
     MODEL_NAME,
     AttentionMode,
     BundleInfo,
-    EngineBackend,
-    EngineInfo,
     Precision,
     TensorInfo,
     check_output,
     write_bundle,
 )
-from trt_runtime.layers import write_layers
 
-if TYPE_CHECKING:
-    from export.tensorrt_build import BuildResult
-
-Backend = Literal["onnxruntime", "tensorrt", "torch-tensorrt"]
-Progress = Callable[[str, int, int], None]
-
-BACKENDS: tuple[Backend, ...] = ("onnxruntime", "tensorrt", "torch-tensorrt")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 ATTENTION_MODES: tuple[AttentionMode, ...] = ("plugin", "decomposed", "native")
 NUMERICS: tuple[Numerics, ...] = ("exact", "upstream")
@@ -62,19 +50,6 @@ _COPIED = (
 def default_output(model: str | Path, precision: str) -> Path:
     """engines/<last component of the model's name>-<precision>."""
     return Path("engines") / f"{Path(model).resolve().name}-{precision}"
-
-
-def default_backend(*, attention: AttentionMode, numerics: Numerics) -> tuple[Backend, str]:
-    """TensorRT where it can build here and has kernels for the model's numerics, else ONNX Runtime; and the reason."""
-    if attention == "plugin" and numerics != "exact":
-        return "onnxruntime", "the TensorRT plugins compute exact numerics only"
-    try:
-        from trt_runtime.tensorrt_api import can_build, package_version
-    except LogitLockError:
-        return "onnxruntime", "TensorRT is not installed"
-    if can_build():
-        return "tensorrt", f"{package_version()} builds here"
-    return "onnxruntime", f"{package_version()} builds on a machine with a CUDA GPU only"
 
 
 def export_model(
@@ -135,7 +110,7 @@ def export_model(
         optimization_level=optimization_level,
         compute_capabilities=tuple(compute_capabilities),
     )
-    _check_backend(backend, attention, numerics, options, taps=taps)
+    check_backend(backend, attention, numerics, options, taps=taps)
     target = default_output(source.name, precision) if output is None else Path(output)
     check_output(target, overwrite=overwrite)
     graph = build_graph(
@@ -164,81 +139,21 @@ def export_model(
             tensors = stream_parameters(source, dtype=DTYPES[precision], numerics=numerics)
         _write_model(graph, tensors, draft.directory, spec, precision, progress)
         if backend != "onnxruntime":
-            engine = _build_engine(draft.directory, spec, backend, attention, options, taps=taps, progress=progress)
+            engine = build_engine(
+                draft.directory,
+                spec,
+                backend=backend,
+                precision=precision,
+                attention=attention,
+                options=options,
+                taps=taps,
+                progress=progress,
+            )
             info = dataclasses.replace(info, engine=engine)
         if identity is not None:
             info = dataclasses.replace(info, checkpoint_hash=identity.result())
         draft.finish(info)
     return target
-
-
-def _check_backend(
-    backend: Backend, attention: AttentionMode, numerics: Numerics, options: BuildOptions, *, taps: bool
-) -> None:
-    """Refuse before the work what no backend, or not this one, can do."""
-    if backend == "onnxruntime":
-        for value, option in (
-            (options.workspace, "workspace"),
-            (options.optimization_level, "optimization-level"),
-            (options.compute_capabilities, "compute-capability"),
-            (taps, "taps"),
-        ):
-            if value:
-                raise LogitLockError(f"--{option} is for --backend tensorrt; ONNX Runtime runs the graph as it is")
-        return
-    from trt_runtime.tensorrt_api import can_build, package_version
-
-    if not can_build():
-        raise LogitLockError(f"{package_version()} builds on a machine with a CUDA GPU, and none is here")
-    if backend == "torch-tensorrt":
-        from export.torch_tensorrt import check_modes, import_torch_tensorrt
-
-        check_modes(attention, numerics)
-        import_torch_tensorrt()
-    if attention == "plugin" and numerics != "exact":
-        raise LogitLockError(
-            "the plugins compute --numerics exact only; for an engine with upstream's rounding use "
-            "--attention decomposed"
-        )
-    from export.tensorrt_build import capability_member
-
-    for capability in options.compute_capabilities:
-        capability_member(capability)
-
-
-def _build_engine(
-    directory: Path,
-    spec: ModelSpec,
-    backend: EngineBackend,
-    attention: AttentionMode,
-    options: BuildOptions,
-    *,
-    taps: bool,
-    progress: Progress | None,
-) -> EngineInfo:
-    from export.tensorrt_build import build_plan, capability_name
-    from trt_runtime.tensorrt_api import package_version
-
-    build: Callable[..., BuildResult] = build_plan
-    if backend == "torch-tensorrt":
-        from export import torch_tensorrt
-
-        build = functools.partial(torch_tensorrt.build_plan, attention=attention)
-    results = [
-        build(directory, spec, options=options, taps=tapped, progress=progress)
-        for tapped in ((False, True) if taps else (False,))
-    ]
-    write_layers(directory / LAYERS_NAME, [result.layers for result in results])
-    return EngineInfo(
-        backend=backend,
-        package=package_version(),
-        compute_capabilities=[capability_name(capability) for capability in options.compute_capabilities],
-        plugins=results[0].plugins,
-        max_batch=options.max_batch,
-        max_input=options.max_input,
-        max_seq=options.max_seq,
-        taps_plan=taps,
-    )
 
 
 def _write_model(

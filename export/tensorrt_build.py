@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import onnx
 from onnx import helper
 
+from export.engine import Progress
 from export.functions import ELEMENT_TYPES
 from export.graph import tap_shape
 from export.layers import node_taps, parse_log
@@ -36,9 +37,6 @@ from trt_runtime.bundle import MODEL_NAME, PLAN_NAME, TAPS_PLAN_NAME, Profile
 from trt_runtime.layers import PlanLayers
 from trt_runtime.plugins import check_nodes, raise_failure
 from trt_runtime.tensorrt_api import IS_RTX, LOGGER, errors_of, package_version, trt, warnings_of
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps of it are done, and how many there are."""
 
 _HARMLESS: Mapping[str, str] = {
     r"Make sure input .* has Int64 binding": "the engine binds int64",

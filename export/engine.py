@@ -1,0 +1,154 @@
+"""The engine of a bundle: which backend makes it, and everything that it adds to the bundle's files."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from export.options import BuildOptions
+from refmodels.errors import LogitLockError
+from refmodels.spec import ModelSpec, Numerics
+from trt_runtime.bundle import KERNELS_NAME, LAYERS_NAME, AttentionMode, EngineBackend, EngineInfo, Precision
+from trt_runtime.layers import write_layers
+
+if TYPE_CHECKING:
+    from export.tensorrt_build import BuildResult
+
+Backend = Literal["onnxruntime", "tensorrt", "torch-tensorrt"]
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much it is in all."""
+
+BACKENDS: tuple[Backend, ...] = ("onnxruntime", "tensorrt", "torch-tensorrt")
+_PORTABLE = 80
+"""Kernels for compute capability 8.0 also run on later 8.x, and their PTX is compiled for everything newer."""
+
+
+def default_backend(*, attention: AttentionMode, numerics: Numerics) -> tuple[Backend, str]:
+    """TensorRT where it can build here and has kernels for the model's numerics, else ONNX Runtime; and the reason."""
+    if attention == "plugin" and numerics != "exact":
+        return "onnxruntime", "the TensorRT plugins compute exact numerics only"
+    try:
+        from trt_runtime.tensorrt_api import can_build, package_version
+    except LogitLockError:
+        return "onnxruntime", "TensorRT is not installed"
+    if can_build():
+        return "tensorrt", f"{package_version()} builds here"
+    return "onnxruntime", f"{package_version()} builds on a machine with a CUDA GPU only"
+
+
+def check_backend(
+    backend: Backend, attention: AttentionMode, numerics: Numerics, options: BuildOptions, *, taps: bool
+) -> None:
+    """Refuse before the work what the backend cannot do.
+
+    Raises:
+        LogitLockError: an option for another backend, no TensorRT or none that can build here, or a combination of
+            attention and numerics that it has no kernels for.
+    """
+    if backend == "onnxruntime":
+        for value, option in (
+            (options.workspace, "workspace"),
+            (options.optimization_level, "optimization-level"),
+            (options.compute_capabilities, "compute-capability"),
+            (taps, "taps"),
+        ):
+            if value:
+                raise LogitLockError(f"--{option} is for --backend tensorrt; ONNX Runtime runs the graph as it is")
+        return
+    from trt_runtime.tensorrt_api import can_build, package_version
+
+    if not can_build():
+        raise LogitLockError(f"{package_version()} builds on a machine with a CUDA GPU, and none is here")
+    if backend == "torch-tensorrt":
+        from export.torch_tensorrt import check_modes, import_torch_tensorrt
+
+        check_modes(attention, numerics)
+        import_torch_tensorrt()
+    elif attention == "plugin" and numerics != "exact":
+        raise LogitLockError(
+            "the TensorRT plugins compute --numerics exact only; for an engine with upstream's rounding use "
+            "--attention decomposed"
+        )
+    from export.tensorrt_build import capability_member
+
+    for capability in options.compute_capabilities:
+        capability_member(capability)
+
+
+def build_engine(
+    directory: Path,
+    spec: ModelSpec,
+    *,
+    backend: EngineBackend,
+    precision: Precision,
+    attention: AttentionMode,
+    options: BuildOptions,
+    taps: bool,
+    progress: Progress | None = None,
+) -> EngineInfo:
+    """Add an engine to a bundle that is being written: plans, list of layers, and the plugins' kernels.
+
+    Args:
+        directory: the draft, with the graph and its weights.
+        taps: also a plan whose taps are outputs.
+    Returns: what bundle.json says of it.
+    Raises:
+        LogitLockError: the engine cannot be built; see `export.tensorrt_build.build_plan`.
+    """
+    from export import tensorrt_build
+    from trt_runtime.tensorrt_api import package_version
+
+    build: Callable[..., BuildResult] = tensorrt_build.build_plan
+    if backend == "torch-tensorrt":
+        from export import torch_tensorrt
+
+        build = functools.partial(torch_tensorrt.build_plan, attention=attention)
+    with ExitStack() as stack:
+        if attention == "plugin":
+            from trt_runtime.kernels.compiled import CompiledKernels
+            from trt_runtime.plugins import use_compiled
+
+            kernels = directory / KERNELS_NAME
+            kernels.write_bytes(_compile(spec, precision, options, progress))
+            stack.enter_context(use_compiled(CompiledKernels.load(kernels)))
+        results = [
+            build(directory, spec, options=options, taps=tapped, progress=progress)
+            for tapped in ((False, True) if taps else (False,))
+        ]
+    write_layers(directory / LAYERS_NAME, [result.layers for result in results])
+    return EngineInfo(
+        backend=backend,
+        package=package_version(),
+        compute_capabilities=[tensorrt_build.capability_name(c) for c in options.compute_capabilities],
+        plugins=results[0].plugins,
+        max_batch=options.max_batch,
+        max_input=options.max_input,
+        max_seq=options.max_seq,
+        taps_plan=taps,
+    )
+
+
+def _compile(spec: ModelSpec, precision: Precision, options: BuildOptions, progress: Progress | None) -> bytes:
+    """The plugins' kernels, for the plan's GPUs."""
+    from export.tensorrt_build import capability_name
+    from trt_runtime.kernels.compiled import compile_kernels
+    from trt_runtime.tensorrt_api import IS_RTX
+
+    if options.compute_capabilities:
+        capabilities = [int(capability_name(c).replace(".", "")) for c in options.compute_capabilities]
+    elif IS_RTX:
+        capabilities = [_PORTABLE]
+    else:
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        capabilities = [10 * major + minor]
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("compiling kernels", done, total)
+
+    return compile_kernels(spec, precision, capabilities=capabilities, progress=report)
