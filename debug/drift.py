@@ -1,0 +1,212 @@
+"""How an engine drifts from the reference while it decodes.
+
+Two runs of N greedy steps after a prompt.  **Teacher-forced**: both are fed the reference's tokens, so that each step
+tells what the cache has gathered so far.  **Free-running**: each is fed its own; they part at the first token that
+differs, and the margin there says whether rounding could have decided it.  Beside the carried cache, every
+teacher-forced step is repeated with a **reset** one (the whole prefix prefilled anew): what the carried cache adds is a
+fault of the cache, not of the modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debug.metrics import json_number, kl_divergence, top_margin
+from debug.prompts import Prompts
+from refmodels.cache import KVCache
+from refmodels.model import Decoder
+from trt_runtime.engine import Engine, TorchEngine
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftStep:
+    """One teacher-forced step; step 0 is the prefill's last token.  Worst row where nothing else is said.
+
+    kl: nats, reference against engine; kl_mean over the rows.  floor_kl: the reference in the engine's dtype.  top1:
+    share of rows with the reference's greedy token.  cache_error: relative L2 of all live keys and values, over all
+    layers; floor_cache_error.  reset_kl: as kl, of the engine with a cache made anew.
+    """
+
+    step: int
+    kl: float
+    kl_mean: float
+    floor_kl: float
+    top1: float
+    cache_error: float
+    floor_cache_error: float
+    reset_kl: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstDifference:
+    """Where a free-running engine leaves the reference: the first generated token (0-based) of a row that differs.
+
+    margin: the reference's lead of its token over the runner-up, in logits.  error: the engine's largest logit error at
+    that step.  explained: the lead is within twice the error of the reference in the engine's dtype, so rounding could
+    have decided it.
+    """
+
+    row: int
+    step: int
+    reference_token: int
+    engine_token: int
+    margin: float
+    error: float
+    floor_error: float
+    explained: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftResult:
+    """`steps` of the teacher-forced run, and the first difference of each row that has one."""
+
+    steps: list[DriftStep]
+    differences: list[FirstDifference]
+    rows: int
+    engine: str
+    reference: str
+    prompts: str
+
+    def to_json(self) -> dict[str, Any]:
+        def plain(value: DriftStep | FirstDifference) -> dict[str, Any]:
+            return {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(value).items()}
+
+        return {
+            "schema": SCHEMA,
+            "steps": [plain(s) for s in self.steps],
+            "differences": [plain(d) for d in self.differences],
+            "settings": {
+                "rows": self.rows,
+                "engine": self.engine,
+                "reference": self.reference,
+                "prompts": self.prompts,
+            },
+        }
+
+
+def drift(
+    engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, *, steps: int, reset: bool = True
+) -> DriftResult:
+    """Decode `steps` tokens with the engine and the reference.
+
+    Args:
+        engine: what is tested.
+        truth, rounded: the reference in fp64 `exact`, and in the engine's dtype and numerics.
+        prompts: the input.
+        steps: decode steps.
+        reset: also repeat each step with a cache made anew (costs a prefill a step).
+    Raises:
+        LogitLockError: prompts and steps longer than the engine's cache.
+    """
+    with torch.inference_mode():
+        runs = {"truth": _Run(TorchEngine(truth)), "rounded": _Run(TorchEngine(rounded)), "engine": _Run(engine)}
+        logits = {name: run.begin(prompts, steps) for name, run in runs.items()}
+        found: list[DriftStep] = []
+        ids, mask = prompts.ids, prompts.mask
+        for step in range(steps + 1):
+            again = None
+            if reset:
+                cache = engine.new_cache(batch=len(ids), capacity=ids.shape[1])
+                # Dynamic NTK is chosen by the prompt, not by what has been generated since.
+                plan = cache.plan(ids, mask, prompt_lengths=prompts.mask.sum(1), last_logits_only=True)
+                again = _last(engine.run(plan, cache))
+            found.append(_step(step, runs, logits, again))
+            if step < steps:
+                token = logits["truth"].argmax(-1)
+                logits = {name: run.feed(token) for name, run in runs.items()}
+                ids = torch.cat([ids, token[:, None]], 1)
+                mask = torch.cat([mask, torch.ones_like(token)[:, None]], 1)
+        differences = _differences(engine, truth, rounded, prompts, steps)
+    return DriftResult(
+        steps=found,
+        differences=differences,
+        rows=len(prompts.ids),
+        engine=engine.arithmetic,
+        reference="PyTorch reference in float64, exact numerics",
+        prompts=prompts.origin,
+    )
+
+
+class _Run:
+    """An executor decoding."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.cache: KVCache
+
+    def begin(self, prompts: Prompts, steps: int) -> Tensor:
+        """Prefill; logits of the last token [batch, vocab] in fp64 on the CPU."""
+        self.cache = self.engine.new_cache(batch=len(prompts.ids), capacity=prompts.ids.shape[1] + steps)
+        return _last(self.engine.prefill(prompts.ids, self.cache, prompts.mask, last_logits_only=True))
+
+    def feed(self, token: Tensor) -> Tensor:
+        return _last(self.engine.decode(token, self.cache))
+
+
+def _last(logits: Tensor) -> Tensor:
+    return logits[:, -1].to("cpu", torch.float64)
+
+
+def _step(step: int, runs: dict[str, _Run], logits: dict[str, Tensor], again: Tensor | None) -> DriftStep:
+    truth = logits["truth"]
+    kl = kl_divergence(truth, logits["engine"])
+    return DriftStep(
+        step=step,
+        kl=float(kl.max()),
+        kl_mean=float(kl.mean()),
+        floor_kl=float(kl_divergence(truth, logits["rounded"]).max()),
+        top1=float((logits["engine"].argmax(-1) == truth.argmax(-1)).double().mean()),
+        cache_error=_cache_error(runs["engine"].cache, runs["truth"].cache),
+        floor_cache_error=_cache_error(runs["rounded"].cache, runs["truth"].cache),
+        reset_kl=None if again is None else float(kl_divergence(truth, again).max()),
+    )
+
+
+def _cache_error(ours: KVCache, truth: KVCache) -> float:
+    live = int(truth.lengths.max())
+    real = truth.mask[:, :live]
+    off = size = 0.0
+    for mine, other in ((ours.key, truth.key), (ours.value, truth.value)):
+        for a, b in zip(mine, other, strict=True):
+            actual, expected = (t[:, :, :live].to("cpu", torch.float64).transpose(1, 2)[real] for t in (a, b))
+            off += float((actual - expected).square().sum())
+            size += float(expected.square().sum())
+    return float((off / size) ** 0.5) if size else float(off**0.5)
+
+
+def _differences(
+    engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, steps: int
+) -> list[FirstDifference]:
+    """Free-running decoding; the reference in the engine's dtype follows the truth, to tell its own error there."""
+    runs = {"truth": _Run(TorchEngine(truth)), "rounded": _Run(TorchEngine(rounded)), "engine": _Run(engine)}
+    logits = {name: run.begin(prompts, steps) for name, run in runs.items()}
+    parted = torch.zeros(len(prompts.ids), dtype=torch.bool)
+    found = []
+    for step in range(steps + 1):
+        right, ours = logits["truth"].argmax(-1), logits["engine"].argmax(-1)
+        for row in ((right != ours) & ~parted).nonzero().flatten().tolist():
+            expected = logits["truth"][row]
+            margin = float(top_margin(expected))
+            floor = float((logits["rounded"][row] - expected).abs().max())
+            found.append(
+                FirstDifference(
+                    row=row,
+                    step=step,
+                    reference_token=int(right[row]),
+                    engine_token=int(ours[row]),
+                    margin=margin,
+                    error=float((logits["engine"][row] - expected).abs().max()),
+                    floor_error=floor,
+                    explained=margin <= 2 * floor,
+                )
+            )
+        parted |= right != ours
+        if step < steps:
+            logits = {name: run.feed(ours if name == "engine" else right) for name, run in runs.items()}
+    return found
