@@ -320,7 +320,10 @@ def test_launcher_errors(monkeypatch: pytest.MonkeyPatch, content: bytes, kernel
         launcher.attention(attention_shape(SPEC, slots=3 * 10**9, capacity=3 * 10**9), **ADDRESSES, stream=0)
     with pytest.raises(LogitLockError, match=r"no kernel .*WIDTH=64.*; export the bundle again"):
         launcher.rms_norm(replace(shape, width=64), x=16, weight=32, y=48, stream=0)
-    assert driver.launched == []
+    asked: list[int] = []
+    monkeypatch.setattr(attention, "launches", lambda *a, capability, **more: asked.append(capability) or [])
+    launcher.attention(attention_shape(SPEC), **ADDRESSES, stream=0)
+    assert driver.launched == [] and asked == [80]
     driver.code = driver.real.CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(LogitLockError, match="launching rms_norm_kernel: CUDA error CUDA_ERROR_INVALID_VALUE"):
         launcher.rms_norm(shape, x=16, weight=32, y=48, stream=0)

@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,13 @@ def assert_close(y: Tensor, x: Tensor, weight: Tensor, shape: NormShape) -> None
     assert (error <= allowed * expected.abs() + tiny).all(), (shape, (error / expected.abs()).max(), allowed)
 
 
+def assert_bits_of_body(y: Tensor, x: Tensor, weight: Tensor, shape: NormShape) -> None:
+    """Halves are the very bits of the eager body, except where two fp32 results straddle a rounding boundary."""
+    body = _rms_norm_body(x, weight, shape.eps, shape.weight_in_float)
+    apart = 2 * float_error(shape) / ROUNDOFF[shape.dtype]
+    assert shape.dtype == "fp32" or (y != body).sum() <= apart * y.numel() + 3
+
+
 def assert_quantized(y: Tensor, codes: Tensor | None, scales: Tensor | None, shape: NormShape) -> None:
     """Bit for bit what the module's docstring defines, in torch."""
     assert codes is not None and scales is not None and shape.quantized is not None
@@ -133,8 +141,28 @@ def test_small(shape: NormShape) -> None:
     x, weight = inputs(shape, seed=11)
     y, codes, scales = run(shape, x, weight)
     assert_close(y, x, weight, shape)
+    assert_bits_of_body(y, x, weight, shape)
     if shape.quantized:
         assert_quantized(y, codes, scales, shape)
+
+
+@on_kernels
+@pytest.mark.parametrize("quantized", ["int8", "fp8"])
+def test_small_halves_round_to_even(quantized: str) -> None:
+    """Rows of ones give y = weight, and its largest element makes the scale 1: every value between two codes."""
+    limit = rms_norm.LIMITS[quantized]
+    codes = torch.arange(-127, 128, dtype=torch.int8)
+    if quantized == "fp8":
+        codes = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        codes = torch.cat([-codes.float(), codes.float()]).to(torch.float8_e4m3fn)
+    values = codes.float().sort().values
+    weight = torch.cat([values, (values[1:] + values[:-1]) / 2]).to(DEVICE)
+    assert weight.max() == limit
+    shape = shape_of(rows=2, width=len(weight), dtype="fp32", quantized=quantized)
+    x = torch.ones(2, len(weight), device=DEVICE)
+    y, coded, scales = run(replace(shape, eps=0.0), x, weight)
+    assert torch.equal(y[1], weight) and scales is not None and torch.equal(scales, torch.ones_like(scales))
+    assert_quantized(y, coded, scales, shape)
 
 
 @on_kernels
@@ -171,7 +199,11 @@ def test_small_public_calls() -> None:
     body = _rms_norm_body(stack, weight, EPS, False)
     y = torch_host.rms_norm_rows(stack.transpose(0, 1), weight, eps=EPS, weight_in_float=False)
     torch.testing.assert_close(y, body.transpose(0, 1), rtol=2 * 2.0**-10, atol=2.0**-24)
+    columns = stack.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = torch_host.rms_norm_rows(columns, weight, eps=EPS, weight_in_float=False)
+    assert strided.is_contiguous() and torch.equal(strided, y.transpose(0, 1))
     shifted = torch.cat([weight[:1], weight])[1:]
+    assert shifted.data_ptr() % 16 and torch_host._packed(shifted).data_ptr() % 16 == 0
     again, codes, scales = torch_host.quantized_rms_norm(stack, shifted, eps=EPS, weight_in_float=False, kind="fp8")
     assert torch.equal(again, y.transpose(0, 1)) and codes.dtype == torch.float8_e4m3fn
     assert codes.shape == stack.shape and scales.shape == (3, 4, 1)
@@ -185,7 +217,7 @@ def test_interpreted() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_small", __file__]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"{len(SMALL) + 4} passed" in result.stdout
+    assert f"{len(SMALL) + 6} passed" in result.stdout
 
 
 WIDTHS = [1, 7, 128, 1000, 2048, 4095, 4096, 5120, 5121, 8192, 13696, 16384, 32768]
@@ -203,10 +235,7 @@ def test_widths(width: int, dtype: str) -> None:
         x, weight = inputs(shape, seed=rows)
         y = run(shape, x, weight)[0]
         assert_close(y, x, weight, shape)
-        body = _rms_norm_body(x, weight, EPS, in_float)
-        # Two fp32 results apart by 2 * float_error round differently where a rounding boundary lies between them.
-        apart = 2 * float_error(shape) / ROUNDOFF[dtype] if dtype != "fp32" else 1
-        assert (y != body).sum() <= apart * y.numel() + 3
+        assert_bits_of_body(y, x, weight, shape)
 
 
 @pytest.mark.gpu

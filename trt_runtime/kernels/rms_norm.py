@@ -39,16 +39,21 @@ def _larger(a, b):
 
 
 @triton.jit
+def _int8_bits(value):
+    # 1.5 * 2^23 has no bits below the point: the addition rounds half to even, and its last byte is the integer.
+    return (value + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
 def _e4m3_bits(value):
-    # In integers, because only sm_89 and later convert to e4m3: the same bits everywhere.  |value| <= 448 or NaN.
+    # In integers, because only sm_89 and later convert to e4m3: the same bits everywhere.  |value| <= 448.
     bits = value.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
     bits &= 0x7FFFFFFF
     # Codes below 2^-6 are multiples of 2^-9, the last bit of 2^14: the addition rounds half to even.
     small = (bits.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     normal = (bits + 0x7FFFF + ((bits >> 20) & 1) - (120 << 23)) >> 20
-    code = tl.where(bits < (121 << 23), small, normal)
-    return (tl.where(bits > 0x7F800000, 0x7F, code) | sign).to(tl.int8)
+    return (tl.where(bits < (121 << 23), small, normal) | sign).to(tl.int8)
 
 
 @triton.jit
@@ -86,9 +91,8 @@ def rms_norm_kernel(
         rounded = out.to(tl.float32)
         amax = _larger(tl.reduce(tl.abs(rounded), 0, _larger), 2.0**-96)
         code = tl.minimum(tl.maximum(rounded * tl.div_rn(LIMIT, amax), -LIMIT), LIMIT)
-        # 1.5 * 2^23 leaves no bits below the point: the addition rounds half to even.
-        code = ((code + 12582912.0) - 12582912.0).to(tl.int8) if LIMIT == 127.0 else _e4m3_bits(code)
-        tl.store(quantized + row * WIDTH + column, code, mask=inside)
+        coded = _int8_bits(code) if LIMIT == 127.0 else _e4m3_bits(code)
+        tl.store(quantized + row * WIDTH + column, coded, mask=inside)
         tl.store(scales + row, tl.div_rn(amax, LIMIT))
 
 
@@ -138,7 +142,7 @@ def launches(
                 "scales": "fp32",
             },
             warps=min(max(1, block // 512), 8 if block <= 8192 else 32),
-            # Contracted to a fused multiply-add, the rounding to integers would skip that of the product.
+            # Contracted to a fused multiply-add, the rounding to integers would skip the product's.
             options={"enable_fp_fusion": False, "launch_pdl": True},
         )
     ]
