@@ -39,7 +39,7 @@ _LOG_SEVERITY = 3
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Rows that are run together: which rows, which of the past slots, which of the new tokens (all int64)."""
 
     rows: Tensor
@@ -141,7 +141,7 @@ class OnnxFileEngine(Engine):
 
     def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
         step = Step(plan, cache, recorder)
-        self._remember(step)
+        self.remember(step)
         session = self._session(tapped=recorder is not None)
         results: dict[str, Tensor] = {}
         for group in self._groups(step):
@@ -158,12 +158,12 @@ class OnnxFileEngine(Engine):
         cache.advance(plan)
         return logits
 
-    def _groups(self, step: Step) -> list[_Group]:
+    def _groups(self, step: Step) -> list[Group]:
         plan = step.plan
         batch, tokens = plan.input_ids.shape
         if not self.roles.one_row:
             step.check_appended(self.path.name)
-            return [_Group(torch.arange(batch), torch.arange(step.past_slots), torch.arange(tokens))]
+            return [Group(torch.arange(batch), torch.arange(step.past_slots), torch.arange(tokens))]
         groups = []
         for row in range(batch):
             # Padding is left out, unless the model counts it.
@@ -173,10 +173,10 @@ class OnnxFileEngine(Engine):
             if padded:
                 kept = torch.arange(int(plan.cache_lengths[row]))
             if len(new):
-                groups.append(_Group(torch.tensor([row]), kept, new))
+                groups.append(Group(torch.tensor([row]), kept, new))
         return groups
 
-    def execute(self, session: ort.InferenceSession, step: Step, group: _Group) -> dict[str, Tensor]:
+    def execute(self, session: ort.InferenceSession, step: Step, group: Group) -> dict[str, Tensor]:
         """All outputs of the graph for some rows of a step, by name."""
         plan, roles = step.plan, self.roles
         rows = group.rows[:, None]
@@ -209,7 +209,7 @@ class OnnxFileEngine(Engine):
         return {name: _tensor(value) for name, value in zip(names, values, strict=True)}
 
     def _tensors(
-        self, outputs: Mapping[str, Tensor], step: Step, group: _Group, recorder: Recorder | None
+        self, outputs: Mapping[str, Tensor], step: Step, group: Group, recorder: Recorder | None
     ) -> dict[str, Tensor]:
         """[rows, new tokens, width] of every tap."""
         rows, new = len(group.rows), len(group.new)
@@ -236,7 +236,7 @@ class OnnxFileEngine(Engine):
                     found[tap] = check_width(self.spec, tap, source.read(outputs, rows, tokens))[:, -new:]
         return found
 
-    def _remember(self, step: Step) -> None:
+    def remember(self, step: Step) -> None:
         """Token ids and positions by slot, for a graph that keeps nothing."""
         plan, cache = step.plan, step.cache
         if self.roles.past:

@@ -1,0 +1,448 @@
+"""A name map proposed by running the graph once and looking for what the reference computes.
+
+All float values of the graph that could be a tap by their shape are captured on a short prompt.  The reference then
+runs on the same tokens; each of its tensors is matched with the most similar value (cosine over all tokens, whatever
+the layout) among those computed after the tap that it reads, and **the graph's value takes its place in the
+reference**.  So every module is matched on the graph's own inputs: after a fault, all that is healthy still matches to
+the last digits, and only the faulty tensor itself is less alike.  Where even the best is not alike, each candidate is
+tried in its place, and the one after which the next module matches is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from torch import Tensor
+
+from debug.executors.name_map import NameMap, Source, write_json
+from debug.executors.onnx_file import Group, OnnxFileEngine
+from debug.executors.roles import FLOATS
+from debug.executors.step import Step, regroup_heads
+from debug.prompts import random_prompts
+from refmodels.model import Decoder
+from refmodels.spec import ModelSpec
+from refmodels.taps import Recorder, is_cache_tap, recording, tap_names
+
+_CHUNK = 256
+"""Values captured at a time."""
+_WINDOW = 64
+"""Values of the right width looked at for one tap: a block has a few dozen of them."""
+_LENGTHS = (13, 17, 19, 23, 29)
+"""Tokens of the prompt: one of these is no other size of the model, so that the axis of tokens is known."""
+_ALIKE = 0.02
+"""Distance up to which a value is taken at once: what is no longer itself is farther away than that, and what a small
+fault leaves is nearer."""
+_LEAST_COSINE = 0.2
+"""What is less alike is not in the map, unless a trial found it."""
+_TRIALS = 24
+"""Candidates tried in the place of a tap that nothing is like."""
+_LAYOUTS: Mapping[int, Sequence[tuple[int, ...]]] = {
+    3: ((0, 1, 2), (1, 0, 2)),
+    4: ((0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (0, 3, 1, 2)),
+}
+"""Permutations that bring batch and tokens to the front, by rank."""
+_READS = {
+    "attn.qkv": "attn_norm", "key": "attn.qkv", "value": "attn.qkv", "attn.context": "attn.qkv",
+    "attn.out": "attn.context", "resid_mid": "attn.out", "mlp_norm": "resid_mid", "mlp.gate": "mlp_norm",
+    "mlp.up": "mlp_norm", "mlp.act": "mlp.up", "mlp.out": "mlp.act", "": "mlp.out",
+}  # fmt: skip
+"""The tap of the same block after which a tap is computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A name map and how sure it is.
+
+    Attributes:
+        names: the map.
+        confidence: by tap, the cosine between the graph's value and what the reference makes of the graph's own inputs.
+        ambiguous: by tap, other values that fit as well.
+        unmatched: taps for which nothing fits.
+    """
+
+    names: NameMap
+    confidence: dict[str, float]
+    ambiguous: dict[str, list[str]]
+    unmatched: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        confidence = {tap: round(value, 6) for tap, value in self.confidence.items()}
+        return {
+            **self.names.to_json(),
+            "confidence": confidence,
+            "ambiguous": self.ambiguous,
+            "unmatched": self.unmatched,
+        }
+
+    def write(self, file: Path) -> None:
+        """Write the map as JSON, for `read_name_map` and for a person to correct."""
+        write_json(file, self.to_json())
+
+
+def propose_map(
+    path: Path | str, reference: Decoder, *, names: NameMap | None = None, seed: int = 0, threads: int | None = None
+) -> Proposal:
+    """Find our taps in somebody else's graph.
+
+    Args:
+        path: an ONNX file as for `OnnxFileEngine`.
+        reference: the same model in fp32 or fp64.
+        names: what is known of inputs and outputs; its taps are kept as they are.
+        seed: of the prompt's random ids.
+        threads: of ONNX Runtime.
+    Memory: the candidates' values for at most 58 tokens.
+    Raises:
+        LogitLockError: as `OnnxFileEngine`.
+    """
+    names = NameMap() if names is None else names
+    engine = OnnxFileEngine(path, reference.spec, names, threads=threads)
+    with torch.no_grad():
+        return _Search(engine, reference, _capture(engine, seed)).result(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """A way to read a tensor [batch * tokens, width] from the graph; `nodes`: where its values are computed."""
+
+    source: Source
+    rows: Tensor
+    nodes: tuple[int, ...]
+
+    def cut(self, start: int, stop: int) -> _Candidate:
+        source = replace(self.source, columns=[start, stop])
+        return replace(self, source=source, rows=self.rows[:, start:stop])
+
+    def regrouped(self, heads: int) -> _Candidate:
+        return replace(self, source=replace(self.source, heads=heads), rows=regroup_heads(self.rows, heads))
+
+
+def _joined(parts: Sequence[_Candidate]) -> _Candidate:
+    return _Candidate(
+        source=Source(concat=[part.source for part in parts]),
+        rows=torch.cat([part.rows for part in parts], 1),
+        nodes=tuple(node for part in parts for node in part.nodes),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Captured:
+    """What the graph computed: candidates by width, and for each node the nodes that it depends on, as bits."""
+
+    ids: Tensor
+    by_width: Mapping[int, list[_Candidate]]
+    logits: Tensor
+    before: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Match:
+    """A candidate beside what the reference computes.
+
+    distance: relative L2 after the best scaling, so that a tensor with a wrong factor is still found; error: without.
+    others: sources of other tensors that are as near.
+    """
+
+    found: _Candidate
+    distance: float
+    error: float
+    others: tuple[Source, ...] = ()
+
+    @property
+    def cosine(self) -> float:
+        return math.sqrt(max(0.0, 1.0 - self.distance**2))
+
+
+def _capture(engine: OnnxFileEngine, seed: int) -> _Captured:
+    spec = engine.spec
+    graph = passes.ShapeInferencePass()(engine.load_graph()).model.graph
+    taken = {2, *_widths(spec), spec.attention.head_dim, spec.attention.heads, spec.attention.kv_heads}
+    tokens = next(n for n in _LENGTHS if n not in taken)
+    batch = 1 if engine.roles.one_row else 2
+    ids = random_prompts(spec.vocab_size, [tokens] * batch, seed).ids
+    nodes = {v.name: i for i, node in enumerate(graph) for v in node.outputs}
+    wanted = [v.name for node in graph for v in node.outputs if v.name and _plausible(v)]
+    group = Group(torch.arange(batch), torch.arange(0), torch.arange(tokens))
+    by_width: dict[int, list[_Candidate]] = {width: [] for width in _widths(spec)}
+    logits = torch.empty(0)
+    for start in range(0, len(wanted), _CHUNK):
+        chunk = wanted[start : start + _CHUNK]
+        cache = engine.new_cache(batch=batch, capacity=tokens)
+        step = Step(cache.plan(ids), cache, None)
+        engine.remember(step)
+        outputs = engine.execute(engine.session(chunk), step, group)
+        logits = outputs[engine.roles.logits].reshape(batch, -1, spec.vocab_size).double()
+        for name in chunk:
+            for source, rows in _layouts(name, outputs[name], batch, tokens, by_width):
+                by_width[rows.shape[1]].append(_Candidate(source=source, rows=rows, nodes=(nodes[name],)))
+    return _Captured(ids=ids, by_width=by_width, logits=logits, before=_before(graph))
+
+
+def _widths(spec: ModelSpec) -> set[int]:
+    a = spec.attention
+    query, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    return {spec.hidden_size, spec.qkv_width, query, kv, spec.mlp.width, 2 * spec.mlp.width}
+
+
+def _plausible(value: ir.Value) -> bool:
+    if value.dtype is not None and value.dtype not in FLOATS:
+        return False
+    if value.shape is None:
+        return True
+    # Constants folded by hand have no symbolic size.
+    return len(value.shape) in (2, 3, 4) and not all(isinstance(dim, int) for dim in value.shape)
+
+
+def _layouts(
+    name: str, value: Tensor, batch: int, tokens: int, widths: Mapping[int, object]
+) -> list[tuple[Source, Tensor]]:
+    """Every way to read a value as [batch * tokens, width] with a width that a tap may have."""
+    if not value.is_floating_point():
+        return []
+    found = []
+    if value.ndim == 2 and value.shape[0] == batch * tokens and value.shape[1] in widths:
+        found.append((Source(value=name), value.float()))
+    for order in _LAYOUTS.get(value.ndim, ()):
+        moved = value.permute(order)
+        if moved.shape[:2] == (batch, tokens) and moved[0, 0].numel() in widths:
+            plain = order == tuple(range(value.ndim))
+            source = Source(value=name, transpose=None if plain else list(order))
+            found.append((source, moved.reshape(batch * tokens, -1).float()))
+    return found
+
+
+def _before(graph: ir.Graph) -> list[int]:
+    """For each node the set of nodes that it depends on, itself included, as bits of a number."""
+    index = {v: i for i, node in enumerate(graph) for v in node.outputs}
+    before: list[int] = []
+    for i, node in enumerate(graph):
+        bits = 1 << i
+        for value in node.inputs:
+            if value in index:
+                bits |= before[index[value]]
+        before.append(bits)
+    return before
+
+
+class _Search:
+    """The walk of the reference over the graph's values."""
+
+    def __init__(self, engine: OnnxFileEngine, reference: Decoder, captured: _Captured) -> None:
+        self.engine, self.reference, self.captured = engine, reference, captured
+        self.spec = reference.spec
+        self.floor = 4 * torch.finfo(engine.dtype).eps
+        self.matches: dict[str, _Match] = {}
+        self.logits = float("nan")
+
+    def result(self, names: NameMap) -> Proposal:
+        self.run(_Walk(self))
+        taps = {tap: match.found.source for tap, match in self.matches.items()}
+        known = {*taps, *names.taps, *self.engine.roles.present, "logits"}
+        others = {tap: match.others for tap, match in self.matches.items() if match.others}
+        return Proposal(
+            names=NameMap(taps={**taps, **names.taps}, inputs=names.inputs, outputs=names.outputs),
+            confidence={tap: match.cosine for tap, match in self.matches.items()} | {"logits": self.logits},
+            ambiguous={tap: [_text(source) for source in sources] for tap, sources in others.items()},
+            unmatched=[tap for tap in tap_names(self.spec) if tap not in known],
+        )
+
+    def run(self, recorder: Recorder) -> None:
+        ids = self.captured.ids
+        cache = self.reference.new_cache(batch=ids.shape[0], capacity=ids.shape[1])
+        with recording(recorder):
+            self.reference.run(cache.plan(ids), cache)
+
+    def best(self, tap: str, expected: Tensor, matches: Mapping[str, _Match]) -> _Match | None:
+        """The nearest value, or the parts of qkv joined."""
+        whole = self._nearest(self._candidates(tap, expected.shape[1], matches), expected)
+        parts = self._parts(tap, expected, matches)
+        if not parts:
+            return whole
+        joined = _compared(_joined([part.found for part in parts]), expected)
+        joined = replace(joined, others=tuple(source for part in parts for source in part.others))
+        return joined if whole is None or joined.distance < whole.distance else whole
+
+    def by_trial(self, tap: str, expected: Tensor, best: _Match | None) -> _Match | None:
+        """The value with which the module that reads the tap matches; `best` if there is none."""
+        tried = self._candidates(tap, expected.shape[1], self.matches)
+        parts = self._parts(tap, expected, self.matches)
+        if parts:
+            # One wrong part: the others are known.
+            i = max(range(3), key=lambda i: parts[i].distance)
+            found = [part.found for part in parts]
+            width = found[i].rows.shape[1]
+            tried += [_joined([*found[:i], c, *found[i + 1 :]]) for c in self._window(tap, width, self.matches)]
+        trials = [(self._trial(tap, match), match) for match in (_compared(c, expected) for c in _distinct(tried))]
+        near = sorted((t for t in trials if t[0] <= _ALIKE), key=lambda t: t[0])
+        if not near:
+            return best
+        limit = 2 * max(near[0][0], self.floor)
+        return replace(near[0][1], others=tuple(m.found.source for d, m in near[1:] if d <= limit))
+
+    def _trial(self, tap: str, match: _Match) -> float:
+        """How far the next module's output is from any value, if this is the tap."""
+        trial = _Trial(self, tap, match)
+        with contextlib.suppress(_Done):
+            self.run(trial)
+        return trial.distance
+
+    def _parts(self, tap: str, expected: Tensor, matches: Mapping[str, _Match]) -> list[_Match]:
+        """Query, key and value looked for alone; nothing if one is not found, or for another tap."""
+        if not tap.endswith("attn.qkv"):
+            return []
+        a = self.spec.attention
+        query, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        split = expected.split([query, kv, kv], 1)
+        parts = [self._nearest(self._window(tap, part.shape[1], matches), part) for part in split]
+        found = [part for part in parts if part is not None]
+        return found if len(found) == len(parts) else []
+
+    def _candidates(self, tap: str, width: int, matches: Mapping[str, _Match]) -> list[_Candidate]:
+        found = self._window(tap, width, matches)
+        a, ffn = self.spec.attention, self.spec.mlp.width
+        if tap.endswith("attn.qkv") and a.heads == a.kv_heads:
+            found = found + [c.regrouped(a.heads) for c in found]
+        if tap.endswith(("mlp.gate", "mlp.up")):
+            fused = self._window(tap, 2 * ffn, matches)
+            found = found + [c.cut(start, start + ffn) for c in fused for start in (0, ffn)]
+        return found
+
+    def _window(self, tap: str, width: int, matches: Mapping[str, _Match]) -> list[_Candidate]:
+        """The first values of this width that are computed from the tap before."""
+        name = _reads(tap, self.spec)
+        while name is not None and name not in matches:
+            name = _reads(name, self.spec)
+        after = sum(1 << node for node in matches[name].found.nodes) if name is not None else -1
+        before = self.captured.before
+        later = (c for c in self.captured.by_width[width] if before[c.nodes[0]] & after)
+        return list(islice(later, _WINDOW))
+
+    def _nearest(self, candidates: Sequence[_Candidate], expected: Tensor) -> _Match | None:
+        matches = [_compared(candidate, expected) for candidate in candidates]
+        if not matches:
+            return None
+        # Among those as near as the nearest, a factor decides; then the order of execution.
+        limit = 2 * max(min(m.distance for m in matches), self.floor)
+        best = min((m for m in matches if m.distance <= limit), key=lambda m: max(m.error, self.floor))
+        others = [
+            m.found.source
+            for m in matches
+            if m.distance <= limit and m.error <= 2 * max(best.error, self.floor)
+            and float((m.found.rows - best.found.rows).norm()) > self.floor * float(best.found.rows.norm())
+        ]  # fmt: skip
+        return replace(best, others=tuple(others))
+
+
+class _Walk(Recorder):
+    """Matches every tap of a run of the reference, which goes on with the graph's values."""
+
+    def __init__(self, search: _Search) -> None:
+        super().__init__(names=())
+        self.search = search
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        search = self.search
+        if name == "logits":
+            rows = _rows(search.captured.logits)
+            logits = _Candidate(source=Source(value="logits"), rows=rows, nodes=())
+            search.logits = _compared(logits, _rows(tensor)).cosine
+            return tensor
+        if name in search.engine.roles.present:
+            return tensor
+        if is_cache_tap(name):
+            tensor = tensor[:, :, : self.live_slots].transpose(1, 2).flatten(2)
+        expected = _rows(tensor)
+        match = search.best(name, expected, search.matches)
+        if not is_cache_tap(name) and (match is None or match.distance > _ALIKE):
+            match = search.by_trial(name, expected, match)
+        if match is None or match.cosine < _LEAST_COSINE:
+            return tensor
+        search.matches[name] = match
+        return tensor if is_cache_tap(name) else match.found.rows.reshape(tensor.shape).to(tensor.dtype)
+
+
+class _Done(Exception):
+    """The tap that a trial waits for has come."""
+
+
+class _Trial(Recorder):
+    """A run with what is matched so far and one candidate, as far as the module that reads it."""
+
+    def __init__(self, search: _Search, tap: str, match: _Match) -> None:
+        super().__init__(names=())
+        self.search, self.tap, self.distance = search, tap, float("inf")
+        self.matches = {**search.matches, tap: match}
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        if is_cache_tap(name):
+            return tensor
+        if name not in self.matches:
+            match = self.search.best(name, _rows(tensor), self.matches) if name != "logits" else None
+            if self.tap in _read_by(name, self.search.spec):
+                self.distance = float("inf") if match is None else match.distance
+                raise _Done
+            if match is None:
+                return tensor
+            self.matches[name] = match
+        return self.matches[name].found.rows.reshape(tensor.shape).to(tensor.dtype)
+
+
+def _reads(tap: str, spec: ModelSpec) -> str | None:
+    """The tap after which this one is computed."""
+    if tap == "embed":
+        return None
+    if tap == "final_norm":
+        return f"blocks.{spec.layers - 1}"
+    _, layer, *rest = tap.split(".")
+    part = ".".join(rest)
+    if part == "attn_norm":
+        return f"blocks.{int(layer) - 1}" if int(layer) else "embed"
+    return f"blocks.{layer}.{_READS[part]}"
+
+
+def _read_by(tap: str, spec: ModelSpec) -> tuple[str | None, ...]:
+    """All taps whose module's output this is, as far as the order of search has to know."""
+    first = _reads(tap, spec) if tap != "logits" else "final_norm"
+    return (first, first.replace("mlp.up", "mlp.gate")) if first is not None and tap.endswith("mlp.act") else (first,)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]).double()
+
+
+def _compared(candidate: _Candidate, expected: Tensor) -> _Match:
+    rows = candidate.rows.double()
+    size, square = float(expected.norm()), float(rows.square().sum())
+    if not size or not square or not math.isfinite(square):
+        return _Match(found=candidate, distance=1.0, error=1.0)
+    factor = max(0.0, float((rows * expected).sum()) / square)
+    return _Match(
+        found=candidate,
+        distance=float((expected - factor * rows).norm()) / size,
+        error=float((expected - rows).norm()) / size,
+    )
+
+
+def _distinct(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """The first few that are different tensors."""
+    found: list[_Candidate] = []
+    for candidate in candidates:
+        if len(found) == _TRIALS:
+            break
+        if not any(torch.equal(candidate.rows, other.rows) for other in found):
+            found.append(candidate)
+    return found
+
+
+def _text(source: Source) -> str:
+    written = source.to_json()
+    return written if isinstance(written, str) else json.dumps(written)
