@@ -188,8 +188,8 @@ def _run_ahead(
     """
     step = 0
     while True:
-        tokens = logits.argmax(-1)
-        finite = torch.stack(torch.aminmax(logits, dim=-1)).isfinite().all(0)
+        highest, tokens = logits.max(-1)
+        finite = highest.isfinite() & logits.amin(-1).isfinite()
         chosen = torch.stack([tokens, finite.to(torch.int64)]).to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if chosen.is_pinned() else None
         running = [row.reason is None and len(row.tokens) + 1 < row.room for row in rows]
