@@ -60,8 +60,6 @@ _BUILTIN_ATTRIBUTES: Mapping[str, frozenset[str]] = {
 
 
 _PROGRESS_STEPS = 1000
-_NO_CANCEL = frozenset({"Cloning network graph"})
-"""Milliseconds long; cancelled there, with plugins in the network, TensorRT-RTX 1.7.1 corrupts its heap."""
 _PATIENCE = 1.0
 """Seconds that a cancelled build may take to end by itself."""
 
@@ -355,7 +353,7 @@ class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
             if opened.name == phase:
                 opened.done = step + 1
         self._report()
-        return not self.cancelled or phase in _NO_CANCEL
+        return not self.cancelled
 
     def phase_finish(self, phase: str) -> None:
         self._open = [opened for opened in self._open if opened.name != phase]

@@ -6,6 +6,7 @@ wrapped: the first exception is kept, and whoever asked TensorRT to do something
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import typing
@@ -100,6 +101,9 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.I
     def __init__(self, attributes: Any, *, layer: str = "", kernels: Kernels | None = None) -> None:
         for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
             base.__init__(self)
+        # TensorRT frees a plugin that it owns, and the bindings free it again with the Python object, when a build is
+        # cancelled: two frees of one block.  So the object, some hundred bytes, is never given back.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
         self.plugin_name, self.plugin_version, self.plugin_namespace = self.NAME, VERSION, NAMESPACE
         self.num_outputs = self.OUTPUTS
         self.timing_cache_id = ""
