@@ -8,6 +8,13 @@ the softmax scale in fp32 before it) and of the probabilities.  Scores, softmax 
 have it.  ALiBi's bias is rounded as well, because the mask must have the type of the query: relatively to its size, so
 that it is exact to about 2**-12 (fp16; bf16: 2**-9) for the keys that get a noticeable weight.  `numerics="upstream"`
 has upstream's tables and rotation, but not the rounding inside its attention, which a fused kernel does not have.
+
+What TensorRT-RTX 1.7 does decides the form.  The mask is explicit: its causal kinds know no padding, and
+`key_value_lengths` is dropped without a word where there is a mask.  Nothing says that its kernels skip hidden keys,
+so they are given the live slots only, although it copies these first.  A query that sees no key must not reach a
+kernel: what that makes of one is not documented, and a NaN in the padding of one layer is a NaN in the cache of the
+next, which no mask hides (0 * NaN).  ALiBi's mask has an element for every head, query and key: at 8 x 2048 tokens on
+4096 slots 5.4 GB for the 40 heads of Baichuan-13B, so build such engines with a smaller --max-input.
 """
 
 from __future__ import annotations
@@ -57,8 +64,7 @@ def native_attention_body(spec: ModelSpec, dtype: int, numerics: Numerics) -> li
 def _attended(spec: ModelSpec, dtype: int, *, relative: bool) -> list[str]:
     """`attended`: the mask, bool [B, 1, S, T]; with ALiBi a bias [B, heads, S, T] of the query's type.
 
-    A query that sees no key (padding) attends to all of them: no kernel then divides by a sum of zero, and its context
-    is set to 0 afterwards.
+    A query that sees no key (padding) attends to all of them, and its context is set to 0 afterwards.
     """
     if spec.position == "alibi":
         return [
