@@ -85,10 +85,10 @@ class Layers:
 
     def count_up(self, size: Any) -> Any:
         """0, 1, 2, ..: [size] int64."""
+        start, step = self.constant(0), self.constant([1])
         layer = self.network.add_fill((0,), trt.FillOperation.LINSPACE, trt.int64)
-        layer.set_input(0, size)
-        layer.set_input(1, self.constant(0))
-        layer.set_input(2, self.constant([1]))
+        for index, given in enumerate((size, start, step)):
+            layer.set_input(index, given)
         return self.output(layer)
 
 
@@ -208,10 +208,9 @@ def register_converters(conversion: Any, tap: Any, rms_norm: Any, attention: Any
         tap, rms_norm, attention: the operators, in their functional form.
         plugins: as calls of our plugins.
     """
-    from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
 
     def tensor(context: Any, value: Any, name: str) -> Any:
-        return None if value is None else get_trt_tensor(context, value, name)
+        return None if value is None else conversion.converter_utils.get_trt_tensor(context, value, name)
 
     def make(context: Any, name: str) -> Layers:
         return Layers(context.net, name, context.cpu_weights_reference_holder)

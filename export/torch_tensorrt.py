@@ -12,9 +12,11 @@ tensors of the network and say of its layers what they compute.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,9 +25,10 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
+from export.engine import Progress
 from export.layers import parse_log
 from export.options import BuildOptions
-from export.tensorrt_build import BuildResult, Progress, build_network, check_warnings, fix_capacity
+from export.tensorrt_build import BuildResult, build_network, check_warnings, fix_capacity
 from export.torch_converters import register_converters
 from export.weights import mapped_weights
 from refmodels.checkpoint import empty_decoder
@@ -33,7 +36,7 @@ from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.ops import cached_attention
 from refmodels.spec import ModelSpec, Numerics
-from refmodels.taps import tap
+from refmodels.taps import tap, tap_names
 from trt_runtime.bundle import MODEL_NAME, PLAN_NAME, TAPS_PLAN_NAME, AttentionMode
 from trt_runtime.plugins import CREATORS, VERSION
 from trt_runtime.tensorrt_api import IS_RTX, LOGGER, errors_of, package_version, trt, warnings_of
@@ -97,22 +100,17 @@ def build_plan(
     path = directory / (TAPS_PLAN_NAME if taps else PLAN_NAME)
     with LOGGER.collect() as messages:
         try:
-            interpreter, node_taps = _convert(program, model, attention=attention, taps=taps)
+            interpreter = _convert(program, model, attention=attention, taps=taps)
         except Exception as error:
             # Torch-TensorRT hides what TensorRT says behind errors of its own.
             text = " ".join((errors_of(messages) or [f"{type(error).__name__}: {error}"])[0].split())
             raise LogitLockError(f"Torch-TensorRT cannot convert {spec.variant}: {text[:400]}") from error
-        build_network(
-            interpreter.builder,
-            interpreter.ctx.net,
-            path,
-            inputs=model.graph.input,
-            options=options,
-            progress=progress,
-        )
+        builder, network = interpreter.builder, interpreter.ctx.net
+        layer_taps = _layer_taps(network, tap_names(spec))
+        build_network(builder, network, path, inputs=model.graph.input, options=options, progress=progress)
     return BuildResult(
         plan=path,
-        layers=parse_log((text for _, text in messages), plan=path.name, taps=node_taps),
+        layers=parse_log((text for _, text in messages), plan=path.name, taps=layer_taps),
         plugins=dict.fromkeys(CREATORS, VERSION) if attention == "plugin" else {},
         warnings=check_warnings(warnings_of(messages)),
     )
@@ -230,11 +228,11 @@ def export_decoder(decoder: Decoder, model: onnx.ModelProto) -> torch.export.Exp
 
 def _convert(
     program: torch.export.ExportedProgram, model: onnx.ModelProto, *, attention: AttentionMode, taps: bool
-) -> tuple[Any, dict[str, tuple[str, ...]]]:
-    """Torch-TensorRT's interpreter after its run, and the taps of the nodes that its layers refer to.
+) -> Any:
+    """Torch-TensorRT's interpreter after its run.
 
-    The interpreter's `builder` made the network `ctx.net`, which has the inputs and outputs of `model`.  It also holds
-    the weights, so it must live until the network is built.
+    Its `builder` made the network `ctx.net`, which has the inputs and outputs of `model`; tensors are named after taps.
+    It also holds the weights, so it must live until the network is built.
     """
     from torch_tensorrt import dynamo
     from torch_tensorrt.dynamo import conversion, lowering
@@ -247,7 +245,7 @@ def _convert(
     infos = {_argument(value.name): value for value in model.graph.input}
 
     class Interpreter(conversion.TRTInterpreter):  # type: ignore[misc]
-        """Torch-TensorRT's, with our logger and names, and layers that say which node they belong to."""
+        """Torch-TensorRT's, with our logger and our names of inputs, outputs and taps."""
 
         ctx: Any
         builder: Any
@@ -266,10 +264,7 @@ def _convert(
             return self.ctx.net.add_input(infos[target].name, _TYPES[tensor.elem_type], shape)
 
         def run_node(self, n: fx.Node) -> Any:
-            before = self.ctx.net.num_layers
             result = super().run_node(n)
-            for index in range(before, self.ctx.net.num_layers):
-                self.ctx.net.get_layer(index).metadata = f"[torch: {n.name}]"
             if n.target is _TAP:
                 result.name = n.args[1]
                 if taps:
@@ -283,7 +278,10 @@ def _convert(
 
     interpreter = Interpreter()
     interpreter._construct_trt_network_def()
-    return interpreter, _node_taps(module.graph)
+    for index in range(interpreter.ctx.net.num_layers):
+        layer = interpreter.ctx.net.get_layer(index)
+        layer.metadata = f"[torch: {layer.name}]"
+    return interpreter
 
 
 def _argument(name: str) -> str:
@@ -292,11 +290,22 @@ def _argument(name: str) -> str:
     return f"past_{found[2]}_{found[1]}" if found else name
 
 
-def _node_taps(graph: fx.Graph) -> dict[str, tuple[str, ...]]:
-    """As `export.layers.node_taps`: the taps that each node computes, or else the next ones that depend on it."""
-    order = [str(node.args[1]) for node in graph.nodes if node.target is _TAP]
-    found: dict[fx.Node, set[str]] = {}
-    for node in reversed(graph.nodes):
-        own = {str(node.args[1])} if node.target is _TAP else set()
-        found[node] = own or set().union(*(found[user] for user in node.users))
-    return {node.name: tuple(sorted(names, key=order.index)) for node, names in found.items()}
+def _layer_taps(network: Any, taps: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """As `export.layers.node_taps`, by the name of a layer; tensors of the network are named after taps."""
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    written = [[layer.get_output(i).name for i in range(layer.num_outputs)] for layer in layers]
+    readers: dict[str, set[int]] = defaultdict(set)
+    for number, layer in enumerate(layers):
+        for tensor in filter(None, map(layer.get_input, range(layer.num_inputs))):
+            readers[tensor.name].add(number)
+
+    @functools.cache
+    def reached(number: int) -> frozenset[str]:
+        names = written[number]
+        later = (reached(reader) for name in names if name not in taps for reader in readers[name])
+        return frozenset(name for name in names if name in taps).union(*later)
+
+    found: dict[str, set[str]] = defaultdict(set)
+    for number, layer in enumerate(layers):
+        found[layer.name] |= reached(number)
+    return {name: tuple(sorted(names, key=taps.index)) for name, names in found.items()}
