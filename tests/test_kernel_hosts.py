@@ -215,12 +215,14 @@ def test_ops_on_cuda() -> None:
         torch.testing.assert_close(ours[0], body[0], rtol=2.0**-7, atol=2.0**-8)
         assert same(attend("eager_upcast"), list(eager_upcast(shape, arguments)))
         static = tensors(shape)
+        kept = dict(torch_host._WORKSPACES)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             first = attend(fresh=False)
             second = attend(fresh=False)
         graph.replay()
         assert same(first, ours) and same(second, ours)
+        assert kept and kept.keys() == torch_host._WORKSPACES.keys(), "memory of a graph was kept for others"
     workspace = torch_host.Workspace.allocate(shape, torch.device("cuda"))
     with torch_host.use_kernels(workspace):
         static = tensors(shape)
