@@ -28,7 +28,7 @@ from trt_runtime import static_decode
 from trt_runtime.engine import Engine, TorchEngine
 from trt_runtime.fused import FusedBlock, fused_decoder
 from trt_runtime.generate import GenerationConfig, GenerationResult, generate
-from trt_runtime.sampling import Sampling
+from trt_runtime.sampling import Sampling, greedy
 from trt_runtime.static_decode import Inputs, StaticDecode, bucket
 
 # Some golden cases have a family's name.
@@ -292,7 +292,7 @@ def test_kernels_need_a_gpu() -> None:
 
 INTERPRETED = """
 import torch, torch.nn.functional as F
-from trt_runtime.kernels import linear
+from trt_runtime.kernels import greedy, linear
 from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float16):
@@ -311,6 +311,12 @@ for dtype in (torch.float32, torch.float16):
     x, out = torch.randn(3, 200).to(dtype), torch.full((3, 100), float("nan")).to(dtype)
     execute([linear.gate(rows=3, n=100, dtype=kind, x=x, out=out)])
     torch.testing.assert_close(out, F.silu(x[:, :100]) * x[:, 100:], rtol=4 * eps, atol=0)
+    x = torch.randn(4, 40000).to(dtype)
+    x[0, 39000] = x[0, 7] = 9
+    x[1, 17000], x[2, 5], x[3, 39999] = float("nan"), float("inf"), float("-inf")
+    chosen = torch.full((2, 4), -1)
+    execute([greedy.greedy(rows=4, n=40000, dtype=kind, logits=x, chosen=chosen)])
+    assert chosen.tolist()[0] == [7, chosen[0, 1], 5, int(x[3].argmax())] and chosen[1].tolist() == [1, 0, 0, 0]
 """
 
 
@@ -358,6 +364,20 @@ def test_gemv_on_the_gpu(n: int, k: int, gated: bool, dtype: torch.dtype) -> Non
         y = y if residual is None else y + residual.double()
         # Gate, up, silu, their product and the sum are each rounded once; each costs half an eps of what it rounds.
         assert float((out.double() - y).norm()) <= 4 * torch.finfo(dtype).eps * max(1.0, float(y.norm()))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=str)
+@pytest.mark.parametrize("vocab", [11, 16384, 65024, 151936])
+def test_greedy_on_the_gpu(vocab: int, dtype: torch.dtype) -> None:
+    """Equal logits are the rule in half precision: the first of them, as on the CPU."""
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    expected = greedy(logits)
+    assert torch.equal(greedy(logits.cuda()).cpu(), expected) and expected[1].all()
+    for row, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+        logits[row, vocab - 1 - row] = value
+    assert greedy(logits.cuda())[1].tolist() == [0, 0, 0, 1, 1]
 
 
 @gpu

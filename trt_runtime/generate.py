@@ -13,7 +13,7 @@ from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
 from refmodels.tokenizer_types import Tokenizer
 from trt_runtime.engine import Engine
-from trt_runtime.sampling import Sampling, choose, row_generators
+from trt_runtime.sampling import Sampling, choose, greedy, row_generators
 
 FinishReason = Literal["stop_id", "stop_string", "length"]
 TextCallback = Callable[[int, str], None]
@@ -188,20 +188,19 @@ def _run_ahead(
     """
     step = 0
     while True:
-        highest, tokens = logits.max(-1)
-        finite = highest.isfinite() & logits.amin(-1).isfinite()
-        chosen = torch.stack([tokens, finite.to(torch.int64)]).to("cpu", non_blocking=True)
-        arrived = torch.cuda.current_stream().record_event() if chosen.is_pinned() else None
+        chosen = greedy(logits)
+        on_host = chosen.to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event() if on_host.is_pinned() else None
         running = [row.reason is None and len(row.tokens) + 1 < row.room for row in rows]
         for row, runs in zip(rows, running, strict=True):
             if row.reason is None and not runs:
                 _give_back(cache, row.index)
         following = None
         if any(running):
-            following = engine.decode(tokens, cache, torch.tensor(running))[:, -1]
+            following = engine.decode(chosen[0], cache, torch.tensor(running))[:, -1]
         if arrived is not None:
             arrived.synchronize()
-        for row, (token, is_finite) in zip(rows, chosen.T.tolist(), strict=True):
+        for row, (token, is_finite) in zip(rows, on_host.T.tolist(), strict=True):
             if row.reason is None:
                 _take(row, token, bool(is_finite), step, config, on_text, cache)
         if following is None or all(row.reason is not None for row in rows):

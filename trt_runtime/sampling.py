@@ -7,6 +7,7 @@ depend on the rows beside it.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,24 @@ def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
     drawn = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
     token = int(torch.searchsorted(cumulative, drawn, right=True))
     return min(token, int((scores > float("-inf")).nonzero()[-1]))
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token of every row, where the logits are.
+
+    Args:
+        logits: [batch, vocab].
+    Returns: [2, batch] int64: the tokens (of equals the first), and 1 for a row whose logits are all finite, else 0.
+    """
+    if logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
+        from trt_runtime.kernels import greedy as family
+        from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
+
+        (rows, n), chosen = logits.shape, torch.empty(2, len(logits), dtype=torch.int64, device=logits.device)
+        kind = ELEMENT_TYPES[logits.dtype]
+        execute([family.greedy(rows=rows, n=n, dtype=kind, logits=logits.contiguous(), chosen=chosen)])
+        return chosen
+    return torch.stack([logits.argmax(-1), torch.isfinite(logits).all(-1).to(torch.int64)])
 
 
 def row_generators(seed: int, prompts: Sequence[Sequence[int]]) -> list[torch.Generator]:
