@@ -62,6 +62,8 @@ def test_taps_are_values_of_the_graph(case: str, tmp_path: Path) -> None:
         expected = recorder.tensors[name]
         scale = max(1.0, float(expected.abs().max()))
         assert float((values[name] - expected).abs().max()) <= 2 * TOLERANCE * scale, name
+    attended = values["blocks.0.attn.attended"]
+    assert bool(attended.any(-1).all() if attended.dtype == torch.bool else attended.isfinite().all())
 
 
 class Engine:
@@ -180,6 +182,22 @@ def test_tensorrt_builds_fp32(case: str, tmp_path: Path) -> None:
     source = source_of(case)
     bundle = export_model(source, precision="fp32", attention="native", output=tmp_path / "bundle")
     check_plan(source.spec, *plan_of(source.spec, bundle), kernels={1: "_gemv_mha"})
+
+
+def without_plugins(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        kept = [a for a in node.attribute if not a.name.startswith("plugin_")]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+
+
+@pytest.mark.parametrize("case", ["qwen_ntk_cross_b1", "baichuan_13b", "starcoder2_sliding"])
+def test_tensorrt_builds_the_bodies_of_plugin_nodes(case: str, tmp_path: Path) -> None:
+    source = source_of(case)
+    bundle = export_model(source, precision="fp16", attention="plugin", output=tmp_path / "bundle")
+    kinds, layers = plan_of(source.spec, bundle, without_plugins)
+    assert kinds["KV_CACHE_UPDATE"] == 2 * source.spec.layers and not kinds["PLUGIN_V3"]
+    assert all(layer.taps for layer in layers)
 
 
 def unmasked(model: onnx.ModelProto) -> None:
