@@ -271,8 +271,8 @@ class _Search:
         joined = replace(joined, others=tuple(source for part in parts for source in part.others))
         return joined if whole is None or joined.distance < whole.distance else whole
 
-    def by_trial(self, tap: str, expected: Tensor, best: _Match | None) -> _Match | None:
-        """The value with which the module that reads the tap matches; `best` if there is none."""
+    def by_trial(self, tap: str, expected: Tensor) -> _Match | None:
+        """The value with which the module that reads the tap matches."""
         tried = self._candidates(tap, expected.shape[1], self.matches)
         parts = self._parts(tap, expected, self.matches)
         if parts:
@@ -282,11 +282,10 @@ class _Search:
             width = found[i].rows.shape[1]
             tried += [_joined([*found[:i], c, *found[i + 1 :]]) for c in self._window(tap, width, self.matches)]
         trials = [(self._trial(tap, match), match) for match in (_compared(c, expected) for c in _distinct(tried))]
-        near = sorted((t for t in trials if t[0] <= _ALIKE), key=lambda t: t[0])
-        if not near:
-            return best
-        limit = 2 * max(near[0][0], self.floor)
-        return replace(near[0][1], others=tuple(m.found.source for d, m in near[1:] if d <= limit))
+        limit = 2 * max(min((distance for distance, _ in trials), default=1.0), self.floor)
+        near = [match for distance, match in trials if distance <= min(limit, _ALIKE)]
+        # The first of them: a norm gives the same of what has been normalised already.
+        return replace(near[0], others=tuple(match.found.source for match in near[1:])) if near else None
 
     def _trial(self, tap: str, match: _Match) -> float:
         """How far the next module's output is from any value, if this is the tap."""
@@ -362,10 +361,12 @@ class _Walk(Recorder):
             tensor = tensor[:, :, : self.live_slots].transpose(1, 2).flatten(2)
         expected = _rows(tensor)
         match = search.best(name, expected, search.matches)
-        if not is_cache_tap(name) and (match is None or match.distance > _ALIKE):
-            match = search.by_trial(name, expected, match)
-        if match is None or match.cosine < _LEAST_COSINE:
-            return tensor
+        if match is None or match.distance > _ALIKE:
+            tried = None if is_cache_tap(name) else search.by_trial(name, expected)
+            if tried is None and (match is None or match.cosine < _LEAST_COSINE):
+                return tensor
+            match = tried or match
+        assert match is not None
         search.matches[name] = match
         return tensor if is_cache_tap(name) else match.found.rows.reshape(tensor.shape).to(tensor.dtype)
 

@@ -1,0 +1,100 @@
+"""A golden case as an executor: it replays what upstream code computed, for the tokens that were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from debug.executors.step import CacheAxes, Step
+from debug.prompts import Prompts
+from debug.verify import past_layout, read_case
+from refmodels.cache import KVCache, StepInputs
+from refmodels.checkpoint import DTYPES, resolve
+from refmodels.errors import LogitLockError
+from refmodels.taps import Recorder, is_cache_tap, tap_names
+from trt_runtime.engine import Engine
+
+
+class GoldenEngine(Engine):
+    """The recorded tensors of a case: of the prefill the embedding, every block, the final norm, the logits and the
+    cache of the recorded layers; of the decode steps the logits.
+
+    Attributes:
+        prompts: the recorded prompts; nothing else can be run.
+        steps: recorded decode steps.
+
+    Args:
+        directory: of the case, as for `logitlock verify`.
+        dtype: fp32, or bf16 or fp16 where the case was recorded in it too.
+        decode: for a run that goes on after the prefill; the only tap is then the logits, which every step has.
+    Raises:
+        LogitLockError: as `debug.verify.read_case`.
+    """
+
+    prompts: Prompts
+
+    def __init__(self, directory: Path | str, dtype: str = "fp32", *, decode: bool = False) -> None:
+        self.case = read_case(Path(directory), dtype)
+        meta, expected = self.case.meta, self.case.expected
+        self.spec = resolve(self.case.directory, variant=meta.get("variant")).spec
+        self.max_positions = self.spec.max_positions
+        self.dtype, self.device = DTYPES[dtype], torch.device("cpu")
+        self._axes = CacheAxes("".join(past_layout(meta, self.spec)))
+        ids = self.case.inputs["input_ids"]
+        mask = self.case.inputs.get("attention_mask", torch.ones_like(ids))
+        upstream = meta.get("upstream") or {}
+        self.arithmetic = f"recorded from {upstream.get('class', 'upstream code')} in {dtype}"
+        self.prompts = Prompts(ids=ids, mask=mask, origin=f"those of {self.case.directory.resolve().name}")
+        self.decode_ids = self.case.inputs.get("decode_ids")
+        self.steps = expected["decode_logits"].shape[1] if "decode_logits" in expected else 0
+        self._taps = dict(self._recorded(ids.shape[1]))
+        self.tap_names = ("logits",) if decode else tuple(n for n in tap_names(self.spec) if n in self._taps)
+
+    def _recorded(self, tokens: int) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the prefill by tap; cache tensors as [batch, kv_heads, slots, head_dim]."""
+        expected = self.case.expected
+        yield "logits", expected["logits"]
+        if "final_norm" in expected:
+            yield "final_norm", expected["final_norm"]
+        for i in range(self.spec.layers + 1):
+            if f"hidden_states.{i}" in expected:
+                yield f"blocks.{i - 1}" if i else "embed", expected[f"hidden_states.{i}"]
+        for i in range(self.spec.layers):
+            for part in ("key", "value"):
+                if f"past.{i}.{part}" in expected:
+                    tensor = self._axes.to_ours(expected[f"past.{i}.{part}"])
+                    # A sliding window's cache has lost the first slots.
+                    if tensor.shape[2] == tokens:
+                        yield f"blocks.{i}.{part}", tensor
+
+    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        step = Step(plan, cache, recorder)
+        number = step.past_slots - self.prompts.ids.shape[1] + 1 if step.past_slots else 0
+        self._check(plan, number)
+        shown = self._taps if number == 0 else {"logits": self.case.expected["decode_logits"][:, number - 1 : number]}
+        for tap in tap_names(self.spec):
+            if tap not in shown:
+                continue
+            if is_cache_tap(tap):
+                step.write(tap, shown[tap])
+            elif tap in self.tap_names and tap != "logits":
+                step.deliver(tap, step.logits_of(shown[tap]) if tap == "final_norm" else shown[tap])
+        logits = step.logits_of(shown["logits"])
+        step.deliver("logits", logits)
+        cache.advance(plan)
+        return logits
+
+    def _check(self, plan: StepInputs, number: int) -> None:
+        recorded = self.prompts.ids
+        if number:
+            if self.decode_ids is None or not 0 < number <= self.steps:
+                raise LogitLockError(f"{self.case.directory} has {self.steps} recorded decode steps, not {number}")
+            recorded = self.decode_ids[:, number - 1 : number]
+        real = plan.new_mask
+        if recorded.shape != plan.input_ids.shape or not torch.equal(recorded[real], plan.input_ids[real]):
+            raise LogitLockError(
+                f"{self.case.directory} can only replay its own tokens (its prompts); those of step {number} differ"
+            )

@@ -1,0 +1,209 @@
+"""How a side of a comparison is named on the command line, and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from debug.executors.golden import GoldenEngine
+from refmodels.checkpoint import DTYPES, ModelSource, load
+from refmodels.errors import LogitLockError
+from refmodels.spec import Numerics
+from trt_runtime.engine import Engine, TorchEngine
+from trt_runtime.engines import open_engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What `open_executor` was given beside the text."""
+
+    source: ModelSource
+    map: Path | None
+    emulate_rounding: bool
+    trust_remote_code: bool
+    decode: bool
+    device: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to name a side: `text` and `meaning` for people; `open` takes what follows the first word, split at ':'.
+
+    word: what the text begins with; None: a path that `matches`.
+    """
+
+    text: str
+    meaning: str
+    open: Callable[[list[str], _Options], Engine]
+    word: str | None = None
+    matches: Callable[[Path], bool] = lambda path: False
+
+
+def open_executor(
+    text: str,
+    *,
+    source: ModelSource,
+    map: Path | None = None,
+    emulate_rounding: bool = True,
+    trust_remote_code: bool = False,
+    decode: bool = False,
+    device: str | None = None,
+) -> Engine:
+    """Open a side of a comparison.
+
+    Args:
+        text: one of the forms that `forms_help` lists.
+        source: the model that both sides are made from.
+        map: a name map for an ONNX file; None: one is proposed with the reference.
+        emulate_rounding: round every node of half-precision graphs on the CPU.
+        trust_remote_code: for hf.
+        decode: the comparison goes on after the prefill (a golden case then shows only logits).
+        device: for the reference, kernels and hf; None: the CPU, and CUDA for kernels.
+    Raises:
+        LogitLockError: a text of no form (the error lists them), or whatever the executor says.
+    """
+    options = _Options(
+        source=source,
+        map=map,
+        emulate_rounding=emulate_rounding,
+        trust_remote_code=trust_remote_code,
+        decode=decode,
+        device=device,
+    )
+    word, *rest = text.split(":")
+    for form in FORMS:
+        if form.word == word:
+            return form.open(rest, options)
+    for form in FORMS:
+        for path, parameters in ((text, []), (word, rest)):
+            if form.word is None and form.matches(Path(path)):
+                return form.open([path, *parameters], options)
+    raise LogitLockError(f"{text!r} names no executor; it must be one of\n{forms_help()}")
+
+
+def numerics_of(engine: Engine) -> Numerics:
+    """Whose rounding an executor has, and so which reference gives its noise floor."""
+    if isinstance(engine, TorchEngine):
+        return engine.decoder.numerics
+    bundle = getattr(engine, "bundle", None)
+    # What is neither ours nor a bundle is upstream's code, run, exported or recorded.
+    return "upstream" if bundle is None else bundle.info.numerics
+
+
+def forms_help() -> str:
+    """All forms, one a line."""
+    width = max(len(form.text) for form in FORMS)
+    return "\n".join(f"  {form.text:<{width}}  {form.meaning}" for form in FORMS)
+
+
+def _reference(words: list[str], options: _Options) -> Engine:
+    dtype, numerics = [*words, *["fp64", "exact"][len(words) :]][:2] if len(words) < 3 else ("", "")
+    _check("reference", words, dtype in DTYPES and numerics in get_args(Numerics))
+    device = options.device or "cpu"
+    exact: Numerics = "upstream" if numerics == "upstream" else "exact"
+    return TorchEngine(load(options.source, dtype=DTYPES[dtype], numerics=exact, device=device))
+
+
+def _kernels(words: list[str], options: _Options) -> Engine:
+    dtype = words[0] if words else "fp16"
+    _check("kernels", words, len(words) < 2 and dtype in DTYPES)
+    # Without a GPU it is TorchEngine that says what is missing.
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    decoder = load(options.source, dtype=DTYPES[dtype], device=device)
+    return TorchEngine(decoder, kernels=True)
+
+
+def _huggingface(words: list[str], options: _Options) -> Engine:
+    from debug.executors.huggingface import HuggingFaceEngine
+
+    dtype = words.pop(0) if words and words[0] in DTYPES else "fp32"
+    _check("hf", words, len(words) < 2)
+    directory = Path(words[0]) if words else options.source.directory
+    return HuggingFaceEngine(
+        directory,
+        options.source.spec,
+        dtype,
+        trust_remote_code=options.trust_remote_code,
+        device=options.device or "cpu",
+    )
+
+
+def _tensorrt(words: list[str], options: _Options) -> Engine:
+    _check("tensorrt", words, len(words) == 1)
+    return open_engine(words[0], engine="tensorrt")
+
+
+def _bundle(words: list[str], options: _Options) -> Engine:
+    _check(words[0], words[1:], len(words) == 1)
+    return open_engine(words[0], engine="onnxruntime", emulate_rounding=options.emulate_rounding)
+
+
+def _golden(words: list[str], options: _Options) -> Engine:
+    dtype = words[1] if len(words) > 1 else "fp32"
+    _check(words[0], words[1:], len(words) < 3 and dtype in ("fp32", "bf16", "fp16"))
+    return GoldenEngine(words[0], dtype, decode=options.decode)
+
+
+def _onnx(words: list[str], options: _Options) -> Engine:
+    from debug.executors.onnx_file import OnnxFileEngine
+    from debug.executors.propose import propose_map
+
+    _check(words[0], words[1:], len(words) == 1)
+    names = options.map or propose_map(words[0], load(options.source)).names
+    return OnnxFileEngine(words[0], options.source.spec, names, emulate_rounding=options.emulate_rounding)
+
+
+def _check(form: str, words: list[str], fits: bool) -> None:
+    if not fits:
+        raise LogitLockError(f"{':'.join([form, *words])!r} is not understood; the forms are\n{forms_help()}")
+
+
+FORMS = (
+    Form(
+        word="reference",
+        text="reference[:DTYPE[:NUMERICS]]",
+        meaning=f"our PyTorch reference; DTYPE {', '.join(DTYPES)} (fp64), NUMERICS exact or upstream (exact)",
+        open=_reference,
+    ),
+    Form(
+        word="hf",
+        text="hf[:DTYPE][:DIR]",
+        meaning="Hugging Face transformers itself, of the model's directory or another (fp32)",
+        open=_huggingface,
+    ),
+    Form(
+        word="kernels",
+        text="kernels[:DTYPE]",
+        meaning="the reference with this project's Triton kernels on a CUDA GPU (fp16)",
+        open=_kernels,
+    ),
+    Form(
+        word="tensorrt",
+        text="tensorrt:BUNDLE",
+        meaning="the TensorRT engine of a bundle",
+        open=_tensorrt,
+    ),
+    Form(
+        text="BUNDLE",
+        meaning="a directory with bundle.json: its graph on ONNX Runtime",
+        matches=lambda path: (path / "bundle.json").is_file(),
+        open=_bundle,
+    ),
+    Form(
+        text="CASE_DIR[:DTYPE]",
+        meaning="a golden case: what upstream computed for the recorded prompts (fp32)",
+        matches=lambda path: (path / "io.safetensors").is_file(),
+        open=_golden,
+    ),
+    Form(
+        text="FILE.onnx",
+        meaning="any decoder in ONNX on ONNX Runtime, with --map or a proposed map",
+        matches=lambda path: path.suffix == ".onnx",
+        open=_onnx,
+    ),
+)
+"""All ways to name a side of a comparison, in the order in which they are tried."""
