@@ -31,9 +31,11 @@ class Unavailable(Exception):
     """The bindings cannot be had here; the text says why."""
 
 
-def install(directory: Path, version: str) -> Path:
+def install(directory: Path, version: str, *, python: str | None = None) -> Path:
     """Install the bindings of `version` (a pip specifier such as "==11.0.*") into a directory, once.
 
+    Args:
+        python: for another Python on 64-bit x86 Linux, as "3.12"; None: this one.
     Raises:
         Unavailable: no compiler, or pip does not get the wheel.
     """
@@ -44,6 +46,8 @@ def install(directory: Path, version: str) -> Path:
         raise Unavailable("there is no C compiler for the stub libraries")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--timeout", "20", "--retries", "1", "--upgrade"]
+    if python is not None:
+        command += ["--python-version", python, "--implementation", "cp", "--platform", "manylinux_2_28_x86_64"]
     done = subprocess.run([*command, "--target", str(directory), WHEEL + version], capture_output=True, text=True)
     if done.returncode:
         raise Unavailable(f"pip does not install {WHEEL}{version}: {done.stderr.strip().splitlines()[-1:]}")
@@ -68,3 +72,8 @@ def environment(directory: Path) -> dict[str, str]:
         "LD_LIBRARY_PATH": str(directory),
         "PYTHONPATH": os.pathsep.join((str(directory), str(root), str(root / "tests"))),
     }
+
+
+if __name__ == "__main__":
+    # python tests/full_tensorrt.py DIRECTORY [PYTHON]: for a machine that cannot reach the index.
+    print(install(Path(sys.argv[1]), ">=11.0", python=(sys.argv[2:] or [None])[0]))

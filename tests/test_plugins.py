@@ -605,3 +605,52 @@ def test_aliases() -> None:
     assert [plugin.get_aliased_input(i) for i in range(3)] == [-1, 1, 2]
     assert plugin.inputs()[1:3] == ("past_key", "past_value")
     assert attention._ALIASES == {1: 1, 2: 2}
+
+
+@pytest.mark.usefixtures("on_a_device")
+@pytest.mark.parametrize(("case", "precision"), CASES)
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_kernels_for_every_shape_are_among_those_compiled(case: str, precision: Precision, capability: int) -> None:
+    """Attributes lose bits on their way through a plan (fp32); what serves them was compiled from the spec."""
+    from trt_runtime.kernels import attention as attention_kernels
+    from trt_runtime.kernels import rms_norm
+    from trt_runtime.kernels.compiled import kernel_key, needed_launches
+
+    spec = case_source(case).spec
+    compiled = {kernel_key(launch) for launch in needed_launches(spec, precision, capability)}
+    model = graph_of(case, precision)
+    kernels = FakeKernels()
+    half = {"fp32": trt.float32, "fp16": trt.float16, "bf16": trt.bfloat16}[precision]
+    for kind in (CachedAttention, FusedRmsNorm):
+        for node in nodes(model, kind.NAME):
+            values = {a.name: helper.get_attribute_value(a) for a in node.attribute if not a.name.startswith("plugin_")}
+            plugin = loaded(kind, kind.Attributes(**values), kernels)
+            a = spec.attention
+            for batch, tokens in ((1, 1), (3, 1), (1, 2), (2, 70), (1, 300)):
+                if kind is FusedRmsNorm:
+                    x = desc(half, batch, tokens, spec.hidden_size)
+                    plugin.enqueue([x, desc(half, spec.hidden_size)], [x], [16, 16], [16], 0, 0)
+                    continue
+                cache = desc(half, batch, a.kv_heads, 512, a.head_dim)
+                descs = {
+                    "qkv": desc(half, batch, tokens, spec.qkv_width),
+                    "past_key": cache,
+                    "past_value": cache,
+                    "cache_lengths": desc(trt.int64, batch),
+                    "visible": desc(trt.bool, batch, 512),
+                    "cos": desc(trt.float32, batch, tokens, 1),
+                    "sin": desc(trt.float32, batch, tokens, 1),
+                    "query_scale": desc(trt.float32, batch, tokens),
+                    "alibi_slopes": desc(trt.float32, a.heads),
+                }
+                inputs = [descs[name] for name in plugin.inputs()]
+                context = desc(half, batch, tokens, a.heads * a.head_dim)
+                plugin.enqueue(inputs, [context, cache, cache], [16] * len(inputs), [16] * 3, 16, 0)
+    assert len(kernels.calls) == 5 * sum(len(nodes(model, op)) for op in ("CachedAttention", "FusedRmsNorm"))
+    for name, shape, given in kernels.calls:
+        given.pop("stream")
+        if name == "rms_norm":
+            launches = rms_norm.launches(shape, **given)
+        else:
+            launches = attention_kernels.launches(shape, **given, capability=capability)
+        assert {kernel_key(launch.on(capability)) for launch in launches} <= compiled

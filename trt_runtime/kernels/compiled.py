@@ -34,6 +34,8 @@ FORMAT = 1
 _MANIFEST = "kernels.json"
 # Blocks in y and z: no batch is larger.
 _GRID_LIMIT = 65535
+# Rotary models may be given caches beyond their max_positions, and long caches have kernels of their own.
+_LONG_CACHE = 32768
 # The oldest PTX that Triton writes for sm_80 and sm_89: drivers of CUDA 12.0 and later take it.
 _PTX_VERSION = 80
 # Dynamic shared memory that one block may ask for, in bytes (CUDA C++ programming guide, technical specifications).
@@ -119,12 +121,13 @@ def needed_launches(spec: ModelSpec, dtype: ElementType, capability: int) -> lis
             )
         )
     a = spec.attention
+    longest = max(spec.max_positions, _LONG_CACHE)
     for scale, window in sorted({(spec.scale(layer), spec.window(layer)) for layer in range(spec.layers)}):
         limits = AttentionShape(
             batch=_GRID_LIMIT,
-            tokens=spec.max_positions,
-            slots=spec.max_positions,
-            capacity=spec.max_positions,
+            tokens=longest,
+            slots=longest,
+            capacity=longest,
             heads=a.heads,
             kv_heads=a.kv_heads,
             head_dim=a.head_dim,
