@@ -13,7 +13,7 @@ from debug.capture import Forward
 from debug.faults import CATALOGUE
 from debug.metrics import ErrorStats, compare
 from debug.modules import Module, module_at
-from debug.results import Diagnosis
+from debug.results import Diagnosis, Evidence, TokenView
 from refmodels.model import Decoder
 from refmodels.taps import is_cache_tap
 
@@ -25,8 +25,8 @@ _ALIKE = 1.5
 
 def diagnose(
     tap: str, forward: Forward, truth: Decoder, rounded: Decoder, *, bound: float, multiple: float, dtype: torch.dtype
-) -> list[Diagnosis]:
-    """The faults that explain the engine's output at `tap`, the best one first; none: unknown.
+) -> tuple[list[Diagnosis], Evidence]:
+    """The faults that explain the engine's output at `tap`, the best one first (none: unknown), and where it is wrong.
 
     Args:
         tap, forward: the culprit and a forward in which it is wrong.
@@ -35,7 +35,11 @@ def diagnose(
         multiple: noise floors that a healthy module may be off.
         dtype: of the engine.
     """
-    module = module_at(truth, tap, forward)
+    try:
+        module = module_at(truth, tap, forward)
+    except KeyError:
+        # An executor that does not show the module's inputs.
+        return [], Evidence()
     engine = forward.tensors[tap].to(truth.device, torch.float64)
     expected = module()
     before = _compare(engine, expected, module, dtype)
@@ -54,13 +58,45 @@ def diagnose(
             limit = torch.maximum(allowed, allowed * size / _token_norms(output, module).clamp(min=1e-300))
             ratio = float((after.token_rel / limit).nan_to_num(nan=float("inf")).max())
             if ratio <= multiple and after.rel_l2 < before.rel_l2:
-                name = fault.name + (f": {detail}" if detail else "")
                 found.append(
-                    Diagnosis(fault=name, local_before=before.rel_l2, local_after=after.rel_l2, ratio_after=ratio)
+                    Diagnosis(
+                        fault=fault.full_name(detail),
+                        local_before=before.rel_l2,
+                        local_after=after.rel_l2,
+                        ratio_after=ratio,
+                    )
                 )
     best = min((d.local_after for d in found), default=0.0)
     # Those that explain it equally well stay in the order of the catalogue, in which exact faults precede estimates.
-    return sorted(found, key=lambda d: max(d.local_after, _ALIKE * best))[:_MOST]
+    found.sort(key=lambda d: max(d.local_after, _ALIKE * best))
+    return found[:_MOST], _evidence(module, engine, expected, before, allowed)
+
+
+def _evidence(module: Module, engine: Tensor, expected: Tensor, before: ErrorStats, allowed: Tensor) -> Evidence:
+    ratios = before.token_rel / allowed
+    worst = ratios.nan_to_num(nan=float("inf")).argsort(descending=True)[:_MOST].tolist()
+    tokens = [
+        TokenView(
+            row=int(before.token_of[i, 0]),
+            position=int(before.token_of[i, 1]),
+            local=float(before.token_rel[i]),
+            ratio=float(ratios[i]),
+        )
+        for i in worst
+    ]
+    off, size = ((_by_token(t, module)[_real(module)]) for t in (engine - expected, expected))
+    heads: list[float] = []
+    if is_cache_tap(module.tap) or module.part in ("attn.qkv", "attn.context"):
+        head_dim = module.decoder.spec.attention.head_dim
+        errors, sizes = (t.reshape(len(t), -1, head_dim).square().sum((0, 2)).sqrt() for t in (off, size))
+        heads = (errors / sizes.clamp(min=1e-300)).tolist()
+    shares = off.flatten(1).square().sum(0)
+    shares = shares / shares.sum().clamp(min=1e-300)
+    top = shares.topk(min(_MOST, len(shares)))
+    channels = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    # Worth saying only where a few channels stand out.
+    few = float(top.values.sum()) > 0.5 and len(shares) > 4 * _MOST
+    return Evidence(tokens=tokens, heads=heads, channels=channels if few else [])
 
 
 def _compare(actual: Tensor, expected: Tensor, module: Module, dtype: torch.dtype) -> ErrorStats:

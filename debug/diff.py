@@ -31,8 +31,9 @@ from debug.diagnose import diagnose
 from debug.logits import LogitComparison
 from debug.metrics import TokenErrors, token_errors
 from debug.prompts import Prompts
-from debug.results import Culprit, Diagnosis, DiffResult, LogitError, Phase, TapError
+from debug.results import Culprit, Diagnosis, DiffResult, Evidence, LogitError, Phase, TapError
 from debug.streaming import Reference, decoder_of, ready, ready_at
+from debug.systematic import systematic
 from refmodels.errors import LogitLockError
 from refmodels.positions import wide_dtype
 from refmodels.spec import ModelSpec
@@ -261,6 +262,7 @@ class _Diff:
         if spoiled is not None:
             found.setdefault(spoiled.tap, []).append(spoiled)
         culprits = [self._culprit(errors) for errors in found.values()]
+        culprits += self._systematic({c.tap for c in culprits})
         if not culprits:
             # Modules that are each within R floors of their own let about R accumulated floors pass on.
             explained = max(1.0, *(e.local / max(e.floor, self.unit) for e in self.taps))
@@ -274,7 +276,7 @@ class _Diff:
 
     def _culprit(self, errors: list[TapError], *, accumulated: bool = False) -> Culprit:
         first = errors[0]
-        local = not accumulated and not first.nonfinite
+        diagnosis, evidence = ([], Evidence()) if accumulated or first.nonfinite else self._diagnose(first)
         return Culprit(
             tap=first.tap,
             phase=first.phase,
@@ -285,10 +287,37 @@ class _Diff:
             ratio=first.accumulated_ratio if accumulated else first.ratio,
             worst=first.worst,
             occurrences=len(errors),
-            diagnosis=self._diagnose(first) if local else [],
+            diagnosis=diagnosis,
+            evidence=evidence,
         )
 
-    def _diagnose(self, error: TapError) -> list[Diagnosis]:
+    def _systematic(self, known: set[str]) -> list[Culprit]:
+        """Taps below the alarm that deviate, over all tokens, just as a known fault would make them."""
+        found = []
+        for error in self.taps[: len(self.capture.tap_names)]:
+            if error.tap in known or error.nonfinite or is_cache_tap(error.tap):
+                continue
+            weights = (ready_at(reference, error.tap, alone=True) for reference in (self.truth, self.rounded))
+            with next(weights) as truth, next(weights) as rounded:
+                diagnosis = systematic(error.tap, self.whole, truth, rounded, self.whole.plan.new_mask)
+            if diagnosis is not None:
+                found.append(
+                    Culprit(
+                        tap=error.tap,
+                        phase=error.phase,
+                        step=error.step,
+                        kind="systematic",
+                        local=error.local,
+                        floor=error.floor,
+                        ratio=error.ratio,
+                        worst=error.worst,
+                        occurrences=self.capture.steps + 1,
+                        diagnosis=[diagnosis],
+                    )
+                )
+        return found
+
+    def _diagnose(self, error: TapError) -> tuple[list[Diagnosis], Evidence]:
         with ready_at(self.truth, error.tap) as truth, ready_at(self.rounded, error.tap) as rounded:
             return diagnose(
                 error.tap,

@@ -12,6 +12,15 @@ Phase = Literal["prefill", "decode"]
 Verdict = Literal["aligned", "diverged", "nonfinite"]
 
 
+def _plain(value: object) -> object:
+    """JSON values; NaN and infinities become None."""
+    if isinstance(value, float):
+        return json_number(value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class TapError:
     """One tap in one forward; errors are relative L2 over the real tokens unless said otherwise.
@@ -60,40 +69,67 @@ class Diagnosis:
     """A known fault under which the reference module gives what the engine gave.
 
     local_before, local_after: local error without and with the fault; ratio_after: the latter in noise floors, of the
-    worst token.
+    worst token.  significance: of a deviation below the noise of single tokens (see `debug.systematic`), how many
+    standard deviations of the noise it is over all tokens; None for faults above the floor.
     """
 
     fault: str
     local_before: float
     local_after: float
     ratio_after: float
+    significance: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    """A token (or cache slot) of a wrong tap: row and position in its forward, local error, and that in floors."""
+
+    row: int
+    position: int
+    local: float
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Where in a wrong tap the local error is.
+
+    tokens: the worst ones.  heads: relative L2 error by head (query, then key, then value heads for attn.qkv), empty
+    for taps without heads.  channels: (index, share of the squared error) of the worst channels, where a few of them
+    have most of it.
+    """
+
+    tokens: list[TokenView] = field(default_factory=list)
+    heads: list[float] = field(default_factory=list)
+    channels: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Culprit:
     """A tap whose own module is wrong, at its first occurrence.
 
-    kind: "local" (local error above the floor), "nonfinite" (NaN or Inf from finite inputs), or "accumulated" (no
-    module by itself, but the logits are off by more than the dtype explains).  occurrences: forwards that show it.
-    diagnosis: known faults that explain it, the best first; empty: unknown.
+    kind: "local" (local error above the floor), "nonfinite" (NaN or Inf from finite inputs), "systematic" (below the
+    floor of single tokens, but over all of them exactly what a known fault does), or "accumulated" (no module by
+    itself, but the logits are off by more than the dtype explains).  occurrences: forwards that show it.  diagnosis:
+    known faults that explain it, the best first; empty: unknown.  evidence: where in the tap the error is.
     """
 
     tap: str
     phase: Phase
     step: int
-    kind: Literal["local", "nonfinite", "accumulated"]
+    kind: Literal["local", "nonfinite", "systematic", "accumulated"]
     local: float
     floor: float
     ratio: float
     worst: tuple[int, int]
     occurrences: int
     diagnosis: list[Diagnosis] = field(default_factory=list)
+    evidence: Evidence = field(default_factory=Evidence)
 
     def to_json(self) -> dict[str, Any]:
-        return {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        plain = _plain(asdict(self))
+        assert isinstance(plain, dict)
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True)

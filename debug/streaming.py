@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -121,11 +121,11 @@ def ready(reference: Reference) -> Iterator[Decoder]:
 
 
 @contextmanager
-def ready_at(reference: Reference, tap: str) -> Iterator[Decoder]:
-    """A decoder that has the weights of the part that makes `tap`, inside the block."""
+def ready_at(reference: Reference, tap: str, *, alone: bool = False) -> Iterator[Decoder]:
+    """A decoder that has the weights of the part that makes `tap` inside the block; `alone`: only those of the tap."""
     if isinstance(reference, StreamedDecoder):
         part = next(p for p in parts(reference.decoder.spec) if tap in p.taps)
-        with reference.holding(part) as decoder:
+        with reference.holding(replace(part, prefixes=(f"{tap}.",)) if alone else part) as decoder:
             yield decoder
     else:
         yield reference

@@ -93,6 +93,12 @@ def verdict_line(result: DiffResult) -> str:
     if first.kind == "nonfinite":
         return f"NONFINITE: the first NaN or Inf is at {where}{more}"
     label = result.verdict.upper()
+    if first.kind == "systematic":
+        found = first.diagnosis[0]
+        return (
+            f"{label}: {first.tap} is within its noise token by token, but over all tokens it deviates just as with "
+            f"'{found.fault}' ({found.significance:.3g} standard deviations){more}"
+        )
     if first.kind == "accumulated":
         return (
             f"{label}: no module is wrong by itself, but the logits are; accumulated error passes "

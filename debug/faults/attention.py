@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from debug.faults.catalogue import Variants, fault
+from debug.faults.catalogue import ESTIMATED, Variants, fault
 from debug.faults.rotation import join, split
 from debug.modules import Module
 from refmodels.positions import alibi_slopes, logn_table
@@ -42,7 +42,7 @@ def attention_scale(m: Module, engine: Tensor) -> Variants:
             yield f"{detail}: {scale:.4g} instead of {right:.4g}", {"scale": scale}
     estimate = _minimise(lambda s: _distance(m(scale=right * s), engine), 0.25, 4.0)
     if abs(estimate - 1) > 1e-4:
-        yield f"{right * estimate:.4g} instead of {right:.4g} (estimated)", {"scale": right * estimate}
+        yield f"{right * estimate:.4g} instead of {right:.4g} {ESTIMATED}", {"scale": right * estimate}
 
 
 @fault("causal mask missing", "attention")
@@ -87,7 +87,7 @@ def alibi(m: Module, engine: Tensor) -> Variants:
         for factor in (0.5, 2.0, 1.0 / m["scale"], m["scale"]):
             yield f"x {factor:.4g}", {"slopes": slopes * factor}
         factor = _minimise(lambda f: _distance(m(slopes=slopes * f), engine), 0.1, 10.0)
-        yield f"x {factor:.4g} (estimated)", {"slopes": slopes * factor}
+        yield f"x {factor:.4g} {ESTIMATED}", {"slopes": slopes * factor}
 
 
 @fault("logn scaling missing or wrong", "attention")

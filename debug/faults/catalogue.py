@@ -19,19 +19,31 @@ class Fault:
     """A mistake by name.
 
     kind: of the modules that it can befall.  variants: from the module as it should be and the engine's output.
+    small: it can hide below the rounding of half precision (see `debug.systematic`).
     """
 
     name: str
     kind: Kind
     variants: Callable[[Module, Tensor], Variants]
+    small: bool = False
+
+    def full_name(self, detail: str) -> str:
+        return f"{self.name}: {detail}" if detail else self.name
 
 
 CATALOGUE: list[Fault] = []
+ESTIMATED = "(estimated)"
+"""Ends the detail of a variant whose number was fitted to the engine."""
 
 
-def fault(name: str, *kinds: Kind) -> Callable[[Callable[[Module, Tensor], Variants]], Callable[..., Variants]]:
-    def register(variants: Callable[[Module, Tensor], Variants]) -> Callable[[Module, Tensor], Variants]:
-        CATALOGUE.extend(Fault(name=name, kind=kind, variants=variants) for kind in kinds)
+_Function = Callable[[Module, Tensor], Variants]
+
+
+def fault(name: str, *kinds: Kind, small: bool = False) -> Callable[[_Function], _Function]:
+    """Put a function into the catalogue."""
+
+    def register(variants: _Function) -> _Function:
+        CATALOGUE.extend(Fault(name=name, kind=kind, variants=variants, small=small) for kind in kinds)
         return variants
 
     return register

@@ -9,21 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debug.faults.catalogue import Variants, fault
+from debug.faults.catalogue import ESTIMATED, Variants, fault
 from debug.faults.rotation import padding_before
 from debug.modules import Module
 
 # Norms
 
 
-@fault("wrong epsilon", "norm")
+@fault("wrong epsilon", "norm", small=True)
 def norm_eps(m: Module, engine: Tensor) -> Variants:
     known = [e for e in (0.0, 1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3) if not math.isclose(e, m["eps"])]
     for eps in known:
         yield f"{eps:g} instead of {m['eps']:g}", {"eps": eps}
     estimate = _estimated_eps(m, engine)
     if estimate is not None:
-        yield f"{estimate:.3g} instead of {m['eps']:g} (estimated)", {"eps": estimate}
+        yield f"{estimate:.3g} instead of {m['eps']:g} {ESTIMATED}", {"eps": estimate}
 
 
 def _estimated_eps(m: Module, engine: Tensor) -> float | None:
@@ -95,7 +95,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@fault("wrong activation", "activation")
+@fault("wrong activation", "activation", small=True)
 def activation(m: Module, _: Tensor) -> Variants:
     right = m["function"](sample := torch.linspace(-4, 4, 65, dtype=m["up"].dtype))
     for name, function in ACTIVATIONS.items():

@@ -89,7 +89,7 @@ def positions_shifted(m: Module, _: Tensor) -> Variants:
             yield "restarted at 0 in decode", m.rope(rope, shift=-ids.to(m.decoder.device))
 
 
-@fault("rope table in half precision", "attention")
+@fault("rope table in half precision", "attention", small=True)
 def rope_half(m: Module, _: Tensor) -> Variants:
     if has_rope(m):
         for dtype in (torch.float16, torch.bfloat16):
