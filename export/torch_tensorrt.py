@@ -38,7 +38,7 @@ from refmodels.ops import cached_attention
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap, tap_names
 from trt_runtime.bundle import MODEL_NAME, PLAN_NAME, TAPS_PLAN_NAME, AttentionMode
-from trt_runtime.plugins import CREATORS, VERSION
+from trt_runtime.plugins import CREATORS, VERSION, register
 from trt_runtime.tensorrt_api import IS_RTX, LOGGER, errors_of, package_version, trt, warnings_of
 
 _LIBRARY = torch.library.Library("refmodels", "FRAGMENT")
@@ -93,6 +93,8 @@ def build_plan(
     """
     import_torch_tensorrt()
     check_modes(attention, "exact")
+    if attention == "plugin":
+        register()
     model = onnx.load(directory / MODEL_NAME, load_external_data=False)
     fix_capacity(model, options.max_seq)
     decoder = bundle_decoder(directory, model, spec, positions=options.max_seq)

@@ -112,19 +112,22 @@ def site() -> Path:
         target.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as draft:
             packages = [f"torch-tensorrt-rtx=={version}", "dllist"]
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", draft, *packages]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=1", "--timeout=20", "--no-deps"]
+            done = subprocess.run([*pip, "--target", draft, *packages], capture_output=True, text=True, check=False)
             if done.returncode:
-                pytest.skip(f"Torch-TensorRT cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+                pytest.skip(f"Torch-TensorRT cannot be installed: {done.stderr.strip().rpartition(chr(10))[2]}")
             Path(draft).rename(target)
             Path(draft).mkdir()
     return target
 
 
 def job_inputs(spec: ModelSpec) -> dict[str, Tensor]:
-    """A step with random caches, rows of unequal length, padding, and a query that sees nothing."""
+    """A step with random caches, rows of unequal length, padding, and a query that sees nothing.
+
+    It is past the windows and the length from which logn and NTK count, where a golden case has them.
+    """
     make = torch.Generator().manual_seed(0)
-    lengths, tokens = torch.tensor([3, 0]), 5
+    lengths, tokens = torch.tensor([30, 0]), 12
     mask = torch.ones(2, int(lengths.max()) + tokens, dtype=torch.int64)
     mask[0, 1] = mask[1, 0] = 0
     a, rope = spec.attention, spec.rope
@@ -133,7 +136,7 @@ def job_inputs(spec: ModelSpec) -> dict[str, Tensor]:
         "input_ids": torch.randint(spec.vocab_size, (2, tokens), generator=make),
         "cache_lengths": lengths,
         "attention_mask": mask,
-        "logit_index": torch.tensor([[4, 0], [2, 1]]),
+        "logit_index": torch.tensor([[11, 0], [2, 1]]),
         "position_ids": lengths[:, None] + torch.arange(tokens),
         "ntk_table": torch.tensor([last_table, 0]),
     }
@@ -205,7 +208,7 @@ def test_weights_are_in_the_plan_once(case: str, converted: Path) -> None:
     model = onnx.load(bundle.model_path, load_external_data=False)
     stored = sum(int(e.value) for i in model.graph.initializer for e in i.external_data if e.key == "length")
     for plan in read_layers(bundle.directory / "engine.layers.json"):
-        assert stored <= plan.weight_bytes <= 1.1 * stored + 4096
+        assert stored <= plan.weight_bytes <= 1.01 * stored
 
 
 def wide_decoder(case: str, converted: Path) -> Decoder:
