@@ -117,7 +117,7 @@ def test_every_launch_is_among_the_compiled(capability: int, dtype: Any) -> None
         assert len(known) <= 8
         asked = set()
         for _ in range(150):
-            most = spec.max_positions
+            most = 32768  # a cache may be longer than the model's own configuration says
             slots = random_.choice([random_.randint(1, most), random_.randint(1, min(64, most)), most])
             shape = replace(
                 attention_shape(
