@@ -44,14 +44,14 @@ class Source:
 
     value: str | None = None
     concat: list[Source] = field(default_factory=list)
-    transpose: list[int] | None = None
-    columns: list[int] | None = None
+    transpose: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
     heads: int = 0
 
     def __post_init__(self) -> None:
         if (self.value is None) == (not self.concat):
             raise LogitLockError('the source of a tap needs either "value" or "concat"')
-        if self.columns is not None and len(self.columns) != 2:
+        if len(self.columns) not in (0, 2):
             raise LogitLockError(f"columns of {self.value} must be [start, stop], got {self.columns}")
 
     def values(self) -> Iterator[str]:
@@ -71,7 +71,7 @@ class Source:
             return torch.cat([part.read(tensors, batch, tokens) for part in self.concat], -1)
         tensor = tensors[self.value]
         shape = list(tensor.shape)
-        if self.transpose is not None:
+        if self.transpose:
             if sorted(self.transpose) != list(range(tensor.ndim)):
                 raise LogitLockError(f"{self.value} has shape {shape}, which cannot be transposed by {self.transpose}")
             tensor = tensor.permute(self.transpose)
@@ -83,7 +83,7 @@ class Source:
                 "with transpose how), or their product"
             )
         tensor = tensor.reshape(batch, tokens, -1)
-        if self.columns is not None:
+        if self.columns:
             tensor = tensor[..., self.columns[0] : self.columns[1]]
         return regroup_heads(tensor, self.heads) if self.heads else tensor
 

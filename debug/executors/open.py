@@ -82,7 +82,7 @@ def open_executor(
         for path, parameters in ((text, []), (word, rest)):
             if form.word is None and form.matches(Path(path)):
                 return form.open([path, *parameters], options)
-    raise LogitLockError(f"{text!r} names no executor; it must be one of\n{forms_help()}")
+    raise LogitLockError(f"{text!r} names no executor; it must be one of {_forms()}")
 
 
 def numerics_of(engine: Engine) -> Numerics:
@@ -98,6 +98,10 @@ def forms_help() -> str:
     """All forms, one a line."""
     width = max(len(form.text) for form in FORMS)
     return "\n".join(f"  {form.text:<{width}}  {form.meaning}" for form in FORMS)
+
+
+def _forms() -> str:
+    return ", ".join(form.text for form in FORMS)
 
 
 def _reference(words: list[str], options: _Options) -> Engine:
@@ -120,9 +124,9 @@ def _kernels(words: list[str], options: _Options) -> Engine:
 def _huggingface(words: list[str], options: _Options) -> Engine:
     from debug.executors.huggingface import HuggingFaceEngine
 
-    dtype = words.pop(0) if words and words[0] in DTYPES else "fp32"
-    _check("hf", words, len(words) < 2)
-    directory = Path(words[0]) if words else options.source.directory
+    dtype, rest = (words[0], words[1:]) if words and words[0] in DTYPES else ("fp32", words)
+    _check("hf", words, len(rest) < 2)
+    directory = Path(rest[0]) if rest else options.source.directory
     return HuggingFaceEngine(
         directory,
         options.source.spec,
@@ -159,7 +163,7 @@ def _onnx(words: list[str], options: _Options) -> Engine:
 
 def _check(form: str, words: list[str], fits: bool) -> None:
     if not fits:
-        raise LogitLockError(f"{':'.join([form, *words])!r} is not understood; the forms are\n{forms_help()}")
+        raise LogitLockError(f"{':'.join([form, *words])!r} is not understood; the forms are {_forms()}")
 
 
 FORMS = (

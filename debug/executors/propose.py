@@ -215,7 +215,7 @@ def _layouts(
         moved = value.permute(order)
         if moved.shape[:2] == (batch, tokens) and moved[0, 0].numel() in widths:
             plain = order == tuple(range(value.ndim))
-            source = Source(value=name, transpose=None if plain else list(order))
+            source = Source(value=name, transpose=[] if plain else list(order))
             found.append((source, moved.reshape(batch * tokens, -1).float()))
     return found
 

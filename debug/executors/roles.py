@@ -184,11 +184,14 @@ def _axes(value: ir.Value, spec: ModelSpec, path: Path) -> str:
     assert value.shape is not None
     dims = list(value.shape)
     fixed = {"H": spec.attention.kv_heads, "D": spec.attention.head_dim}
+    if not any(isinstance(dim, int) for dim in dims):
+        return _LAYOUTS[0]
     for order in _LAYOUTS:
         by_axis = dict(zip(order, dims, strict=True))
-        fits = all(not isinstance(dim, int) or fixed.get(axis, dim) == dim for axis, dim in by_axis.items())
-        batch = str(getattr(by_axis["B"], "value", "") or "")
-        if fits and not isinstance(by_axis["S"], int) and "seq" not in batch and "past" not in batch:
+        fits = all(by_axis[axis] == size for axis, size in fixed.items()) and not isinstance(by_axis["S"], int)
+        batch = by_axis["B"]
+        name = "" if isinstance(batch, int) else str(batch.value or "")
+        if fits and (batch == 1 or not isinstance(batch, int)) and not re.search("seq|past", name):
             return order
     raise LogitLockError(
         f"{path}: the cache input {value.name} of {_describe(value)} is not understood; expected the axes batch, "
