@@ -112,7 +112,7 @@ def main() -> None:
             assert error < 1e-3, (name, block, error)
             row[f"gemv {block}"] = {"us": time * 1e3, "fraction": size / time / bandwidth * 1e3, "error": error}
         found[name] = row
-        ours = row[f"gemv {BLOCKS[0]}"]
+        ours = row[f"gemv {(*linear.block_of(k, gated=gated), linear.WARPS)}"]
         best = min((v["us"], key) for key, v in row.items() if key.startswith("gemv"))
         line = (
             f"{name:20s} gemv {ours['us']:6.1f} us {ours['fraction']:.0%} (best {best[0]:6.1f}: {best[1]}), cuBLAS/Lt"

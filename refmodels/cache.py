@@ -170,9 +170,8 @@ class KVCache:
         """Commit a step that has run: its real tokens (and pads before them) now occupy their slots."""
         steps = torch.arange(step.new_mask.shape[1])
         used = torch.where(step.new_mask, steps + 1, 0).amax(1)
-        slots = self.lengths[:, None] + steps
-        before = self.mask.gather(1, slots)
-        self.mask.scatter_(1, slots, torch.where(steps < used[:, None], step.new_mask, before))
+        # Beyond its length a row's mask is False, and so is the step's beyond its last real token.
+        self.mask.scatter_(1, self.lengths[:, None] + steps, step.new_mask)
         self.lengths = self.lengths + used
         if step.ntk_table is not None:
             self.ntk_table = step.ntk_table

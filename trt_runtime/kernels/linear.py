@@ -17,8 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trt_runtime.kernels.launch import ElementType, Launch
 
-ROWS, COLUMNS, WARPS = 2, 2048, 8
-"""Of a tile of the matrix: the best, or within 7 % of it, for every shape of a 7B model (benchmarks/gpu_linear.py)."""
+WARPS = 4
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -96,6 +95,16 @@ def gate_kernel(x, out, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     tl.store(out + row * n + column, y.to(kind), mask=live)
 
 
+def block_of(k: int, *, gated: bool) -> tuple[int, int]:
+    """Rows and columns of a tile of the matrix: what made whole decode steps of 7B models fastest on an H200.
+
+    Alone, each product is within 7 % of its best with any of them (benchmarks/gpu_linear.py).
+    """
+    if gated:
+        return 1, 4096
+    return (2, 1024) if k > 8192 else (2, 2048)
+
+
 def gemv_serves(k: int, dtype: ElementType) -> bool:
     """Whether rows of `k` elements all start at a multiple of 16 bytes, as `gemv` needs it."""
     return k * _BYTES[dtype] % 16 == 0
@@ -112,7 +121,7 @@ def gemv(
     bias: Any = None,
     residual: Any = None,
     gated: bool = False,
-    block: tuple[int, int, int] = (ROWS, COLUMNS, WARPS),
+    block: tuple[int, int, int] | None = None,
 ) -> Launch:
     """out = residual + (weight @ x + bias), or with `gated` silu of its first half times its second half.
 
@@ -120,21 +129,22 @@ def gemv(
         n, k: elements of out and of x; `gemv_serves(k, dtype)`.
         x [k], weight [n, k], out [n], bias [n], residual [n]: of `dtype`; weight [2 * n, k] and bias [2 * n] if gated.
             Products are added in fp32.  out may be residual.
-        block: rows and columns of a tile, warps (for measurements).
+        block: rows and columns of a tile, and warps, instead of `block_of` (for measurements).
     """
+    rows, columns, warps = block or (*block_of(k, gated=gated), WARPS)
     return Launch(
         kernel=gemv_kernel,
-        grid=(triton.cdiv(n, block[0]), 1, 1),
+        grid=(triton.cdiv(n, rows), 1, 1),
         arguments={"x": x, "weight": weight, "bias": bias, "residual": residual, "out": out, "n": n, "k": k},
         constants={
-            "ROWS": block[0],
-            "COLUMNS": block[1],
+            "ROWS": rows,
+            "COLUMNS": columns,
             "VECTOR": 16 // _BYTES[dtype],
             "GATED": gated,
             "OVERLAP": True,
         },
         pointers=dict.fromkeys(("x", "weight", "bias", "residual", "out"), dtype),
-        warps=block[2],
+        warps=warps,
         options={"launch_pdl": True},
     )
 
@@ -147,6 +157,6 @@ def gate(*, rows: int, n: int, dtype: ElementType, x: Any, out: Any, block: int 
         arguments={"x": x, "out": out, "n": n},
         constants={"BLOCK": block, "OVERLAP": True},
         pointers={"x": dtype, "out": dtype},
-        warps=4,
+        warps=WARPS,
         options={"launch_pdl": True},
     )
