@@ -12,6 +12,7 @@ import pytest
 import torch
 from command import logitlock
 from conftest import GOLDENS, case_source, needs_opset_24
+from tensorrt_report import check_engine, equal_start, page
 from torch import Tensor
 
 import debug.sides
@@ -20,7 +21,17 @@ from export.compile import export_model
 from refmodels.errors import LogitLockError
 from refmodels.taps import Recorder, tap_names
 from trt_runtime import engines, tensorrt_engine
-from trt_runtime.bundle import Bundle, EngineInfo, Profile, read_bundle
+from trt_runtime.bundle import (
+    INFO_NAME,
+    PLAN_NAME,
+    TAPS_PLAN_NAME,
+    AttentionMode,
+    Bundle,
+    BundleDraft,
+    EngineInfo,
+    Profile,
+    read_bundle,
+)
 from trt_runtime.engine import TorchEngine
 from trt_runtime.engines import open_engine
 from trt_runtime.generate import GenerationConfig, generate
@@ -54,18 +65,26 @@ BUILT = EngineInfo(
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    """A golden case in fp32, whose bundle.json says that it has a TensorRT engine."""
+    """A golden case in fp32 whose bundle.json says that it has a TensorRT engine; its plans are no plans."""
     root = tmp_path_factory.mktemp("bundles")
 
     def bundle(case: str) -> Bundle:
-        if not (root / case).exists():
-            export_model(
-                case_source(case), precision="fp32", output=root / case, max_seq=MAX_SEQ, backend="onnxruntime"
-            )
-        opened = read_bundle(root / case)
-        return dataclasses.replace(opened, info=dataclasses.replace(opened.info, engine=BUILT, profiles=PROFILES))
+        directory = root / case
+        if not directory.exists():
+            export_model(case_source(case), precision="fp32", output=directory, max_seq=MAX_SEQ, backend="onnxruntime")
+            for name in (PLAN_NAME, TAPS_PLAN_NAME):
+                (directory / name).write_bytes(b"no plan")
+            info = dataclasses.replace(read_bundle(directory).info, engine=BUILT, profiles=PROFILES)
+            BundleDraft(without_manifest(directory)).finish(info)
+        return read_bundle(directory)
 
     return bundle
+
+
+def without_manifest(directory: Path) -> Path:
+    """The directory, to be hashed anew."""
+    (directory / INFO_NAME).unlink()
+    return directory
 
 
 @pytest.fixture
@@ -384,12 +403,9 @@ def test_auto_takes_tensorrt_where_it_can_run(
 
 
 @needs_opset_24
-def test_diff_takes_the_same_engine(
-    bundles: Callable[[str], Bundle], opened: Callable[[str], TensorRTEngine], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_diff_takes_the_same_engine(bundles: Callable[[str], Bundle], opened: Callable[[str], TensorRTEngine]) -> None:
     opened("gpt_bigcode")
     bundle, model = bundles("gpt_bigcode"), str(GOLDENS / "gpt_bigcode")
-    monkeypatch.setattr(debug.sides, "read_bundle", lambda path: bundle)
     result = debug.sides.diff_bundle(bundle.directory, model, steps=2)
     assert result.engine.startswith(f"TensorRT ({package_version()}) in float32") and result.verdict == "aligned"
     assert {error.tap for error in result.taps} == set(tap_names(bundle.spec))
@@ -399,12 +415,36 @@ def test_diff_takes_the_same_engine(
 
 def test_the_verbs_offer_the_engine(bundles: Callable[[str], Bundle]) -> None:
     directory = bundles("gpt_bigcode").directory
-    no_plan = "has no TensorRT engine; export it with --backend tensorrt"
     outcome = logitlock("generate", "--bundle", directory, "--prompt", "x", "--engine", "tensorrt")
-    outcome.assert_bad_input(no_plan)
+    outcome.assert_bad_input("a TensorRT engine needs a CUDA GPU")
     diff = ("diff", "--bundle", directory, "--model", GOLDENS / "gpt_bigcode", "--steps", 1, "--json")
-    logitlock(*diff, "--engine", "tensorrt").assert_bad_input(no_plan)
+    logitlock(*diff, "--engine", "tensorrt").assert_bad_input("a TensorRT engine needs a CUDA GPU")
     outcome = logitlock("generate", "--model", "qwen", "--prompt", "x", "--engine", "onnxruntime")
     outcome.assert_bad_input("--engine are for --bundle")
     outcome = logitlock(*diff, "--engine", "onnxruntime")
     assert outcome.code == 0 and "ONNX Runtime" in outcome.out
+
+
+@needs_opset_24
+@pytest.mark.skipif(not IS_RTX, reason="full TensorRT builds on a GPU only")
+@pytest.mark.parametrize(("family", "attention"), [("gpt", "plugin"), ("qwen", "decomposed")])
+def test_the_gpu_suite_without_its_gpu(
+    family: str, attention: AttentionMode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real build and a real bundle; only the plan is played."""
+    device(monkeypatch)
+    monkeypatch.setattr(tensorrt_engine, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tensorrt_engine, "CudaStream", FakeStream)
+
+    def load(directory: Path, name: str, built: EngineInfo) -> FakeEngine:
+        bundle = read_bundle(directory)
+        assert bundle.info.engine == built and (directory / name).stat().st_size > 1000
+        return FakeEngine(OnnxRuntimeEngine(bundle, threads=1)._session(tapped="taps" in name).session, bundle.info)
+
+    monkeypatch.setattr(tensorrt_engine, "load_plan", load)
+    row = check_engine(family, "fp32", attention, tmp_path / "bundle")
+    assert row.tokens == row.of > 3 and row.verdict == "aligned" and row.margin_flips == 0
+    assert row.captured and row.milliseconds > 0 and row.megabytes > 1
+    text = page([row, dataclasses.replace(row, verdict="diverged", captured=False)], machine="no GPU")
+    assert f"| {family} | fp32 | {attention} |" in text and "1 of 2 engines are aligned" in text
+    assert equal_start([1, 2, 3], [1, 2, 4]) == 2 and equal_start([1, 2], [1, 2]) == 2
