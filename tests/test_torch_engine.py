@@ -314,7 +314,7 @@ for dtype in (torch.float32, torch.float16):
     execute([linear.gate(rows=3, n=100, dtype=kind, x=x, out=out)])
     torch.testing.assert_close(out, F.silu(x[:, :100]) * x[:, 100:], rtol=4 * eps, atol=0)
     x = torch.randn(4, 40000).to(dtype)
-    x[0, [39000, 7, 7 + 4096, 7 + 8192, 7 + 16384]] = 9
+    x[0, [39000, 7, 7 + 8192, 7 + 16384, 7 + 24576]] = 9
     x[1, 17000], x[2, 5], x[3, 39999] = float("nan"), float("inf"), float("-inf")
     chosen = torch.full((2, 4), -1)
     execute([greedy.greedy(rows=4, n=40000, dtype=kind, logits=x, chosen=chosen)])

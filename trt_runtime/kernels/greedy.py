@@ -13,7 +13,7 @@ from trt_runtime.kernels.launch import ElementType, Launch
 
 
 @triton.jit
-def greedy_kernel(logits, chosen, rows, n, BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):
+def greedy_kernel(logits, chosen, rows, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -23,7 +23,7 @@ def greedy_kernel(logits, chosen, rows, n, BLOCK: tl.constexpr, STAGES: tl.const
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_at = column
     bad = tl.zeros((BLOCK,), tl.int32)
-    for first in tl.range(0, n, BLOCK, num_stages=STAGES):
+    for first in range(0, n, BLOCK):
         at = first + column
         value = tl.load(start + at, mask=at < n, other=float("-inf")).to(tl.float32)
         # False for NaN as well.
@@ -44,8 +44,8 @@ def greedy(*, rows: int, n: int, dtype: ElementType, logits: Any, chosen: Any) -
         kernel=greedy_kernel,
         grid=(rows, 1, 1),
         arguments={"logits": logits, "chosen": chosen, "rows": rows, "n": n},
-        constants={"BLOCK": 4096, "STAGES": 4, "OVERLAP": True},
+        constants={"BLOCK": 8192, "OVERLAP": True},
         pointers={"logits": dtype, "chosen": "i64"},
-        warps=16,
+        warps=32,
         options={"launch_pdl": True},
     )
