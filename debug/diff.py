@@ -160,6 +160,7 @@ class _Diff:
             prompts=self.capture.prompts.origin,
             prompt_lengths=self.capture.prompts.mask.sum(1).tolist(),
             steps=self.capture.steps,
+            logit_tokens=self.logits.tokens(self.whole.plan, self.capture.prompts.ids.shape[1]),
         )
 
     def _run(self, reference: Reference, sink: Callable[[str, Tensor, Tensor], None]) -> None:

@@ -10,16 +10,20 @@ fault of the cache, not of the modules.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from debug.metrics import json_number, kl_divergence, top_margin
 from debug.prompts import Prompts
+from debug.results import data_frame
 from refmodels.cache import KVCache
 from refmodels.model import Decoder
 from trt_runtime.engine import Engine, TorchEngine
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 
@@ -72,6 +76,10 @@ class DriftResult:
     engine: str
     reference: str
     prompts: str
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a teacher-forced step, with the columns of `DriftStep`; errors as `DiffResult.to_frame`."""
+        return data_frame([asdict(step) for step in self.steps])
 
     def to_json(self) -> dict[str, Any]:
         def plain(value: DriftStep | FirstDifference) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from debug.metrics import kl_divergence, nonfinite_count, top_margin
-from debug.results import LogitError, ObserverEffect
+from debug.results import LogitError, LogitToken, ObserverEffect
+from refmodels.cache import StepInputs
 
 _BLOCK_TOKENS = 32
 
@@ -46,13 +47,15 @@ class LogitComparison:
                     (rounded - truth).abs().amax(-1),
                     (untapped - tapped).abs().amax(-1),
                     untapped.argmax(-1) != tapped.argmax(-1),
+                    best,
+                    untapped.argmax(-1),
                 ],
                 1,
             )
         )
 
     def result(self) -> LogitError:
-        kl, floor_kl, flips, floor_flips, margin, error, floor_error, _, _ = torch.cat(self.rows).unbind(1)
+        kl, floor_kl, flips, floor_flips, _, error, floor_error, *_ = torch.cat(self.rows).unbind(1)
         size, off, floor_off = self.squares.sqrt().tolist()
         return LogitError(
             tokens=len(kl),
@@ -60,7 +63,7 @@ class LogitComparison:
             kl_max=float(kl.max()),
             top1=float(1 - flips.mean()),
             flips=int(flips.sum()),
-            margin_flips=int(((flips > 0) & (margin > 2 * floor_error.max())).sum()),
+            margin_flips=int(self._beyond_rounding().sum()),
             max_abs=float(error.max()),
             rel_l2=off / size if size else off,
             floor_kl_mean=float(floor_kl.mean()),
@@ -70,6 +73,39 @@ class LogitComparison:
             floor_rel_l2=floor_off / size if size else floor_off,
             nonfinite=self.nonfinite,
         )
+
+    def _beyond_rounding(self) -> Tensor:
+        _, _, flips, _, margin, _, floor_error, *_ = torch.cat(self.rows).unbind(1)
+        return (flips > 0) & (margin > 2 * floor_error.max())
+
+    def tokens(self, plan: StepInputs, length: int) -> list[LogitToken]:
+        """One by one, as they were added: all real tokens of `plan`, whose first `length` columns are the prefill."""
+        places = plan.new_mask.nonzero().tolist()
+        index = plan.new_mask.cumsum(1) - 1
+        found = []
+        for (row, column), values, beyond in zip(
+            places, torch.cat(self.rows).tolist(), self._beyond_rounding().tolist(), strict=True
+        ):
+            kl, floor_kl, _, _, margin, error, floor_error, _, _, expected, chosen = values
+            step = max(0, column - length + 1)
+            found.append(
+                LogitToken(
+                    step=step,
+                    row=row,
+                    position=0 if step else column,
+                    index=int(index[row, column]),
+                    token=int(plan.input_ids[row, column]),
+                    expected=int(expected),
+                    chosen=int(chosen),
+                    kl=kl,
+                    floor_kl=floor_kl,
+                    margin=margin,
+                    error=error,
+                    floor_error=floor_error,
+                    beyond_rounding=beyond,
+                )
+            )
+        return found
 
     def observer_effect(self) -> ObserverEffect:
         rows = torch.cat(self.rows)

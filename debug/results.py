@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from debug.metrics import json_number
+from refmodels.errors import LogitLockError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 Phase = Literal["prefill", "decode"]
@@ -19,6 +23,15 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def data_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """A row a dict; pandas is imported here only."""
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise LogitLockError("a DataFrame needs pandas: pip install 'logitlock[report]'") from error
+    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +174,41 @@ class LogitError:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogitToken:
+    """The logits after one token; `LogitError` is made of these.
+
+    step, row, position: as in `TapError.worst`.  index: the token's place in the text of its row, padding not counted.
+    token: what was fed there.  expected, chosen: greedy tokens of the reference and of the engine.  margin: the
+    reference's lead of its token over the runner-up.  error, floor_error: largest absolute logit error of the engine
+    and of the floor.  beyond_rounding: a flip that `LogitError.margin_flips` counts.
+    """
+
+    step: int
+    row: int
+    position: int
+    index: int
+    token: int
+    expected: int
+    chosen: int
+    kl: float
+    floor_kl: float
+    margin: float
+    error: float
+    floor_error: float
+    beyond_rounding: bool
+
+    @property
+    def flip(self) -> bool:
+        return self.chosen != self.expected
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()},
+            "flip": self.flip,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObserverEffect:
     """Logits with taps against logits without.  top1_changed: tokens whose greedy token differs."""
 
@@ -174,7 +222,10 @@ class ObserverEffect:
 
 @dataclass(kw_only=True)
 class DiffResult:
-    """Outcome of a diff; `taps` in the order of execution, step by step."""
+    """Outcome of a diff; `taps` in the order of execution, step by step.
+
+    logit_tokens: the logits token by token.  token_texts: texts of their ids, where there is a tokenizer.
+    """
 
     verdict: Verdict
     culprits: list[Culprit]
@@ -190,12 +241,26 @@ class DiffResult:
     prompt_lengths: list[int]
     steps: int
     context: dict[str, Any] = field(default_factory=dict)
+    logit_tokens: list[LogitToken] = field(default_factory=list)
+    token_texts: dict[int, str] = field(default_factory=dict)
 
     @property
     def first_wrong_tap(self) -> str | None:
         return self.culprits[0].tap if self.culprits else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_frame(self) -> pd.DataFrame:
+        """One row a tap and step, with the columns of `TapError`; worst_row and worst_position instead of worst.
+
+        Raises:
+            LogitLockError: pandas is not installed.
+        """
+        rows = [asdict(tap) for tap in self.taps]
+        for row in rows:
+            row["worst_row"], row["worst_position"] = row.pop("worst")
+        return data_frame(rows)
+
+    def to_json(self, *, tokens: bool = False) -> dict[str, Any]:
+        """Schema 1; `tokens` adds "logit_tokens", an entry a token, which is long for long prompts."""
         return {
             "schema": SCHEMA,
             "verdict": self.verdict,
@@ -215,4 +280,5 @@ class DiffResult:
                 "steps": self.steps,
                 **self.context,
             },
+            **({"logit_tokens": [t.to_json() for t in self.logit_tokens]} if tokens else {}),
         }
