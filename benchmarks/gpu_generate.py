@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.metadata
 import itertools
 import json
 import statistics
@@ -296,8 +297,11 @@ def main() -> None:
             free()
         known[name] = entry
         known["versions"] = {
-            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__
-        }  # fmt: skip
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+        }
         path.write_text(json.dumps(known, indent=1) + "\n")
         profile_path.write_text(json.dumps(profiles, indent=1) + "\n")
     if missed:
