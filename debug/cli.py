@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from enum import Enum
@@ -47,7 +48,17 @@ VERBS = {
     "generate": Verb("trt_runtime.cli", "generate", "Generate text with the reference or with an engine."),
     "verify": Verb("debug.cli", "verify", "Compare the reference with what the upstream code computed."),
     "record": Verb("debug.cli", "record", "Record a golden case by running Hugging Face transformers."),
-    "diff": Verb("debug.cli", "diff", "Compare an engine with the fp64 reference, tensor by tensor."),
+    "diff": Verb(
+        "debug.cli",
+        "diff",
+        "Compare an engine with the fp64 reference, tensor by tensor, or two executors of any kind.",
+    ),
+    "trace": Verb("debug.cli", "trace", "Save every tap of an executor, to be compared on another machine."),
+    "drift": Verb(
+        "debug.cli",
+        "drift",
+        "Show how an engine drifts from the reference while it decodes, and the first token that differs.",
+    ),
     "inspect": Verb("trt_runtime.cli", "inspect", "Show what is in a bundle."),
     "models": Verb(
         "refmodels.cli", "models", "List the model families, the published models they cover, and the bundled toys."
@@ -150,39 +161,190 @@ def record(
         )
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="What the sides were made from: family name, Hugging Face directory or hub id.",
+        show_default="what a side says of itself",
+    ),
+]
+Prompt = Annotated[list[str] | None, typer.Option(help="Text of at least 8 tokens; may be repeated.")]
+PromptFile = Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt a line.")]
+Seed = Annotated[int, typer.Option(help="Of the random prompts for models without a tokenizer.")]
+Rounding = Annotated[bool, typer.Option(help="Round every node of a half-precision graph to its dtype on the CPU.")]
+NameMap = Annotated[
+    Path | None, typer.Option("--map", help="JSON: which values of an ONNX file are which taps; else one is proposed.")
+]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code in a Hugging Face directory.")
+]
+
+
 def diff(
-    bundle: Annotated[Path, typer.Option(metavar="DIR", help="Bundle to test.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="What the bundle was made from: family name, Hugging Face directory or hub id.",
-            show_default="the toy that the bundle names",
-        ),
+    sides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="A B", help="What to compare: B is tested; A, if given, is what it should be like."),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text of at least 8 tokens; may be repeated.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt a line.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps, fed the reference's greedy tokens.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the random prompts for models without a tokenizer.")] = 0,
+    bundle: Annotated[Path | None, typer.Option(metavar="DIR", help="Bundle to test: the same as B.")] = None,
+    model: Model = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps, fed B's own greedy tokens.")] = 8,
+    seed: Seed = 0,
     engine: Annotated[
         Literal["auto", "tensorrt", "onnxruntime"],
-        typer.Option(help="auto is TensorRT where the bundle has a plan and this machine can run it."),
+        typer.Option(help="Of --bundle: auto is TensorRT where the bundle has a plan and this machine can run it."),
     ] = "auto",
-    emulate_rounding: Annotated[
-        bool, typer.Option(help="Round every node of a half-precision bundle to its dtype on the CPU.")
-    ] = True,
+    emulate_rounding: Rounding = True,
+    name_map: NameMap = None,
+    trust_remote_code: RemoteCode = False,
     every_tap: Annotated[bool, typer.Option("--every-tap", help="Show all taps, not only the worst.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a report that works offline.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Compare an engine with the fp64 reference, tensor by tensor.
+    """Compare an engine with the fp64 reference, tensor by tensor, or two executors of any kind.
 
     For every tap: the accumulated error, the local error (the reference module run on the engine's own inputs), and
     the noise floor that the engine's dtype explains.  The first tap whose local error is above 8 floors is the
-    culprit.  Exit code 0: aligned; 1: diverged, or NaN or Inf found.
+    culprit; the fault that explains it is named if it is a known one.  With A and B both are judged in this way, so
+    that the result says which of them is wrong.
+
+    A side is one of: reference[:DTYPE[:NUMERICS]] (this project's PyTorch model), hf[:DTYPE][:DIR] (Hugging Face
+    transformers itself), a bundle's directory, tensorrt:BUNDLE, kernels[:DTYPE] (the reference with GPU kernels),
+    FILE.onnx (any decoder, see --map), a golden case's directory, or a trace (.safetensors, from `logitlock trace`).
+    Exit code 0: aligned; 1: diverged, or NaN or Inf found.
 
     Example: logitlock diff --model qwen --bundle engines/qwen-fp16
+
+    Example: logitlock diff --model ./my-qwen2 hf:fp16 engines/my-qwen2-fp16
     """
-    from debug.sides import diff_bundle
+    from debug.sides import TRUTH, diff_bundle, diff_sides
     from debug.tables import print_diff
+    from refmodels.errors import LogitLockError
+
+    named = list(sides or ())
+    if (bundle is None) == (not named) or len(named) > 2:
+        raise LogitLockError("say what to test: --bundle DIR, or one or two sides ([A] B)")
+    if html is not None:
+        from debug.report import check_report, write_report
+
+        # What would fail after the run fails before it.
+        check_report(html)
+    texts = _texts(prompt, prompt_file)
+    if bundle is not None:
+        result = diff_bundle(
+            bundle, model, prompts=texts, steps=steps, seed=seed, engine=engine, emulate_rounding=emulate_rounding
+        )
+    else:
+        result = diff_sides(
+            named[0] if len(named) == 2 else TRUTH,
+            named[-1],
+            model=model,
+            prompts=texts,
+            steps=steps,
+            seed=seed,
+            name_map=name_map,
+            emulate_rounding=emulate_rounding,
+            trust_remote_code=trust_remote_code,
+        )
+    if html is not None:
+        write_report(result, html, command=shlex.join(["logitlock", *sys.argv[1:]]))
+    if json_output:
+        _print_json(result.to_json())
+    else:
+        print_diff(result, every_tap=every_tap)
+    if not result.aligned:
+        raise typer.Exit(1)
+
+
+def trace(
+    side: Annotated[str, typer.Argument(help="An executor, named as for diff.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The trace to make (.safetensors).")],
+    model: Model = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    steps: Annotated[int, typer.Option(min=0, help="Decode steps, fed its own greedy tokens.")] = 8,
+    tokens_of: Annotated[
+        Path | None, typer.Option(metavar="TRACE", help="Run on the prompts and tokens of another trace.")
+    ] = None,
+    seed: Seed = 0,
+    emulate_rounding: Rounding = True,
+    name_map: NameMap = None,
+    trust_remote_code: RemoteCode = False,
+    json_output: Json = False,
+) -> None:
+    """Save every tap of an executor, to be compared on another machine.
+
+    The file holds the logits of an untapped run and all taps of a tapped one, written one by one.  `logitlock diff`
+    takes it as a side.
+
+    Example: logitlock trace tensorrt:engines/qwen-fp16 --out qwen.safetensors && logitlock diff qwen.safetensors
+    """
+    from debug.sides import trace_side
+
+    path = trace_side(
+        side,
+        out,
+        model=model,
+        prompts=_texts(prompt, prompt_file),
+        steps=steps,
+        seed=seed,
+        tokens_of=tokens_of,
+        name_map=name_map,
+        emulate_rounding=emulate_rounding,
+        trust_remote_code=trust_remote_code,
+    )
+    size = path.stat().st_size
+    if json_output:
+        _print_json({"trace": str(path), "bytes": size})
+    else:
+        print(f"{path}: {size / 1e6:.1f} MB")
+
+
+def drift(
+    side: Annotated[str, typer.Argument(help="An executor, named as for diff (but not a trace).")],
+    model: Model = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps.")] = 32,
+    reset: Annotated[bool, typer.Option(help="Also prefill anew at each step, to tell the cache's part.")] = True,
+    seed: Seed = 0,
+    emulate_rounding: Rounding = True,
+    name_map: NameMap = None,
+    trust_remote_code: RemoteCode = False,
+    json_output: Json = False,
+) -> None:
+    """Show how an engine drifts from the reference while it decodes, and the first token that differs.
+
+    Teacher-forced steps give KL, top-1 and cache error by step, with the carried cache and with one made anew.  The
+    free-running decode tells the first token that differs, and whether the reference's margin there is small enough for
+    rounding to have decided it.  Exit code 1 where it is not.
+
+    Example: logitlock drift engines/qwen-fp16 --steps 32
+    """
+    from debug.sides import drift_side
+    from debug.tables import print_drift
+
+    result = drift_side(
+        side,
+        model=model,
+        prompts=_texts(prompt, prompt_file),
+        steps=steps,
+        seed=seed,
+        reset=reset,
+        name_map=name_map,
+        emulate_rounding=emulate_rounding,
+        trust_remote_code=trust_remote_code,
+    )
+    if json_output:
+        _print_json(result.to_json())
+    else:
+        print_drift(result)
+    if not all(difference.explained for difference in result.differences):
+        raise typer.Exit(1)
+
+
+def _texts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
     from refmodels.errors import LogitLockError
 
     texts = list(prompt or ())
@@ -194,15 +356,7 @@ def diff(
         texts += [line for line in lines if line.strip()]
         if not texts:
             raise LogitLockError(f"the prompt file {prompt_file} has no prompt")
-    result = diff_bundle(
-        bundle, model, prompts=texts, steps=steps, seed=seed, engine=engine, emulate_rounding=emulate_rounding
-    )
-    if json_output:
-        _print_json(result.to_json())
-    else:
-        print_diff(result, every_tap=every_tap)
-    if result.verdict != "aligned":
-        raise typer.Exit(1)
+    return texts
 
 
 def _print_json(value: object) -> None:

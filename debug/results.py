@@ -220,11 +220,39 @@ class ObserverEffect:
         return {"changed": self.changed, "max_abs": json_number(self.max_abs), "top1_changed": self.top1_changed}
 
 
+@dataclass(frozen=True, kw_only=True)
+class TapDistance:
+    """One tap of side b against side a, over all real tokens."""
+
+    tap: str
+    rel_l2: float
+    max_abs: float
+    cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Between:
+    """Side b against side a directly, whatever the reference says: logits (KL(a || b) in nats) and common taps."""
+
+    kl_mean: float
+    kl_max: float
+    top1: float
+    max_abs: float
+    taps: list[TapDistance]
+
+    def to_json(self) -> dict[str, Any]:
+        plain = _plain(asdict(self))
+        assert isinstance(plain, dict)
+        return plain
+
+
 @dataclass(kw_only=True)
 class DiffResult:
     """Outcome of a diff; `taps` in the order of execution, step by step.
 
     logit_tokens: the logits token by token.  token_texts: texts of their ids, where there is a tokenizer.
+
+    other: of a comparison of two executors, the same of side a; between: b against a directly.
     """
 
     verdict: Verdict
@@ -243,6 +271,13 @@ class DiffResult:
     context: dict[str, Any] = field(default_factory=dict)
     logit_tokens: list[LogitToken] = field(default_factory=list)
     token_texts: dict[int, str] = field(default_factory=dict)
+    other: DiffResult | None = None
+    between: Between | None = None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether nothing is wrong, on either side."""
+        return self.verdict == "aligned" and (self.other is None or self.other.aligned)
 
     @property
     def first_wrong_tap(self) -> str | None:
@@ -281,4 +316,6 @@ class DiffResult:
                 **self.context,
             },
             **({"logit_tokens": [t.to_json() for t in self.logit_tokens]} if tokens else {}),
+            **({} if self.other is None else {"other": self.other.to_json()}),
+            **({} if self.between is None else {"between": self.between.to_json()}),
         }

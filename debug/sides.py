@@ -1,23 +1,32 @@
-"""What is compared with what: bundles, models and prompts, opened and checked before anything runs."""
+"""What is compared with what: sides, models and prompts, opened and checked before anything runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from debug.diff import diff_engine, spec_difference
-from debug.prompts import default_prompts, text_prompts
-from debug.results import DiffResult
+from debug.capture import Capture, capture_engine
+from debug.diff import diff_capture, spec_difference
+from debug.drift import DriftResult, drift
+from debug.logits import LogitComparison
+from debug.metrics import token_errors
+from debug.prompts import Prompts, default_prompts, text_prompts
+from debug.results import Between, DiffResult, TapDistance
 from debug.streaming import Reference, StreamedDecoder
+from debug.trace import read_trace, trace_origin, write_trace
 from refmodels.checkpoint import ModelSource, checkpoint_hash, empty_decoder, load, load_tokenizer_for, resolve
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.spec import Numerics
-from trt_runtime.bundle import read_bundle
-from trt_runtime.engines import EngineChoice, open_engine, serves_tensorrt
+from refmodels.taps import is_cache_tap
+from trt_runtime.bundle import INFO_NAME, Bundle, read_bundle
+from trt_runtime.engine import Engine
+from trt_runtime.engines import EngineChoice, serves_tensorrt
 
 if TYPE_CHECKING:
     from refmodels.tokenizer import Tokenizer
@@ -26,6 +35,31 @@ LEAST_TOKENS = 8
 """A prompt needs this many: on one token at position 0 faults of rotation, mask and scale give a difference of 0."""
 _IN_MEMORY = 50_000_000
 """Parameters up to which the reference stays in memory as a whole (0.4 GB in fp64)."""
+TRUTH = "reference"
+
+
+@dataclass(kw_only=True)
+class Side:
+    """An executor to run, or a trace of one; `context` goes into the result."""
+
+    text: str
+    executor: Engine | None
+    trace: Capture | None
+    numerics: Numerics
+    context: dict[str, Any]
+    longest_prompt: int | None = None
+
+    def capture(self, prompts: Prompts, steps: int, tokens: Tensor | None = None) -> Capture:
+        if self.trace is not None:
+            same = torch.equal(self.trace.prompts.ids, prompts.ids) and self.trace.steps == steps
+            if not same or (tokens is not None and not torch.equal(self.trace.tokens, tokens)):
+                raise LogitLockError(
+                    f"{self.text} was traced on other tokens than the other side; trace both with the same prompts, "
+                    "and the second with --tokens-of the first"
+                )
+            return self.trace
+        assert self.executor is not None
+        return capture_engine(self.executor, prompts, steps=steps, tokens=tokens)
 
 
 def diff_bundle(
@@ -53,46 +87,251 @@ def diff_bundle(
             too long.
     """
     opened = read_bundle(bundle)
-    info = opened.info
-    if model is None and info.model not in FAMILIES:
-        raise LogitLockError(f"{bundle} was made from {info.model!r}; say with --model where that model is")
-    source = resolve(info.model if model is None else model)
-    if source.spec != opened.spec:
-        differing = spec_difference(source.spec, opened.spec)
-        raise LogitLockError(f"{bundle} is not a bundle of {source.name}: the architecture differs in {differing}")
+    tensorrt = engine == "tensorrt" or (engine == "auto" and serves_tensorrt(opened))
+    text = f"tensorrt:{bundle}" if tensorrt else str(bundle)
+    return diff_sides(
+        TRUTH, text, model=model, prompts=prompts, steps=steps, seed=seed, emulate_rounding=emulate_rounding
+    )  # fmt: skip
+
+
+def diff_sides(
+    a: str,
+    b: str,
+    *,
+    model: str | None = None,
+    prompts: Sequence[str] = (),
+    steps: int = 8,
+    seed: int = 0,
+    name_map: Path | None = None,
+    emulate_rounding: bool = True,
+    trust_remote_code: bool = False,
+) -> DiffResult:
+    """Compare two executors of one model: `b` is tested, `a` is what it should be like.
+
+    Both are judged against the fp64 reference, so that the result says which of them is wrong; where `a` is the
+    reference itself, only `b` is.
+
+    Args:
+        a, b: forms of `debug.executors.open.forms_help`, or trace files.
+        model: what both were made from; None: what a side says of itself.
+        prompts, steps, seed, emulate_rounding: as `diff_bundle`.
+        name_map: which values of an ONNX file are which taps.
+        trust_remote_code: run the Python code of a Hugging Face directory.
+    Raises:
+        LogitLockError: a side that cannot be opened, sides of different models, prompts that do not fit.
+    """
+    source = _source(model, (b, a))
+    options = {"name_map": name_map, "emulate_rounding": emulate_rounding, "trust_remote_code": trust_remote_code}
+    tested = open_side(b, source, **options)  # type: ignore[arg-type]
+    other = None if a in (TRUTH, f"{TRUTH}:fp64", f"{TRUTH}:fp64:exact") else open_side(a, source, **options)  # type: ignore[arg-type]
+    sides = [tested] if other is None else [tested, other]
+    batch, steps, tokens = _input(sides, source, prompts, steps, seed)
+    captures = []
+    for side in sides:
+        captures.append(side.capture(batch, steps, tokens))
+        tokens = captures[0].tokens
+        # An engine may be as large as the model; it is not needed any more.
+        side.executor = None
+    results = [_judged(capture, side, source) for capture, side in zip(captures, sides, strict=True)]
+    result = results[0]
+    if other is not None:
+        result.other = results[1]
+        result.between = _between(captures[1], captures[0])
+    return result
+
+
+def trace_side(
+    text: str,
+    path: Path,
+    *,
+    model: str | None = None,
+    prompts: Sequence[str] = (),
+    steps: int = 8,
+    seed: int = 0,
+    tokens_of: Path | None = None,
+    **options: Any,
+) -> Path:
+    """Write a trace of an executor; arguments and errors as `diff_sides`, `tokens_of` another trace to follow."""
+    source = _source(model, [text])
+    side = open_side(text, source, **options)
+    if side.executor is None:
+        raise LogitLockError(f"{text} is a trace already")
+    sides = [side]
+    if tokens_of is not None:
+        sides.append(open_side(str(tokens_of), source))
+    batch, steps, tokens = _input(sides, source, prompts, steps, seed)
+    with torch.inference_mode():
+        write_trace(side.executor, batch, path, steps=steps, tokens=tokens, model=source.name, numerics=side.numerics)
+    return path
+
+
+def drift_side(
+    text: str,
+    *,
+    model: str | None = None,
+    prompts: Sequence[str] = (),
+    steps: int = 32,
+    seed: int = 0,
+    reset: bool = True,
+    **options: Any,
+) -> DriftResult:
+    """`debug.drift.drift` of an executor named by text; arguments and errors as `diff_sides`."""
+    source = _source(model, [text])
+    side = open_side(text, source, **options)
+    if side.executor is None:
+        raise LogitLockError(f"{text} is a trace; drift needs an executor that runs")
+    batch, steps, _ = _input([side], source, prompts, steps, seed)
+    truth = load(source, dtype=torch.float64)
+    rounded = load(source, dtype=side.executor.dtype, numerics=side.numerics)
+    return drift(side.executor, truth, rounded, batch, steps=steps, reset=reset)
+
+
+def open_side(
+    text: str,
+    source: ModelSource,
+    *,
+    name_map: Path | None = None,
+    emulate_rounding: bool = True,
+    trust_remote_code: bool = False,
+) -> Side:
+    """Open one side; errors as `diff_sides`."""
+    from debug.executors.open import numerics_of, open_executor
+
+    if text.endswith(".safetensors"):
+        trace = read_trace(Path(text))
+        _same_model(text, trace.spec, source)
+        _, numerics = trace_origin(Path(text))
+        return Side(text=text, executor=None, trace=trace, numerics=numerics, context={"trace": Path(text).name})
+    bundle = _bundle_of(text)
+    context: dict[str, Any] = {"executor": text}
+    longest = None
+    if bundle is not None:
+        context = _check_bundle(bundle, source)
+        if text.startswith("tensorrt:") and bundle.info.engine is not None:
+            # The prompt is one step.
+            longest = bundle.info.engine.max_input
+    executor = open_executor(
+        text,
+        source=source,
+        map=name_map,
+        emulate_rounding=emulate_rounding,
+        trust_remote_code=trust_remote_code,
+    )
+    _same_model(text, executor.spec, source)
+    return Side(
+        text=text,
+        executor=executor,
+        trace=None,
+        numerics=numerics_of(executor),
+        context=context,
+        longest_prompt=longest,
+    )
+
+
+def _bundle_of(text: str) -> Bundle | None:
+    directory = Path(text.removeprefix("tensorrt:"))
+    if text.startswith("tensorrt:") or (directory / INFO_NAME).is_file():
+        return read_bundle(directory)
+    return None
+
+
+def _check_bundle(bundle: Bundle, source: ModelSource) -> dict[str, Any]:
+    info = bundle.info
+    _same_model(str(bundle.directory), bundle.spec, source)
     checkpoint = checkpoint_hash(source)
     if checkpoint != info.checkpoint_hash:
         raise LogitLockError(
-            f"{bundle} was made from another checkpoint than {source.name}: its weights have SHA-256 "
+            f"{bundle.directory} was made from another checkpoint than {source.name}: its weights have SHA-256 "
             f"{info.checkpoint_hash[:12]}…, those of the model {checkpoint[:12]}…; export it again"
         )
-    chosen: EngineChoice = "tensorrt" if engine == "auto" and serves_tensorrt(opened) else engine
-    executor = open_engine(opened, engine=chosen, emulate_rounding=emulate_rounding and chosen != "tensorrt")
-    room = executor.max_positions - steps
-    if chosen == "tensorrt" and info.engine is not None:
-        # The prompt is one step.
-        room = min(room, info.engine.max_input)
-    if room < LEAST_TOKENS:
-        raise LogitLockError(
-            f"{bundle} serves {executor.max_positions} positions, but a diff needs {LEAST_TOKENS} prompt tokens "
-            f"and {steps} decode steps"
-        )
-    if prompts:
-        batch = text_prompts(prompts, load_tokenizer_for(source), least=LEAST_TOKENS)
-    else:
-        batch = default_prompts(source.spec, _tokenizer(source), room=room, seed=seed)
-    truth = reference_of(source, dtype=torch.float64)
-    rounded = reference_of(source, dtype=executor.dtype, numerics=info.numerics)
-    result = diff_engine(executor, truth, rounded, batch, steps=steps)
-    result.context = {
+    return {
         "model": source.name,
-        "bundle": bundle.name,
+        "bundle": bundle.directory.name,
         "precision": info.precision,
         "numerics": info.numerics,
         "attention": info.attention,
         "checkpoint_hash": checkpoint,
     }
+
+
+def _same_model(text: str, spec: object, source: ModelSource) -> None:
+    if spec != source.spec:
+        differing = spec_difference(source.spec, spec)  # type: ignore[arg-type]
+        kind = "a bundle" if "." not in Path(text).suffix else "an engine"
+        raise LogitLockError(f"{text} is not {kind} of {source.name}: the architecture differs in {differing}")
+
+
+def _source(model: str | None, texts: Sequence[str]) -> ModelSource:
+    """The model that is compared: what `--model` says, or what a side says that it was made from."""
+    if model is not None:
+        return resolve(model)
+    for text in texts:
+        said = ""
+        path = Path(text.split(":")[-1])
+        if text.endswith(".safetensors"):
+            read_trace(Path(text))
+            said, _ = trace_origin(Path(text))
+        elif (bundle := _bundle_of(text)) is not None:
+            said = bundle.info.model
+        elif (path / "config.json").is_file():
+            return resolve(path)
+        if said in FAMILIES:
+            return resolve(said)
+        if said:
+            raise LogitLockError(f"{text} was made from {said!r}; say with --model where that model is")
+    raise LogitLockError("nothing says which model this is; name it with --model (family name, directory or hub id)")
+
+
+def _input(
+    sides: Sequence[Side], source: ModelSource, texts: Sequence[str], steps: int, seed: int
+) -> tuple[Prompts, int, Tensor | None]:
+    """Prompts, decode steps and the tokens to feed; a trace or a recorded case brings its own."""
+    for side in sides:
+        if side.trace is not None:
+            return side.trace.prompts, side.trace.steps, side.trace.tokens
+    for side in sides:
+        recorded = getattr(side.executor, "prompts", None)
+        if isinstance(recorded, Prompts):
+            return recorded, 0, None
+    executors = [side.executor for side in sides if side.executor is not None]
+    room = min(executor.max_positions for executor in executors) - steps
+    room = min([room, *(side.longest_prompt for side in sides if side.longest_prompt is not None)])
+    if room < LEAST_TOKENS:
+        raise LogitLockError(
+            f"{sides[0].text} serves {room + steps} positions, but a diff needs {LEAST_TOKENS} prompt tokens "
+            f"and {steps} decode steps"
+        )
+    if texts:
+        return text_prompts(texts, load_tokenizer_for(source), least=LEAST_TOKENS), steps, None
+    return default_prompts(source.spec, _tokenizer(source), room=room, seed=seed), steps, None
+
+
+def _judged(capture: Capture, side: Side, source: ModelSource) -> DiffResult:
+    truth = reference_of(source, dtype=torch.float64)
+    rounded = reference_of(source, dtype=capture.dtype, numerics=side.numerics)
+    result = diff_capture(capture, truth, rounded)
+    result.context = {"model": source.name, **side.context}
+    tokenizer = _tokenizer(source)
+    if tokenizer is not None:
+        ids = {i for t in result.logit_tokens for i in (t.token, t.expected, t.chosen)}
+        result.token_texts = {i: tokenizer.decode([i]) for i in ids}
     return result
+
+
+def _between(expected: Capture, actual: Capture) -> Between:
+    """Side b (`actual`) against side a, tap by tap over all real tokens."""
+    real = actual.whole().plan.new_mask
+    logits = LogitComparison()
+    left, right = (torch.cat(list(c.untapped), 1) for c in (expected, actual))
+    logits.add(left[real], left[real], right[real], right[real])
+    found = logits.result()
+    common = [n for n in actual.tap_names if n in expected.tap_names and not is_cache_tap(n)]
+    taps = []
+    mine, theirs = actual.whole().tensors, expected.whole().tensors
+    for name in common:
+        stats = token_errors(mine[name], theirs[name], real, actual.dtype).stats()
+        taps.append(TapDistance(tap=name, rel_l2=stats.rel_l2, max_abs=stats.max_abs, cosine=stats.cosine))
+    return Between(kl_mean=found.kl_mean, kl_max=found.kl_max, top1=found.top1, max_abs=found.max_abs, taps=taps)
 
 
 def reference_of(source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact") -> Reference:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from debug.results import DiffResult, TapError
+from debug.drift import DriftResult
+from debug.results import Between, Culprit, DiffResult, TapError
 from debug.verify import CaseResult
 
 _WORST_ROWS = 12
@@ -74,7 +75,70 @@ def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
         f"(floor {logits.floor_kl_mean:.3g}, {logits.floor_kl_max:.3g}); top-1 {logits.top1:.2%} of {logits.tokens} "
         f"tokens (floor {logits.floor_top1:.2%}); {logits.flips} flips, {logits.margin_flips} beyond rounding"
     )
+    if result.other is not None and result.between is not None:
+        _print_other(console, result, result.other, result.between)
     console.print(verdict_line(result), style="green" if result.verdict == "aligned" else "bold red", highlight=False)
+    for culprit in result.culprits:
+        _print_culprit(console, culprit)
+
+
+def _print_culprit(console: Console, culprit: Culprit) -> None:
+    """What explains a culprit, with the numbers before and after, and where in it the error is."""
+    if culprit.kind in ("accumulated", "nonfinite"):
+        return
+    console.print(f"  {culprit.tap}", style="bold", highlight=False)
+    for found in culprit.diagnosis:
+        console.print(
+            f"    {found.fault}: local error {found.local_before:.3g} -> {found.local_after:.3g}", highlight=False
+        )
+    if not culprit.diagnosis:
+        console.print("    unknown: no fault of the catalogue explains it", highlight=False)
+    evidence = culprit.evidence
+    if evidence.channels:
+        named = ", ".join(f"{index} ({share:.0%})" for index, share in evidence.channels[:3])
+        console.print(f"    most of the error is in channels {named}", highlight=False)
+    if len(evidence.heads) > 1 and max(evidence.heads) > 10 * sorted(evidence.heads)[len(evidence.heads) // 2]:
+        console.print(f"    most of the error is in head {evidence.heads.index(max(evidence.heads))}", highlight=False)
+
+
+def _print_other(console: Console, result: DiffResult, other: DiffResult, between: Between) -> None:
+    name = other.context.get("executor") or other.context.get("bundle") or other.context.get("trace")
+    console.print(
+        f"b against a  KL mean {between.kl_mean:.3g} max {between.kl_max:.3g} nats; top-1 {between.top1:.2%}; "
+        f"largest logit difference {between.max_abs:.3g}"
+    )
+    console.print(f"a ({name}): {verdict_line(other)}", highlight=False)
+    console.print(f"b ({result.engine}):", highlight=False)
+
+
+def print_drift(result: DriftResult) -> None:
+    """A row a teacher-forced step, then the first difference of each free-running row."""
+    console = Console()
+    console.print(f"engine     {result.engine}", highlight=False)
+    console.print(f"reference  {result.reference}", highlight=False)
+    table = _table("step", "KL", "floor", "reset cache", "top-1", "cache error", "floor")
+    for step in result.steps:
+        table.add_row(
+            str(step.step),
+            _short(step.kl),
+            _short(step.floor_kl),
+            "" if step.reset_kl is None else _short(step.reset_kl),
+            f"{step.top1:.0%}",
+            _short(step.cache_error),
+            _short(step.floor_cache_error),
+        )
+    console.print(table)
+    if not result.differences:
+        console.print(f"free-running: the same {len(result.steps)} tokens in all {result.rows} rows", style="green")
+    for d in result.differences:
+        why = "rounding can have decided it" if d.explained else "rounding does not explain it"
+        console.print(
+            f"free-running, row {d.row}: token {d.step} is {d.engine_token} instead of {d.reference_token}; the "
+            f"reference leads by {d.margin:.3g}, the engine's logits are off by up to {d.error:.3g} "
+            f"(floor {d.floor_error:.3g}): {why}",
+            style="yellow" if d.explained else "bold red",
+            highlight=False,
+        )
 
 
 def verdict_line(result: DiffResult) -> str:

@@ -23,7 +23,7 @@ from debug.prompts import Prompts
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoint import DTYPES
 from refmodels.errors import LogitLockError
-from refmodels.spec import ModelSpec, spec_from_dict
+from refmodels.spec import ModelSpec, Numerics, spec_from_dict
 from refmodels.taps import Recorder, is_cache_tap
 from trt_runtime.engine import Engine
 
@@ -65,7 +65,14 @@ class _Writer:
 
 
 def write_trace(
-    engine: Engine, prompts: Prompts, path: Path, *, steps: int, tokens: Tensor | None = None, model: str = ""
+    engine: Engine,
+    prompts: Prompts,
+    path: Path,
+    *,
+    steps: int,
+    tokens: Tensor | None = None,
+    model: str = "",
+    numerics: Numerics = "exact",
 ) -> None:
     """Run an engine without and with taps and write what it shows; the file appears whole or not at all.
 
@@ -73,6 +80,7 @@ def write_trace(
         engine, prompts, steps, tokens: as `debug.capture.capture_engine`.
         path: the trace to make.
         model: what the engine was made from, for whoever reads the trace.
+        numerics: of the reference that gives the engine's noise floor.
     Raises:
         LogitLockError: `path` cannot be written.
     """
@@ -97,6 +105,7 @@ def write_trace(
                 {
                     "logitlock_trace": str(SCHEMA),
                     "model": model,
+                    "numerics": numerics,
                     "spec": json.dumps(engine.spec.to_dict()),
                     "dtype": next(n for n, d in DTYPES.items() if d == engine.dtype),
                     "taps": json.dumps(engine.tap_names),
@@ -167,10 +176,10 @@ def read_trace(path: Path) -> Capture:
     )
 
 
-def trace_model(path: Path) -> str:
-    """What the trace says its engine was made from; "" if nothing."""
-    file: Any = safe_open(path, "pt")
-    return str((file.metadata() or {}).get("model", ""))
+def trace_origin(path: Path) -> tuple[str, Numerics]:
+    """What a trace (that `read_trace` has read) says its engine was made from ("" if nothing), and its numerics."""
+    metadata = safe_open(path, "pt").metadata()  # type: ignore[no-untyped-call]
+    return metadata["model"], "upstream" if metadata["numerics"] == "upstream" else "exact"
 
 
 def _forwards(file: Any, spec: ModelSpec, prompts: Prompts, tokens: Tensor, taps: tuple[str, ...]) -> Iterator[Forward]:

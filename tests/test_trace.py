@@ -13,7 +13,7 @@ import refmodels
 from debug.capture import capture_engine
 from debug.diff import diff_capture
 from debug.prompts import random_prompts
-from debug.trace import read_trace, trace_model, write_trace
+from debug.trace import read_trace, trace_origin, write_trace
 from refmodels.cache import KVCache, StepInputs
 from refmodels.errors import LogitLockError
 from refmodels.taps import Recorder, tap_names
@@ -31,7 +31,7 @@ def test_a_trace_is_the_capture(case: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_trace(engine, prompts, path, steps=3, model=case)
     traced, captured = read_trace(path), capture_engine(engine, prompts, steps=3)
-    assert trace_model(path) == case and traced.spec == engine.spec and traced.dtype == engine.dtype
+    assert trace_origin(path) == (case, "exact") and traced.spec == engine.spec and traced.dtype == engine.dtype
     assert torch.equal(traced.tokens, captured.tokens) and torch.equal(traced.prompts.ids, prompts.ids)
     assert len(traced.forwards) == len(traced.untapped) == 4
     for ours, live in zip(traced.forwards, captured.forwards, strict=True):
