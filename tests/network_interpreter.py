@@ -1,20 +1,34 @@
-"""Runs a TensorRT network definition with torch on the CPU.
+"""Runs a TensorRT network definition with torch on the CPU, next to the reference.
 
 TensorRT-RTX builds plans here but runs none, so this is how CI sees that a network computes what the reference does.
-It covers the layers that our networks have, by their documentation, and raises KeyError for any other.
+It covers the layers that our networks have, by their documentation, and raises AttributeError for any other; a call of
+one of our plugins is the reference's own operator.
+
+Both run in fp64 on the same weights and tables; they differ by the few constants (scales, epsilons) that a network
+holds in fp32, each off by at most 2**-24 of itself.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.torch_tensorrt import bundle_decoder
+from refmodels.ops import cached_attention, fused_rms_norm
+from refmodels.positions import ntk_alphas
+from refmodels.spec import ModelSpec, spec_from_dict
 from trt_runtime.tensorrt_api import trt
+
+TOLERANCE = 2.0**-20
+"""A deviation of 2**-24 in a score may grow with the size of the score."""
 
 _DTYPES = {
     "FLOAT": torch.float32,
@@ -72,9 +86,9 @@ class Interpreter:
             waiting = [layer for layer in waiting if not self.inputs_of(layer) <= self.values.keys()]
             assert ready, f"{waiting[0].name} reads a tensor that nothing writes"
             for layer in ready:
-                output = layer.get_output(0).name
-                assert output not in self.values, f"two tensors are named {output}"
-                self.values[output] = getattr(self, f"layer_{layer.type.name.lower()}")(layer)
+                names, result = self.outputs_of(layer), getattr(self, f"layer_{layer.type.name.lower()}")(layer)
+                assert not self.values.keys() & set(names), f"two tensors have one name of {names}"
+                self.values |= zip(names, [result] if isinstance(result, Tensor) else result, strict=True)
         return {net.get_output(i).name: self.values[net.get_output(i).name] for i in range(net.num_outputs)}
 
     def as_type(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -87,6 +101,9 @@ class Interpreter:
     def arguments(self, layer: Any) -> list[Any]:
         tensors = [layer.get_input(i) for i in range(layer.num_inputs)]
         return [None if tensor is None else self.values[tensor.name] for tensor in tensors]
+
+    def outputs_of(self, layer: Any) -> list[str]:
+        return [layer.get_output(i).name for i in range(layer.num_outputs)]
 
     # Layers
 
@@ -140,6 +157,18 @@ class Interpreter:
             x = x.unsqueeze(axis)
         return x
 
+    def layer_squeeze(self, layer: Any) -> Tensor:
+        x, *axes = self.arguments(layer)
+        return x.squeeze(tuple(axes[0].flatten().tolist())) if axes else x.squeeze()
+
+    def layer_identity(self, layer: Any) -> Tensor:
+        return self.arguments(layer)[0]
+
+    def layer_softmax(self, layer: Any) -> Tensor:
+        layer.__class__ = trt.ISoftMaxLayer
+        (axis,) = _axes(layer.axes)
+        return self.arguments(layer)[0].softmax(axis)
+
     def layer_shuffle(self, layer: Any) -> Tensor:
         layer.__class__ = trt.IShuffleLayer
         x, *dynamic = self.arguments(layer)
@@ -153,12 +182,15 @@ class Interpreter:
 
     def layer_slice(self, layer: Any) -> Tensor:
         layer.__class__ = trt.ISliceLayer
+        assert layer.mode == trt.SampleMode.STRICT_BOUNDS
         x, *given = self.arguments(layer)
-        fixed = (layer.start, layer.shape, layer.stride)
-        start, size, stride = (
-            given[i].tolist() if i < len(given) and given[i] is not None else list(fixed[i]) for i in range(3)
+        # Inputs 1 to 3 and 5 where they are not fixed; input 4 fills what lies outside.
+        fixed = dict(enumerate((layer.start, layer.shape, layer.stride))) | {4: layer.axes}
+        start, size, stride, axes = (
+            given[i].tolist() if i < len(given) and given[i] is not None else fixed[i] for i in (0, 1, 2, 4)
         )
-        for axis, (first, count, step) in enumerate(zip(start, size, stride, strict=True)):
+        axes = range(x.ndim) if axes is None else axes
+        for axis, first, count, step in zip(axes, start, size, stride, strict=True):
             index = first + step * torch.arange(count)
             assert count == 0 or int(index.max()) < x.shape[axis], f"{layer.name}: slice leaves its tensor"
             x = x.index_select(axis, index)
@@ -169,6 +201,9 @@ class Interpreter:
         x, index = self.arguments(layer)
         if layer.mode == trt.GatherMode.ELEMENT:
             return x.gather(layer.axis, index.long())
+        if layer.mode == trt.GatherMode.ND:
+            assert layer.num_elementwise_dims == 1 and index.shape[-1] == 1
+            return torch.stack([row[picked.flatten().long()] for row, picked in zip(x, index, strict=True)])
         assert layer.mode == trt.GatherMode.DEFAULT and layer.num_elementwise_dims == 0
         picked = x.index_select(layer.axis, index.flatten().long())
         return picked.reshape(*x.shape[: layer.axis], *index.shape, *x.shape[layer.axis + 1 :])
@@ -235,6 +270,65 @@ class Interpreter:
     def layer_attention_output(self, layer: Any) -> Tensor:
         (x,) = self.arguments(layer)
         return x
+
+    def layer_plugin_v3(self, layer: Any) -> list[Tensor]:
+        layer.__class__ = trt.IPluginV3Layer
+        plugin, inputs = layer.plugin, self.arguments(layer)
+        a = plugin.attributes
+        if plugin.NAME == "FusedRmsNorm":
+            return [fused_rms_norm(*inputs, eps=a.epsilon, weight_in_float=bool(a.weight_in_float))]
+        assert plugin.NAME == "CachedAttention"
+        given = dict(zip(plugin.inputs(), inputs, strict=True))
+        key, value = given.pop("past_key").clone(), given.pop("past_value").clone()
+        options = {"heads": a.heads, "kv_heads": a.kv_heads, "scale": a.scale, "window": a.window}
+        rotary = bool(a.rotary_interleaved)
+        return list(cached_attention(key_cache=key, value_cache=value, rotary_interleaved=rotary, **given, **options))
+
+
+def random_step(spec: ModelSpec, *, slots: int) -> dict[str, Tensor]:
+    """Inputs of a step on caches of `slots`, filled with random numbers: rows of unequal length, padding, a query that
+    sees nothing, past the windows and lengths from which logn and NTK count in the golden cases that have them.
+    """
+    make = torch.Generator().manual_seed(0)
+    lengths, tokens = torch.tensor([30, 0]), 12
+    mask = torch.ones(2, int(lengths.max()) + tokens, dtype=torch.int64)
+    mask[0, 1] = mask[1, 0] = 0
+    a, rope = spec.attention, spec.rope
+    last_table = len(ntk_alphas(rope, slots)) - 1 if rope is not None else 0
+    inputs = {
+        "input_ids": torch.randint(spec.vocab_size, (2, tokens), generator=make),
+        "cache_lengths": lengths,
+        "attention_mask": mask,
+        "logit_index": torch.tensor([[11, 0], [2, 1]]),
+        "position_ids": lengths[:, None] + torch.arange(tokens),
+        "ntk_table": torch.tensor([last_table, 0]),
+    }
+    shape = (2, a.kv_heads, slots, a.head_dim)
+    for i in range(spec.layers):
+        for kind in ("key", "value"):
+            inputs[f"past.blocks.{i}.{kind}"] = torch.randn(shape, generator=make)
+    return inputs
+
+
+def worst_difference(bundle: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> float:
+    """Of a network's outputs from those of the reference with the bundle's weights, relative to the largest of each."""
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    info = json.loads((bundle / "bundle.json").read_text())
+    spec = spec_from_dict(info["spec"])
+    decoder = bundle_decoder(bundle, model, spec, positions=info["max_positions"])
+    for name in ("rope_cos", "rope_sin", "logn", "alibi_slopes"):
+        table = getattr(decoder, name)
+        setattr(decoder, name, None if table is None else table.double())
+    past = {
+        f"past_{kind}": [inputs[f"past.blocks.{i}.{kind}"].double() for i in range(spec.layers)]
+        for kind in ("key", "value")
+    }
+    given = {name: value for name, value in inputs.items() if not name.startswith("past.")}
+    logits, keys, values = decoder.double()(**given, **past)
+    expected = {"logits": logits}
+    for i in range(spec.layers):
+        expected |= {f"blocks.{i}.key": keys[i], f"blocks.{i}.value": values[i]}
+    return max(float((outputs[name] - e).abs().max() / e.abs().max()) for name, e in expected.items())
 
 
 def _axes(mask: int) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """`--backend torch-tensorrt`: real conversions and builds on this machine, in a process of their own.
 
-A network is run by `network_interpreter` in fp64 next to the reference in fp64, on the same weights: they differ by the
-few constants that the network holds in fp32 (tables are the same), each off by at most 2**-24 of itself.
+Networks are run by `network_interpreter`, next to the reference.
 """
 
 from __future__ import annotations
@@ -23,21 +22,18 @@ from command import logitlock
 from conftest import GOLDENS
 from test_export import FEATURES, TOYS, prompt_of, source_of
 from test_native import FUSED, check_plan
-from torch import Tensor
 
 import refmodels
 from export.graph import build_graph
 from refmodels.errors import LogitLockError
-from refmodels.model import Decoder
 from refmodels.ops import fused_rms_norm
-from refmodels.positions import ntk_alphas
 from refmodels.spec import ModelSpec
 from refmodels.taps import tap_names
 from trt_runtime.bundle import read_bundle
 from trt_runtime.layers import read_layers
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-from network_interpreter import Interpreter
+from network_interpreter import TOLERANCE, Interpreter, random_step, worst_difference
 
 from export import torch_converters, torch_tensorrt
 from export.tensorrt_build import fix_capacity
@@ -121,32 +117,6 @@ def site() -> Path:
     return target
 
 
-def job_inputs(spec: ModelSpec) -> dict[str, Tensor]:
-    """A step with random caches, rows of unequal length, padding, and a query that sees nothing.
-
-    It is past the windows and the length from which logn and NTK count, where a golden case has them.
-    """
-    make = torch.Generator().manual_seed(0)
-    lengths, tokens = torch.tensor([30, 0]), 12
-    mask = torch.ones(2, int(lengths.max()) + tokens, dtype=torch.int64)
-    mask[0, 1] = mask[1, 0] = 0
-    a, rope = spec.attention, spec.rope
-    last_table = len(ntk_alphas(rope, SLOTS)) - 1 if rope is not None else 0
-    inputs = {
-        "input_ids": torch.randint(spec.vocab_size, (2, tokens), generator=make),
-        "cache_lengths": lengths,
-        "attention_mask": mask,
-        "logit_index": torch.tensor([[11, 0], [2, 1]]),
-        "position_ids": lengths[:, None] + torch.arange(tokens),
-        "ntk_table": torch.tensor([last_table, 0]),
-    }
-    shape = (2, a.kv_heads, SLOTS, a.head_dim)
-    for i in range(spec.layers):
-        for kind in ("key", "value"):
-            inputs[f"past.blocks.{i}.{kind}"] = torch.randn(shape, generator=make)
-    return inputs
-
-
 @pytest.fixture(scope="session")
 def converted(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a bundle for every job, and what the worker saw of its network."""
@@ -155,7 +125,7 @@ def converted(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case, precision, taps in JOBS:
         output = directory / case
         if case in NUMERIC:
-            torch.save(job_inputs(source_of(case).spec), output.with_suffix(".inputs.pt"))
+            torch.save(random_step(source_of(case).spec, slots=SLOTS), output.with_suffix(".inputs.pt"))
         meta = GOLDENS / case / "meta.json"
         options = {"precision": precision, "taps": taps, "max_batch": 2, "max_input": 16, "max_seq": SLOTS}
         jobs.append(
@@ -211,37 +181,10 @@ def test_weights_are_in_the_plan_once(case: str, converted: Path) -> None:
         assert stored <= plan.weight_bytes <= 1.01 * stored
 
 
-def wide_decoder(case: str, converted: Path) -> Decoder:
-    """The reference in fp64, with weights and tables of the bundle."""
-    bundle = read_bundle(converted / case)
-    model = onnx.load(bundle.model_path, load_external_data=False)
-    decoder = torch_tensorrt.bundle_decoder(bundle.directory, model, bundle.spec, positions=SLOTS)
-    for name in ("rope_cos", "rope_sin", "logn", "alibi_slopes"):
-        table = getattr(decoder, name)
-        setattr(decoder, name, None if table is None else table.double())
-    return decoder.double()
-
-
-def difference(case: str, converted: Path) -> float:
-    """Of the network's outputs from the reference's, relative to the largest value of each."""
-    spec = read_bundle(converted / case).spec
-    decoder = wide_decoder(case, converted)
-    inputs = torch.load((converted / case).with_suffix(".inputs.pt"))
-    outputs = torch.load((converted / case).with_suffix(".outputs.pt"))
-    past = {
-        f"past_{kind}": [inputs.pop(f"past.blocks.{i}.{kind}").double() for i in range(spec.layers)]
-        for kind in ("key", "value")
-    }
-    logits, keys, values = decoder(**inputs, **past)
-    expected = {"logits": logits}
-    for i in range(spec.layers):
-        expected |= {f"blocks.{i}.key": keys[i], f"blocks.{i}.value": values[i]}
-    return max(float((outputs[name] - e).abs().max() / e.abs().max()) for name, e in expected.items())
-
-
 @pytest.mark.parametrize("case", NUMERIC)
 def test_the_network_computes_what_the_reference_does(case: str, converted: Path) -> None:
-    assert difference(case, converted) < 1e-6
+    outputs, inputs = (torch.load((converted / case).with_suffix(f".{kind}.pt")) for kind in ("outputs", "inputs"))
+    assert worst_difference(converted / case, inputs, outputs) < TOLERANCE
 
 
 # Converters without Torch-TensorRT
