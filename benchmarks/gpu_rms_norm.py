@@ -5,9 +5,8 @@
 Width 4096, 1 to 8192 rows, fp16 and bf16.  Every time is the median of replays of a CUDA graph, per call; a graph calls
 over many input sets with outputs of their own: up to 64 rows they stay in the L2 cache, as in a model, where the layer
 before has just written them; from 2048 rows on they exceed it several times.  The bandwidth of reading and writing is
-that of torch's copy or negation, the best of several sizes.  Prints a table; writes gpu_rms_norm.json to $OUT, or beside
-this file
-in results/.
+that of torch's copy or negation, the best of several sizes.  Prints a table; writes gpu_rms_norm.json to $OUT, or
+beside this file in results/.
 """
 
 from __future__ import annotations
