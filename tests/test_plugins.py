@@ -235,6 +235,11 @@ def whole_scale(model: onnx.ModelProto) -> None:
     scale.CopyFrom(helper.make_attribute("scale", 1))
 
 
+def list_of_windows(model: onnx.ModelProto) -> None:
+    window = attribute(nodes(model, "CachedAttention")[0], "window")
+    window.CopyFrom(helper.make_attribute("window", [8, 9]))
+
+
 def flat_qkv(model: onnx.ModelProto) -> None:
     node = nodes(model, "CachedAttention")[0]
     shape = helper.make_node("Constant", [], ["flat_shape"], name="flat_shape", value_ints=[0, -1])
@@ -259,6 +264,7 @@ def flat_qkv(model: onnx.ModelProto) -> None:
         (other_heads, r"qkv is \d+ wide; the heads and the cache ask for \d+"),
         (hidden_query_scale, r"it has 8 inputs; its attributes ask for 7: qkv, .*, cos, sin"),
         (whole_scale, r"the attribute scale must be one float, it is 1 of type INT32"),
+        (list_of_windows, r"the attribute window must be one int, it is 2 of type INT32"),
         (flat_qkv, r"the input qkv has 2 axes; it must have 3"),
     ],
 )
