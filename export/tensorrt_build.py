@@ -23,11 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import onnx
-from onnx import helper
 
 from export.engine import Progress
-from export.functions import ELEMENT_TYPES
-from export.graph import tap_shape
 from export.layers import node_taps, parse_log
 from export.options import BuildOptions
 from refmodels.errors import LogitLockError
@@ -102,7 +99,7 @@ def build_plan(
     model = onnx.load(directory / MODEL_NAME, load_external_data=False)
     fix_capacity(model, options.max_seq)
     if taps:
-        mark_taps(model, spec)
+        mark_taps(model, tap_names(spec))
     _check_builtin_attributes(model)
     check_nodes(model)
     path = directory / (TAPS_PLAN_NAME if taps else PLAN_NAME)
@@ -193,16 +190,11 @@ def fix_capacity(model: onnx.ModelProto, capacity: int) -> None:
                 dim.dim_value = capacity
 
 
-def mark_taps(model: onnx.ModelProto, spec: ModelSpec) -> None:
-    """Make every tap an output of the graph, in place."""
+def mark_taps(model: onnx.ModelProto, taps: Iterable[str]) -> None:
+    """Make every tap an output of the graph, in place; the graph declares them."""
     known = {value.name for value in model.graph.output}
-    dtype = next(value for value in model.graph.output if value.name == "logits").type.tensor_type.elem_type
-    assert dtype in ELEMENT_TYPES.values()
-    model.graph.output.extend(
-        helper.make_tensor_value_info(name, dtype, list(tap_shape(spec, name)))
-        for name in tap_names(spec)
-        if name not in known
-    )
+    declared = {value.name: value for value in model.graph.value_info}
+    model.graph.output.extend(declared[name] for name in taps if name not in known)
 
 
 def check_warnings(warnings: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -160,9 +161,12 @@ def test_without_tensorrt_the_default_is_onnxruntime(tmp_path: Path) -> None:
 )
 @builds
 def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    done: list[str] = []
+    given = {"precision": "fp16", "backend": "tensorrt", "output": tmp_path / "out", **options}
     with pytest.raises(LogitLockError, match=message):
-        export_model(CASE, **{"precision": "fp16", "backend": "tensorrt", "output": tmp_path / "out", **options})
+        export_model(CASE, progress=lambda what, *_: done.append(what), **given)
     assert not list(tmp_path.iterdir())
+    assert not done or "kernels" in message, "refused before any work"
 
 
 def test_default_limits() -> None:
@@ -219,9 +223,17 @@ def test_random_weights_from_a_config_alone(tmp_path: Path) -> None:
 @builds
 @pytest.mark.parametrize("attention", ["plugin", "native"])
 @pytest.mark.parametrize("stop", [0, 100, 500, 800, 833])
-def test_a_cancelled_build_leaves_no_plan(attention: Any, stop: int, tmp_path: Path) -> None:
+def test_a_cancelled_build_leaves_no_plan(
+    attention: Any, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export import tensorrt_build
     from export.tensorrt_build import build_plan
 
+    written: list[int] = []
+    write = tensorrt_build._Writer.write
+    monkeypatch.setattr(
+        tensorrt_build._Writer, "write", lambda self, data: written.append(len(data)) or write(self, data)
+    )
     source = source_of("qwen2_b1")
     bundle = export_model(source, precision="fp16", attention=attention, output=tmp_path / "out", max_seq=32)
     before = sorted(p.name for p in bundle.iterdir())
@@ -238,6 +250,7 @@ def test_a_cancelled_build_leaves_no_plan(attention: Any, stop: int, tmp_path: P
         build_plan(bundle, source.spec, options=options, progress=interrupt)
     assert sorted(p.name for p in bundle.iterdir()) == before
     assert reported == sorted(reported) and reported[-2:][0] < max(stop, 1)
+    assert not written, "TensorRT gave up before it had a plan"
     # The process is as good as new.
     assert build_plan(bundle, source.spec, options=options).plan.is_file()
 
@@ -259,6 +272,25 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
             progress=interrupt,
         )
     assert not list(tmp_path.iterdir())
+
+
+@builds
+def test_nobody_waits_for_a_build_that_does_not_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    from export import tensorrt_build
+
+    left: list[threading.Thread] = []
+    monkeypatch.setattr(tensorrt_build.atexit, "register", lambda leave, thread: left.append(thread))
+    monkeypatch.setattr(tensorrt_build, "_PATIENCE", 0.1)
+    monitor, release = tensorrt_build._Monitor("plan", None), threading.Event()
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        tensorrt_build._in_thread(lambda: release.wait(60), monitor, None)
+    assert monitor.cancelled and not monitor.step_complete("a phase", 0), "it stops at its next step"
+    assert left[0].is_alive() and left[0].daemon
+    release.set()
+    left[0].join(60)
+    assert not left[0].is_alive()
 
 
 _EXPORT = """
