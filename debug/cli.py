@@ -59,6 +59,9 @@ VERBS = {
         "drift",
         "Show how an engine drifts from the reference while it decodes, and the first token that differs.",
     ),
+    "bisect": Verb(
+        "debug.cli", "bisect", "Find the fewest linear layers that must stay in fp32 to keep within a KL budget."
+    ),
     "inspect": Verb("trt_runtime.cli", "inspect", "Show what is in a bundle."),
     "models": Verb(
         "refmodels.cli", "models", "List the model families, the published models they cover, and the bundled toys."
@@ -341,6 +344,52 @@ def drift(
     else:
         print_drift(result)
     if not all(difference.explained for difference in result.differences):
+        raise typer.Exit(1)
+
+
+def bisect(
+    model: Annotated[str, typer.Option(help="Family name, Hugging Face directory or hub id.", show_default=False)],
+    budget_kl: Annotated[float, typer.Option(help="Mean KL to the fp64 reference that is allowed, in nats.")] = 1e-3,
+    precision: Annotated[Literal["fp16", "bf16"], typer.Option(help="Of everything that is not kept.")] = "fp16",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The plan to write.")] = Path("precision-plan.json"),
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    seed: Seed = 0,
+    json_output: Json = False,
+) -> None:
+    """Find the fewest linear layers that must stay in fp32 to keep within a KL budget.
+
+    Measures what each layer's rounding costs, keeps the most expensive ones, and checks the plan by exporting and
+    running it.  `logitlock export --precision-plan` takes the file.  Exit code 1 where the exported engine misses the
+    budget that the simulation met.
+
+    Example: logitlock bisect --model qwen --precision bf16 --budget-kl 1e-4 --out plan.json
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from debug.bisect import bisect as find
+    from debug.sides import model_prompts
+    from debug.tables import print_bisect
+    from export.precision_plan import write_plan
+
+    source, prompts = model_prompts(model, _texts(prompt, prompt_file), seed=seed)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=json_output or not console.is_terminal) as bar:
+        task = bar.add_task("bisect", total=None)
+        result = find(
+            source,
+            precision=precision,
+            budget=budget_kl,
+            prompts=prompts,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    write_plan(result.plan, out)
+    if json_output:
+        _print_json(result.to_json())
+    else:
+        print_bisect(result, out)
+    if result.kl_engine > budget_kl:
         raise typer.Exit(1)
 
 

@@ -306,6 +306,14 @@ def _input(
     return default_prompts(source.spec, _tokenizer(source), room=room, seed=seed), steps, None
 
 
+def model_prompts(model: str, texts: Sequence[str], *, seed: int) -> tuple[ModelSource, Prompts]:
+    """A model and prompts for it, as `diff_sides` chooses them."""
+    source = resolve(model)
+    if texts:
+        return source, text_prompts(texts, load_tokenizer_for(source), least=LEAST_TOKENS)
+    return source, default_prompts(source.spec, _tokenizer(source), room=source.spec.max_positions, seed=seed)
+
+
 def _judged(capture: Capture, side: Side, source: ModelSource) -> DiffResult:
     truth = reference_of(source, dtype=torch.float64)
     rounded = reference_of(source, dtype=capture.dtype, numerics=side.numerics)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from debug.bisect import BisectResult
 from debug.drift import DriftResult
 from debug.results import Between, Culprit, DiffResult, TapError
 from debug.verify import CaseResult
@@ -139,6 +141,28 @@ def print_drift(result: DriftResult) -> None:
             style="yellow" if d.explained else "bold red",
             highlight=False,
         )
+
+
+def print_bisect(result: BisectResult, path: Path) -> None:
+    """The most expensive layers, the plan, and the KL of nothing, everything and the plan kept."""
+    console = Console()
+    kept = set(result.plan.float32)
+    table = _table("layer", "KL alone", "share", "kept")
+    total = sum(result.contributions.values())
+    for tap, kl in list(result.contributions.items())[:_WORST_ROWS]:
+        table.add_row(tap, _short(kl), f"{kl / total:.0%}" if total else "", "fp32" if tap in kept else "")
+    console.print(f"what each linear layer costs in {result.plan.precision} (the worst {_WORST_ROWS})")
+    console.print(table)
+    console.print(
+        f"mean KL: {result.kl_low:.3g} nats with nothing kept, {result.kl_high:.3g} with every linear layer in fp32"
+    )
+    good = result.kl_engine <= result.budget
+    console.print(
+        f"{path}: {len(kept)} of {len(result.contributions)} linear layers in fp32: mean KL {result.kl:.3g} simulated, "
+        f"{result.kl_engine:.3g} exported and run; the budget is {result.budget:g}",
+        style="green" if good else "bold red",
+        highlight=False,
+    )
 
 
 def verdict_line(result: DiffResult) -> str:

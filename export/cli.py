@@ -45,6 +45,14 @@ def export(
             help="exact: fp32 tables and reductions; upstream: Hugging Face's rounding.", rich_help_panel=_MODEL
         ),
     ] = "exact",
+    precision_plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON from `logitlock bisect`: which modules stay in fp32.",
+            show_default="none",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     random_weights: Annotated[
         bool,
         typer.Option(
@@ -141,6 +149,7 @@ def export(
             compute_capabilities=compute_capability or (),
             taps=taps,
             random_weights=random_weights,
+            precision_plan=precision_plan,
             overwrite=overwrite,
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total or None),
         )

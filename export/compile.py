@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
+import torch
 from torch import Tensor
 
 from export.engine import BACKENDS, Backend, Progress, build_engine, check_backend
 from export.graph import Graph, build_graph
 from export.options import build_options
+from export.precision_plan import parameters_of, read_plan
 from export.weights import DATA_NAME, RANDOM_HASH, WeightWriter, random_parameters
 from refmodels.checkpoint import DTYPES, ModelSource, checkpoint_hash, empty_decoder, resolve, stream_parameters
 from refmodels.errors import LogitLockError
@@ -68,6 +71,7 @@ def export_model(
     compute_capabilities: Sequence[str] = (),
     taps: bool = False,
     random_weights: bool = False,
+    precision_plan: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -83,6 +87,7 @@ def export_model(
             `export.options.BuildOptions`; None: defaults of `export.options.build_options`.
         taps: also build a plan whose taps are outputs.
         random_weights: no checkpoint is read; see `export.weights.random_parameters`.
+        precision_plan: a file that says which modules stay in fp32; see `export.precision_plan`.
         overwrite: replace a bundle at `output`.
         progress: called with what is done, how much of it (bytes of weights, steps of TensorRT) and how much in all.
     Returns: the bundle's directory.
@@ -113,8 +118,16 @@ def export_model(
     check_backend(backend, attention, numerics, options, taps=taps)
     target = default_output(source.name, precision) if output is None else Path(output)
     check_output(target, overwrite=overwrite)
+    if precision_plan is not None and random_weights:
+        raise LogitLockError("--precision-plan is for the weights that it was made for, not for --random-weights")
+    float32 = [] if precision_plan is None else read_plan(precision_plan, spec, precision).float32
     graph = build_graph(
-        spec, precision=precision, numerics=numerics, attention=attention, max_positions=options.max_seq
+        spec,
+        precision=precision,
+        numerics=numerics,
+        attention=attention,
+        max_positions=options.max_seq,
+        float32=float32,
     )
     info = BundleInfo(
         model=source.name.rpartition("/")[2],
@@ -129,6 +142,7 @@ def export_model(
         inputs=[_tensor_info(value) for value in graph.model.graph.input],
         outputs=[_tensor_info(value) for value in graph.model.graph.output],
         profiles=options.profiles() if backend != "onnxruntime" else [],
+        float32=float32,
     )
     with write_bundle(target, overwrite=overwrite) as draft, ThreadPoolExecutor(1) as pool:
         identity = None if random_weights else pool.submit(checkpoint_hash, source)
@@ -136,7 +150,15 @@ def export_model(
         if random_weights:
             tensors = random_parameters(spec, dtype=DTYPES[precision])
         else:
-            tensors = stream_parameters(source, dtype=DTYPES[precision], numerics=numerics)
+            names = [name for name, _ in empty_decoder(spec).named_parameters()]
+            wide = parameters_of(float32, names)
+            tensors = itertools.chain(
+                *(
+                    stream_parameters(source, dtype=dtype, numerics=numerics, prefixes=tuple(chosen))
+                    for dtype, chosen in ((DTYPES[precision], set(names) - wide), (torch.float32, wide))
+                    if chosen
+                )
+            )
         _write_model(graph, tensors, draft.directory, spec, precision, progress)
         if backend != "onnxruntime":
             engine = build_engine(

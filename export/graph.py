@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ def build_graph(
     numerics: Numerics = "exact",
     attention: AttentionMode = "plugin",
     max_positions: int | None = None,
+    float32: Collection[str] = (),
 ) -> Graph:
     """Trace the decoder of `spec` and lower it.
 
@@ -70,6 +71,7 @@ def build_graph(
         attention: "plugin" keeps `refmodels::*` nodes with their function bodies, "decomposed" puts the bodies in
             their place, "native" bodies that use TensorRT's own operators for attention.
         max_positions: the longest cache that the position tables serve; None: what the model allows.
+        float32: taps of linear layers that compute in fp32, with weights in fp32 (see `export.precision_plan`).
     """
     decoder = empty_decoder(spec, numerics=numerics)
     positions = max_positions or spec.max_positions
@@ -81,7 +83,7 @@ def build_graph(
             # As a buffer the table becomes a node of the trace instead of a constant in it.
             delattr(decoder, name)
             decoder.register_buffer(name, table, persistent=False)
-    lowering = _Lowering(decoder, spec, precision, numerics, attention)
+    lowering = _Lowering(decoder, spec, precision, numerics, attention, frozenset(float32))
     return lowering.run(_Tracer(autowrap_functions=_LEAF_FUNCTIONS).trace(decoder))
 
 
@@ -99,6 +101,7 @@ class _Lowering:
     precision: Precision
     numerics: Numerics
     mode: AttentionMode
+    float32: frozenset[str]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)
     parameters: dict[str, bool] = field(default_factory=dict)
@@ -247,12 +250,17 @@ class _Lowering:
         else:
             self.emit("Transpose", [owner], weight, perm=[1, 0])
         output = self.define(node, "linear")
-        product = output if module.bias is None else f"{output}.product"
-        self.emit("MatMul", [self.arg(node, 0, "input"), weight], product)
-        if module.bias is not None:
-            bias = f"{node.target}.bias"
+        bias = None if module.bias is None else f"{node.target}.bias"
+        if bias is not None:
             self.parameters[bias] = False
-            self.emit("Add", [product, bias], output)
+
+        def product(x: str, y: str) -> None:
+            self.emit("MatMul", [x, weight], y if bias is None else f"{y}.product")
+            if bias is not None:
+                self.emit("Add", [f"{y}.product", bias], y)
+
+        apply = self.wide if output in self.float32 else lambda op, x, y: op(x, y)
+        apply(product, self.arg(node, 0, "input"), output)
 
     def layer_norm(self, node: fx.Node) -> None:
         module = self.decoder.get_submodule(str(node.target))

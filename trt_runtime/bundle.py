@@ -116,6 +116,7 @@ class BundleInfo:
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
     profiles: list[Profile] = field(default_factory=list)
+    float32: list[str] = field(default_factory=list)
     engine: EngineInfo | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
 

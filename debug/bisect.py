@@ -1,0 +1,206 @@
+"""`logitlock bisect`: the fewest linear layers that must stay in fp32 for the logits to keep within a budget.
+
+Each layer's contribution is measured: the KL of an fp32 model in which only that layer has weights and output in the
+engine's dtype.  Rounding errors of different layers are independent and small, so contributions add, and the layers
+worth keeping are those that contribute most.  How many of them is found by halving, each time with a real run of the
+whole mixed model; what is written down has been checked by exporting and running it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from debug.metrics import kl_divergence
+from debug.prompts import Prompts
+from export.compile import export_model
+from export.precision_plan import PrecisionPlan, linear_taps, write_plan
+from refmodels.checkpoint import DTYPES, ModelSource, load
+from refmodels.errors import LogitLockError
+from refmodels.model import Decoder
+from trt_runtime.bundle import Precision
+from trt_runtime.engine import TorchEngine
+from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BisectResult:
+    """kl values: mean over all real prompt tokens, nats, against the fp64 reference.
+
+    contributions: KL of each linear layer alone in the lower precision, the largest first.  kl_low: nothing kept;
+    kl_high: every linear layer kept.  kl: of the plan, simulated; kl_engine: of the plan exported and run.
+    """
+
+    plan: PrecisionPlan
+    budget: float
+    contributions: dict[str, float]
+    kl_low: float
+    kl_high: float
+    kl: float
+    kl_engine: float
+    runs: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+class _MixedLinear(nn.Module):
+    """A linear layer with weights and output rounded to `low`, or with both in fp32 between inputs and outputs of the
+    surrounding dtype."""
+
+    def __init__(self, linear: nn.Linear, low: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight, self.bias, self.low = linear.weight, linear.bias, low
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if self.low is not None:
+            weight = weight.to(self.low).to(weight.dtype)
+            bias = None if bias is None else bias.to(self.low).to(bias.dtype)
+            x = x.to(self.low).to(x.dtype)
+        y = F.linear(x.to(weight.dtype), weight, bias)
+        return y.to(x.dtype) if self.low is None else y.to(self.low).to(x.dtype)
+
+
+@contextmanager
+def _replaced(decoder: Decoder, layers: dict[str, nn.Module]) -> Iterator[None]:
+    """Other modules in place of linear layers, by tap."""
+    places = {tap: "head" if tap == "logits" else tap for tap in layers}
+    before = {tap: decoder.get_submodule(path) for tap, path in places.items()}
+    for tap, path in places.items():
+        _set(decoder, path, layers[tap])
+    try:
+        yield
+    finally:
+        for tap, path in places.items():
+            _set(decoder, path, before[tap])
+
+
+def _set(decoder: Decoder, path: str, module: nn.Module) -> None:
+    owner, _, leaf = path.rpartition(".")
+    setattr(decoder.get_submodule(owner), leaf, module)
+
+
+def bisect(
+    source: ModelSource,
+    *,
+    precision: Precision,
+    budget: float,
+    prompts: Prompts,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> BisectResult:
+    """Find the plan.
+
+    Args:
+        source: the model.
+        precision: fp16 or bf16.
+        budget: mean KL in nats that the engine may have.
+        prompts: what it is measured on.
+        progress: called with what is done, how much of it, and how much in all.
+    Raises:
+        LogitLockError: precision fp32, a budget that is not positive, or one that not even fp32 in every linear layer
+            keeps.
+    """
+    if precision == "fp32":
+        raise LogitLockError("--precision fp32 has nothing to keep in fp32; use fp16 or bf16")
+    if not budget > 0:
+        raise LogitLockError(f"--budget-kl is {budget:g}; it must be positive (nats)")
+    report = progress or (lambda what, done, total: None)
+    with torch.inference_mode():
+        truth = _logits(load(source, dtype=torch.float64), prompts)
+        high = load(source, dtype=torch.float32)
+        low = load(source, dtype=DTYPES[precision])
+        taps = linear_taps(source.spec)
+        wide = {tap: _linear(high, tap) for tap in taps}
+        contributions = {}
+        for done, tap in enumerate(taps):
+            with _replaced(high, {tap: _MixedLinear(wide[tap], DTYPES[precision])}):
+                contributions[tap] = _kl(truth, _logits(high, prompts))
+            report("contributions", done + 1, len(taps))
+        ranked = sorted(taps, key=lambda tap: -contributions[tap])
+        runs = 0
+
+        def measured(count: int) -> float:
+            nonlocal runs
+            runs += 1
+            report("halving", runs, 2 + len(taps).bit_length())
+            with _replaced(low, {tap: _MixedLinear(wide[tap], None) for tap in ranked[:count]}):
+                return _kl(truth, _logits(low, prompts))
+
+        kl_low, kl_high = measured(0), measured(len(ranked))
+        if kl_high > budget:
+            raise LogitLockError(
+                f"no plan keeps within {budget:g} nats: with every linear layer in fp32 the mean KL is {kl_high:.3g}, "
+                f"because residuals, norms and attention are rounded to {precision} too; allow more, or use another "
+                "precision"
+            )
+        count = _fewest(measured, len(ranked), kl_low, budget)
+        kl = kl_low if count == 0 else kl_high if count == len(ranked) else measured(count)
+        kept = set(ranked[:count])
+        plan = PrecisionPlan(precision=precision, float32=[tap for tap in taps if tap in kept])
+        kl_engine = _run_engine(source, plan, truth, prompts)
+    return BisectResult(
+        plan=plan,
+        budget=budget,
+        contributions={tap: contributions[tap] for tap in ranked},
+        kl_low=kl_low,
+        kl_high=kl_high,
+        kl=kl,
+        kl_engine=kl_engine,
+        runs=runs,
+    )
+
+
+def _fewest(measured: Callable[[int], float], most: int, kl_low: float, budget: float) -> int:
+    """The smallest number of kept layers within the budget; `most` is known to be."""
+    if kl_low <= budget:
+        return 0
+    below, within = 0, most
+    while within - below > 1:
+        middle = (below + within) // 2
+        if measured(middle) <= budget:
+            within = middle
+        else:
+            below = middle
+    return within
+
+
+def _linear(decoder: Decoder, tap: str) -> nn.Linear:
+    module = decoder.get_submodule("head" if tap == "logits" else tap)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _logits(decoder: Decoder, prompts: Prompts) -> Tensor:
+    """Logits of the real tokens, fp64 [tokens, vocab]."""
+    engine = TorchEngine(decoder)
+    cache = engine.new_cache(batch=len(prompts.ids), capacity=prompts.ids.shape[1])
+    return engine.prefill(prompts.ids, cache, prompts.mask)[prompts.mask != 0].double()
+
+
+def _kl(truth: Tensor, logits: Tensor) -> float:
+    return float(kl_divergence(truth, logits).mean())
+
+
+def _run_engine(source: ModelSource, plan: PrecisionPlan, truth: Tensor, prompts: Prompts) -> float:
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "plan.json"
+        write_plan(plan, file)
+        bundle = export_model(
+            source, precision=plan.precision, precision_plan=file, output=Path(directory) / "bundle"
+        )  # fmt: skip
+        engine = OnnxRuntimeEngine(bundle, emulate_rounding=True)
+        cache = engine.new_cache(batch=len(prompts.ids), capacity=prompts.ids.shape[1])
+        logits = engine.prefill(prompts.ids, cache, prompts.mask)
+        return _kl(truth, logits[prompts.mask != 0].double())
