@@ -1,8 +1,8 @@
-"""Which kernels of `attention_kernels.py` serve a `cached_attention`, with which block sizes, on which grid.
+"""Which attention kernels serve a `cached_attention`, with which block sizes, on which grid.
 
 Decode (one token) is one kernel, rotation and cache write inside; where there are too few rows and heads to fill the
-GPU its slots are split and a second kernel (or, for few partial results, the last block) combines them.  Prefill is
-two: write keys and values, then flash attention over the caches.
+GPU its slots are split and a second kernel (or, where blocks have one head, the last block) combines them.  Prefill is
+two: write keys and values, then flash attention over the caches.  `attention_tiles.py` says what all of them assume.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trt_runtime.kernels import attention_kernels as kernels
+from trt_runtime.kernels import attention_decode, attention_prefill
 from trt_runtime.kernels.launch import AttentionShape, Launch
 
-BLOCKS_WANTED = 512
-"""Decode blocks that fill a GPU: 4 on each of the H200's 132 multiprocessors, all resident at once."""
+MULTIPROCESSORS = 132
+"""Of the H200, which the tables below are measured on; what the GPU at hand has changes the speed, not the result."""
 
 NO_WINDOW = 2**30
 L2_BYTES = 32 * 2**20
@@ -24,18 +24,23 @@ L2_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeBlocks:
-    """`rows` heads of one kv head a block (1: products element by element, else matrix products), `slots` a tile."""
+    """`rows` heads of one kv head a block (1: products element by element, else matrix products), `slots` a tile.
+
+    `resident` blocks fit on a multiprocessor at once.  `last_combines`: splits are combined by the block that comes
+    last instead of by a second kernel; only where a block has one head.
+    """
 
     rows: int
     slots: int
     warps: int
     stages: int
-    last_combines: bool
+    resident: int
+    last_combines: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillBlocks:
-    """`queries` a block, `slots` a tile."""
+    """`queries` a block, `slots` a tile.  `staged`: rotated queries go through memory, so that wgmma can load them."""
 
     queries: int
     slots: int
@@ -44,29 +49,36 @@ class PrefillBlocks:
     staged: bool = False
 
 
-def decode_blocks(shape: AttentionShape, capability: int = 90) -> DecodeBlocks:
-    """The one table of decode block sizes."""
+def decode_blocks(shape: AttentionShape, capability: int) -> DecodeBlocks:
+    """The one table of decode block sizes (shared memory in KiB: capability 80 has 163, 90 227, 86, 89 and 120 99)."""
     group = shape.heads // shape.kv_heads
-    if group == 1:
-        return DecodeBlocks(rows=1, slots=32, warps=4, stages=1, last_combines=True)
-    rows = min(64, max(16, _power_of_2(group)))
+    wide = max(1, _block_d(shape) // 128)
     if shape.dtype == "fp32":
-        return DecodeBlocks(rows=rows, slots=32, warps=4, stages=1, last_combines=False)
-    slots = 64 if _block_d(shape) <= 128 else 32
-    return DecodeBlocks(rows=rows, slots=slots, warps=4, stages=3, last_combines=False)
+        return DecodeBlocks(rows=1, slots=32 // wide, warps=4, stages=1, resident=3, last_combines=True)
+    rows = min(64, max(16, _power_of_2(group)))
+    few = shape.batch * shape.kv_heads * _cdiv(group, rows) <= MULTIPROCESSORS
+    if capability == 90 and group == 1:
+        return DecodeBlocks(rows=16, slots=64 // wide, warps=4, stages=3, resident=3, last_combines=True)
+    if capability == 90 and few and rows <= 16:
+        return DecodeBlocks(rows=rows, slots=128 // wide, warps=8, stages=3, resident=1)
+    return DecodeBlocks(rows=rows, slots=64 // wide, warps=4, stages=2, resident=4, last_combines=group == 1)
 
 
-def prefill_blocks(shape: AttentionShape, capability: int = 90) -> PrefillBlocks:
-    """The one table of prefill block sizes.  Shared memory: 86, 89 and 120 have 99 KiB, 80 163, 90 227."""
+def prefill_blocks(shape: AttentionShape, capability: int) -> PrefillBlocks:
+    """The one table of prefill block sizes; shared memory as for decode."""
     block_d = _block_d(shape)
     if shape.dtype == "fp32":
-        return PrefillBlocks(queries=32, slots=32, warps=4, stages=1)
-    if shape.tokens <= 64:
-        return PrefillBlocks(queries=64, slots=64 if block_d <= 128 else 32, warps=4, stages=2)
-    if block_d <= 128:
-        return PrefillBlocks(queries=128, slots=64, warps=8, stages=2)
+        return PrefillBlocks(queries=32 if block_d <= 64 else 16, slots=32, warps=4 if block_d <= 64 else 8, stages=1)
+    if capability == 90 and block_d <= 128:
+        if shape.tokens >= 4096:
+            return PrefillBlocks(queries=128, slots=64, warps=8, stages=3, staged=True)
+        return PrefillBlocks(queries=64, slots=64, warps=4, stages=3, staged=True)
     if capability == 90:
-        return PrefillBlocks(queries=128, slots=64, warps=8, stages=2)
+        return PrefillBlocks(queries=128, slots=64, warps=8, stages=2, staged=True)
+    if block_d <= 128:
+        return PrefillBlocks(
+            queries=128 if shape.tokens > 64 else 64, slots=64 if block_d <= 64 else 32, warps=4, stages=2
+        )
     return PrefillBlocks(queries=64, slots=32, warps=4, stages=2)
 
 
@@ -97,7 +109,7 @@ def launches(
         context: [batch, tokens, heads * head_dim], written.
         workspace: `workspace_bytes(shape)` bytes, aligned to 16, contents of no matter.
         counters: int32 [`counter_count(shape)`], zero before the first launch ever; every launch leaves zeros.
-        capability: of the device, 90 for 9.0: limits the shared memory.
+        capability: of the device, 90 for 9.0: decides block sizes, and whether launches may overlap.
         decode, prefill, splits: instead of the tables' (for measurements).
     """
     tensors = {
@@ -143,6 +155,7 @@ def launches(
         "PAIRS": shape.rotary_interleaved,
         "HAS_QUERY_SCALE": shape.has_query_scale,
         "HAS_ALIBI": shape.has_alibi,
+        "OVERLAP": capability >= 90,
     }
 
     def launch(kernel: Any, grid: tuple[int, int, int], warps: int, **more: Any) -> Launch:
@@ -155,6 +168,7 @@ def launches(
             constants={name: given[name] for name in names if name.isupper()},
             pointers={name: types[name] for name in names if name in types},
             warps=warps,
+            options={"launch_pdl": True} if capability >= 90 else {},
         )
 
     if shape.tokens == 1:
@@ -162,7 +176,7 @@ def launches(
         splits = splits or _splits(shape, blocks)
         row_blocks = _cdiv(shape.heads // shape.kv_heads, blocks.rows)
         first = launch(
-            kernels.decode,
+            attention_decode.decode,
             (splits, shape.kv_heads * row_blocks, shape.batch),
             blocks.warps,
             splits=splits,
@@ -173,16 +187,20 @@ def launches(
         )
         if splits == 1 or blocks.last_combines:
             return [first]
-        grid = (shape.heads, shape.batch, 1)
-        return [first, launch(kernels.combine, grid, 4, splits=splits, BLOCK_N=blocks.slots)]
+        columns = min(32, _block_d(shape))
+        grid = (shape.heads, shape.batch, _cdiv(shape.head_dim, columns))
+        second = launch(
+            attention_decode.combine, grid, 4, splits=splits, tile=blocks.slots, BLOCK_C=columns, BLOCK_S=128
+        )
+        return [first, second]
 
     tiles = prefill or prefill_blocks(shape, capability)
     block_t = max(1, 4096 // _block_d(shape))
     write_grid = (1 + _cdiv(shape.tokens, block_t) * shape.kv_heads, shape.batch, 1)
     return [
-        launch(kernels.write, write_grid, 4, BLOCK_T=block_t),
+        launch(attention_prefill.write, write_grid, 4, BLOCK_T=block_t),
         launch(
-            kernels.prefill,
+            attention_prefill.prefill,
             (_cdiv(shape.tokens, tiles.queries) * shape.heads, shape.batch, 1),
             tiles.warps,
             heads_at_once=_heads_at_once(shape),
@@ -196,9 +214,9 @@ def launches(
 
 def workspace_bytes(shape: AttentionShape) -> int:
     """Bytes of workspace for this shape and every smaller batch, number of tokens and of slots."""
+    # Splits fill at most the resident blocks, and a block has a partial result for each of its heads.
     group = shape.heads // shape.kv_heads
-    # Batch * kv_heads * splits never exceeds the blocks wanted by more than one round; a partial result a head.
-    partial = (BLOCKS_WANTED + shape.batch * shape.kv_heads) * group * (shape.head_dim + 1) * 4
+    partial = (4 * MULTIPROCESSORS + shape.batch * shape.kv_heads) * group * (shape.head_dim + 1) * 4
     return max(partial, shape.batch * 3 * 4)
 
 
@@ -211,8 +229,8 @@ def variants(limits: AttentionShape, *, capability: int = 90) -> list[Launch]:
     """One launch (addresses 0) of every distinct kernel, constants and warps that shapes within `limits` can need."""
     shapes = [
         replace(limits, batch=batch, tokens=tokens)
-        for batch in {1, limits.batch}
-        for tokens in sorted({1, 2, limits.tokens})
+        for batch in sorted({min(limits.batch, 2**i) for i in range(17)})
+        for tokens in sorted({1, min(2, limits.tokens), limits.tokens})
     ]
     found: dict[object, Launch] = {}
     for shape in shapes:
@@ -227,8 +245,10 @@ def variants(limits: AttentionShape, *, capability: int = 90) -> list[Launch]:
 
 
 def _splits(shape: AttentionShape, blocks: DecodeBlocks) -> int:
+    """So many that all blocks are resident at once; with few rows and heads, one block on each multiprocessor."""
     busy = shape.batch * shape.kv_heads * _cdiv(shape.heads // shape.kv_heads, blocks.rows)
-    return max(1, min(BLOCKS_WANTED // busy, _cdiv(shape.slots, 2 * blocks.slots)))
+    wanted = MULTIPROCESSORS * (blocks.resident if busy > MULTIPROCESSORS else 1)
+    return max(1, min(wanted // busy, _cdiv(shape.slots, 2 * blocks.slots)))
 
 
 def _heads_at_once(shape: AttentionShape) -> int:
