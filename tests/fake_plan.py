@@ -6,13 +6,25 @@ bound.  What is left out of such a test is TensorRT itself.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
-from trt_runtime.bundle import BundleInfo
+from trt_runtime.bundle import (
+    INFO_NAME,
+    KERNELS_NAME,
+    PLAN_NAME,
+    TAPS_PLAN_NAME,
+    BundleDraft,
+    BundleInfo,
+    EngineInfo,
+    Profile,
+    read_bundle,
+)
 from trt_runtime.tensorrt_api import trt
 
 _TYPES = {
@@ -41,14 +53,15 @@ class FakeStream:
 
 
 class FakeEngine:
-    """`sizes`: of the named axes of outputs, given those of the inputs."""
+    """Inputs and outputs of `session`; `info` has the profiles."""
 
     device_memory_size_v2 = 1000
+    handle: int | None = HANDLE
 
     def __init__(self, session: ort.InferenceSession, info: BundleInfo) -> None:
         self.session, self.info = session, info
-        self.inputs = {i.name: i for i in session.get_inputs()}
-        self.outputs = {o.name: o for o in session.get_outputs()}
+        self.inputs = {i.name: (i.type, i.shape) for i in session.get_inputs()}
+        self.outputs = {o.name: (o.type, o.shape) for o in session.get_outputs()}
         self.contexts: list[FakeContext] = []
         self.names = [*self.inputs, *self.outputs]
 
@@ -63,12 +76,21 @@ class FakeEngine:
         return trt.TensorIOMode.INPUT if name in self.inputs else trt.TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return _TYPES[(self.inputs | self.outputs)[name].type][0]
+        return _TYPES[(self.inputs | self.outputs)[name][0]][0]
 
     def create_execution_context(self, strategy: Any) -> FakeContext:
         assert strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
+
+    def play(self, context: FakeContext, stream: int) -> None:
+        """Run the graph on what a context has bound."""
+        binding = self.session.io_binding()
+        for names, bind in ((self.inputs, binding.bind_input), (self.outputs, binding.bind_output)):
+            for name, (kind, _) in names.items():
+                shape = context.get_tensor_shape(name)
+                bind(name, "cpu", 0, _TYPES[kind][1], shape, context.addresses[name])
+        self.session.run_with_iobinding(binding)
 
 
 class FakeContext:
@@ -86,7 +108,7 @@ class FakeContext:
         self.memory = (address, size)
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
-        assert stream == HANDLE
+        assert self.engine.handle in (None, stream)
         self.profile = profile
         return True
 
@@ -95,7 +117,7 @@ class FakeContext:
         profile = self.engine.info.profiles[self.profile or 0]
         limits = {"batch": profile.batch, "tokens": profile.tokens, "logit_tokens": profile.tokens}
         limits |= {"slots": [1, profile.capacity[1]], "capacity": profile.capacity}
-        for size, axis in zip(shape, self.engine.inputs[name].shape, strict=True):
+        for size, axis in zip(shape, self.engine.inputs[name][1], strict=True):
             low, high = limits[axis] if isinstance(axis, str) else (axis, axis)
             if not low <= size <= high:
                 return False
@@ -109,9 +131,9 @@ class FakeContext:
         axes = {
             axis: size
             for given, shape in self.shapes.items()
-            for axis, size in zip(self.engine.inputs[given].shape, shape, strict=True)
+            for axis, size in zip(self.engine.inputs[given][1], shape, strict=True)
         }
-        return tuple(axes.get(axis, axis) for axis in self.engine.outputs[name].shape)
+        return tuple(axes.get(axis, axis) for axis in (self.engine.inputs | self.engine.outputs)[name][1])
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -121,16 +143,21 @@ class FakeContext:
         return self.capturable
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == HANDLE and self.memory is not None and self.memory[1] >= self.engine.device_memory_size_v2
+        assert self.engine.handle in (None, stream)
+        assert self.memory is not None and self.memory[1] >= self.engine.device_memory_size_v2
         if self.fails:
             return False
-        binding = self.engine.session.io_binding()
-        for name, tensor in self.engine.inputs.items():
-            kind = _TYPES[tensor.type][1]
-            binding.bind_input(name, "cpu", 0, kind, self.shapes[name], self.addresses[name])
-        for name, tensor in self.engine.outputs.items():
-            kind, shape = _TYPES[tensor.type][1], self.get_tensor_shape(name)
-            binding.bind_output(name, "cpu", 0, kind, shape, self.addresses[name])
-        self.engine.session.run_with_iobinding(binding)
+        self.engine.play(self, stream)
         self.executed.append(dict(self.shapes))
         return True
+
+
+def add_engine(directory: Path, built: EngineInfo, profiles: list[Profile], *, kernels: bytes | None = None) -> None:
+    """Make a bundle say that it has a TensorRT engine; its plans are no plans."""
+    for name in (PLAN_NAME, TAPS_PLAN_NAME):
+        (directory / name).write_bytes(b"no plan")
+    if kernels is not None:
+        (directory / KERNELS_NAME).write_bytes(kernels)
+    info = dataclasses.replace(read_bundle(directory).info, engine=built, profiles=profiles)
+    (directory / INFO_NAME).unlink()
+    BundleDraft(directory).finish(info)

@@ -54,8 +54,13 @@ def check_engine(family: str, precision: Precision, attention: AttentionMode, ou
     export_model(
         family, precision=precision, attention=attention, backend="tensorrt", output=output, max_batch=4, taps=True
     )
-    seconds = time.perf_counter() - start
-    engine: Any = open_engine(read_bundle(output), engine="tensorrt")
+    return measure(family, output, seconds=time.perf_counter() - start)
+
+
+def measure(family: str, bundle: Path, *, seconds: float) -> Row:
+    """Generate with a toy's engine, compare every tap, time a decode step."""
+    info = read_bundle(bundle).info
+    engine: Any = open_engine(bundle, engine="tensorrt")
     source = refmodels.resolve(family)
     tokenizer = load_tokenizer_for(source)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
@@ -65,14 +70,14 @@ def check_engine(family: str, precision: Precision, attention: AttentionMode, ou
     pairs = [(f.token_ids, e.token_ids) for f, e in zip(found, expected, strict=True)]
     milliseconds, captured = time_decode(engine, prompts[0])
     del engine
-    diff = diff_bundle(output, family, engine="tensorrt", steps=4)
+    diff = diff_bundle(bundle, family, engine="tensorrt", steps=4)
     worst = max(diff.taps, key=lambda tap: tap.ratio)
     return Row(
         family=family,
-        precision=precision,
-        attention=attention,
+        precision=info.precision,
+        attention=info.attention,
         seconds=seconds,
-        megabytes=(output / PLAN_NAME).stat().st_size / 1e6,
+        megabytes=(bundle / PLAN_NAME).stat().st_size / 1e6,
         tokens=sum(equal_start(*pair) for pair in pairs),
         of=sum(len(e) for _, e in pairs),
         verdict=diff.verdict,

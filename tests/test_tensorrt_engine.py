@@ -21,17 +21,7 @@ from export.compile import export_model
 from refmodels.errors import LogitLockError
 from refmodels.taps import Recorder, tap_names
 from trt_runtime import engines, tensorrt_engine
-from trt_runtime.bundle import (
-    INFO_NAME,
-    PLAN_NAME,
-    TAPS_PLAN_NAME,
-    AttentionMode,
-    Bundle,
-    BundleDraft,
-    EngineInfo,
-    Profile,
-    read_bundle,
-)
+from trt_runtime.bundle import AttentionMode, Bundle, EngineInfo, Profile, read_bundle
 from trt_runtime.engine import TorchEngine
 from trt_runtime.engines import open_engine
 from trt_runtime.generate import GenerationConfig, generate
@@ -46,7 +36,7 @@ from trt_runtime.tensorrt_engine import (
 )
 
 try:
-    from fake_plan import FakeContext, FakeEngine, FakeStream
+    from fake_plan import FakeContext, FakeEngine, FakeStream, add_engine
 
     from trt_runtime.tensorrt_api import IS_RTX, package_version
 except LogitLockError as error:
@@ -72,19 +62,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
         directory = root / case
         if not directory.exists():
             export_model(case_source(case), precision="fp32", output=directory, max_seq=MAX_SEQ, backend="onnxruntime")
-            for name in (PLAN_NAME, TAPS_PLAN_NAME):
-                (directory / name).write_bytes(b"no plan")
-            info = dataclasses.replace(read_bundle(directory).info, engine=BUILT, profiles=PROFILES)
-            BundleDraft(without_manifest(directory)).finish(info)
+            add_engine(directory, BUILT, PROFILES)
         return read_bundle(directory)
 
     return bundle
-
-
-def without_manifest(directory: Path) -> Path:
-    """The directory, to be hashed anew."""
-    (directory / INFO_NAME).unlink()
-    return directory
 
 
 @pytest.fixture
