@@ -299,6 +299,8 @@ def test_a_map_of_a_faulty_graph_finds_the_fault(name: str, exported: Callable[.
     if name != "keys":
         # The same nodes, so the same names as without the fault.
         assert proposal.names == proposed(exported("qwen2"), "qwen2")[0].names
+    if name == "transposed":
+        assert proposal.summary() == "24 taps by a proposed map, unlike: blocks.0.attn.out"
     result = diff(engine, "qwen2")
     assert [c.tap for c in result.culprits if c.kind in CULPRIT_OF_A_MODULE] == wrong
     assert (result.verdict == "aligned") == (not wrong)
@@ -544,6 +546,14 @@ def test_every_form_opens(exported: Callable[..., Path], tmp_path: Path) -> None
     (tmp_path / "names.json").write_text("{}")
     few = open_executor(str(exported("qwen2")), source=source, map=tmp_path / "names.json")
     assert len(few.tap_names) == 5
+    # A map that is not there yet is proposed and written, and the engine says what is to be looked at.
+    written = tmp_path / "written.json"
+    proposing = open_executor(str(exported("qwen2")), source=source, map=written)
+    assert len(read_name_map(written, source.spec).taps) == 24 and proposing.arithmetic.endswith(
+        "24 taps by a proposed map"
+    )
+    with pytest.raises(LogitLockError, match="cannot be written"):
+        open_executor(str(exported("qwen2")), source=source, map=tmp_path / "none" / "names.json")
     assert open_executor(str(GOLDENS / "qwen2"), source=source, decode=True).tap_names == ("logits",)
 
 

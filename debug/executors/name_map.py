@@ -159,5 +159,8 @@ def check_width(spec: ModelSpec, tap: str, tensor: Tensor) -> Tensor:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON object, readable."""
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write one JSON object, readable; a `LogitLockError` where that cannot be done."""
+    try:
+        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LogitLockError(f"the name map {file} cannot be written: {error.strerror}") from error

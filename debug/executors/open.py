@@ -58,7 +58,8 @@ def open_executor(
     Args:
         text: one of the forms that `forms_help` lists.
         source: the model that both sides are made from.
-        map: a name map for an ONNX file; None: one is proposed with the reference.
+        map: a name map for an ONNX file.  Where there is no such file one is proposed with the reference and written
+            there, for a person to look at; None: proposed, not written.
         emulate_rounding: round every node of half-precision graphs on the CPU.
         trust_remote_code: for hf.
         decode: the comparison goes on after the prefill (a golden case then shows only logits).
@@ -157,8 +158,15 @@ def _onnx(words: list[str], options: _Options) -> Engine:
     from debug.executors.propose import propose_map
 
     _check(words[0], words[1:], len(words) == 1)
-    names = options.map or propose_map(words[0], load(options.source)).names
-    return OnnxFileEngine(words[0], options.source.spec, names, emulate_rounding=options.emulate_rounding)
+    spec, rounded = options.source.spec, options.emulate_rounding
+    if options.map is not None and options.map.exists():
+        return OnnxFileEngine(words[0], spec, options.map, emulate_rounding=rounded)
+    proposal = propose_map(words[0], load(options.source))
+    if options.map is not None:
+        proposal.write(options.map)
+    engine = OnnxFileEngine(words[0], spec, proposal.names, emulate_rounding=rounded)
+    engine.arithmetic += f"; {proposal.summary()}"
+    return engine
 
 
 def _check(form: str, words: list[str], fits: bool) -> None:

@@ -42,6 +42,8 @@ _LENGTHS = (13, 17, 19, 23, 29)
 _ALIKE = 0.02
 """Distance up to which a value is taken at once: what is no longer itself is farther away than that, and what a small
 fault leaves is nearer."""
+_SURE = 0.999
+"""Cosine below which a person should look at the match."""
 _LEAST_COSINE = 0.2
 """What is less alike is not in the map, unless a trial found it."""
 _TRIALS = 24
@@ -84,8 +86,21 @@ class Proposal:
             "unmatched": self.unmatched,
         }
 
+    def summary(self) -> str:
+        """What a person should know before trusting it, in one phrase."""
+        unlike = [tap for tap, cosine in self.confidence.items() if cosine < _SURE]
+        parts = [f"{len(self.names.taps)} taps by a proposed map"]
+        for what, taps in (("not found", self.unmatched), ("ambiguous", [*self.ambiguous]), ("unlike", unlike)):
+            if taps:
+                parts.append(f"{what}: {', '.join(taps[:4])}" + (f" and {len(taps) - 4} more" if len(taps) > 4 else ""))
+        return ", ".join(parts)
+
     def write(self, file: Path) -> None:
-        """Write the map as JSON, for `read_name_map` and for a person to correct."""
+        """Write the map as JSON, for `read_name_map` and for a person to correct.
+
+        Raises:
+            LogitLockError: the file cannot be written.
+        """
         write_json(file, self.to_json())
 
 
