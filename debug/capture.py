@@ -136,7 +136,7 @@ def capture_engine(engine: Engine, prompts: Prompts, *, steps: int, tokens: Tens
         return recorders[-1]
 
     for step, plan, _ in run_steps(engine, prompts, steps=steps, tokens=tokens, recorder=recorder):
-        now = recorders[-1].tensors
+        now = {name: tensor.cpu() for name, tensor in recorders[-1].tensors.items()}
         states = {name: now[name] for name in engine.tap_names if is_cache_tap(name)}
         before = (
             {name: forwards[-1].tensors[name] for name in states}
