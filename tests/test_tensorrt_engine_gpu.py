@@ -1,7 +1,8 @@
 """The TensorRT engine on any CUDA GPU, also one that TensorRT does not serve: its stream, buffers, CUDA graphs and
 plugins with their compiled kernels are real, only the plan is played by torch (`torch_plan.py`).
 
-How to run it where TensorRT cannot be installed: see test_plugins_gpu.py.
+How to run it where TensorRT cannot be installed: see test_plugins_gpu.py; logitlock's metadata (logitlock.egg-info)
+must be on the path as well.
 """
 
 from __future__ import annotations

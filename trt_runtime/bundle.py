@@ -66,8 +66,7 @@ class EngineInfo:
 
     Attributes:
         backend: what made the plan.
-        package: TensorRT's name and version, 'tensorrt_rtx 1.7.1.116'; a plan runs only with this package, and with
-            another version of it only where TensorRT says so.
+        package: TensorRT's name and version, 'tensorrt_rtx 1.7.1.116'; a plan runs only with these.
         compute_capabilities: GPUs that the plan was built for, such as '8.9'; empty: the package's default.
         plugins: version of each plugin that the plan calls, by name; their namespace is "refmodels".
         max_batch: most rows of a step.
