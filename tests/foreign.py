@@ -185,3 +185,84 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
     pairs = torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), -1)
     return torch.cat((pairs.flatten(-2), rest), -1)
+
+
+def fused_graph(decoder: Any, path: Path) -> Path:
+    """A Qwen2 in the fused operators of ONNX Runtime, as onnxruntime-genai's builder makes it.
+
+    Residual and norm are one node, attention takes lengths instead of a mask, and the last residual is nowhere.
+    """
+    spec = decoder.spec
+    a, weights = spec.attention, {n: p.detach().numpy() for n, p in decoder.named_parameters()}
+    nodes: list[onnx.NodeProto] = []
+    tensors: list[onnx.TensorProto] = []
+
+    def add(op: str, inputs: list[str], outputs: list[str], domain: str = "", **facts: Any) -> str:
+        nodes.append(onnx.helper.make_node(op, inputs, outputs, name=f"/{outputs[0]}/{op}", domain=domain, **facts))
+        return outputs[0]
+
+    def weight(name: str, value: Any) -> str:
+        tensors.append(onnx.numpy_helper.from_array(value.copy(), name))
+        return name
+
+    def linear(x: str, name: str, matrix: Any, bias: Any = None) -> str:
+        product = add("MatMul", [x, weight(f"{name}.weight", matrix.T)], [f"{name}.product"])
+        return product if bias is None else add("Add", [product, weight(f"{name}.bias", bias)], [f"{name}.sum"])
+
+    rope = 1.0 / spec.rope.theta ** (torch.arange(0, spec.rope.dim, 2).double() / spec.rope.dim)
+    angles = torch.arange(spec.max_positions).double()[:, None] * rope
+    tables = [weight("cos", angles.cos().float().numpy()), weight("sin", angles.sin().float().numpy())]
+    weight("one", torch.tensor(1).numpy())
+    axis = weight("axis", torch.tensor([1]).numpy())
+    length = add("ReduceSum", ["attention_mask", axis], ["lengths"], keepdims=0)
+    lengths = add("Cast", [add("Sub", [length, "one"], ["lengths.less"])], ["seqlens_k"], to=onnx.TensorProto.INT32)
+    shape = add("Shape", ["attention_mask"], ["mask.shape"])
+    total = add("Cast", [add("Gather", [shape, "one"], ["total"])], ["total_sequence"], to=onnx.TensorProto.INT32)
+    x = add("Gather", [weight("embed", weights["embed.weight"]), "input_ids"], ["embedding"])
+    norms = {"epsilon": spec.norm.eps}
+    first = weight("first_norm", weights["blocks.0.attn_norm.weight"])
+    normed = add("SimplifiedLayerNormalization", [x, first], ["normed"], axis=-1, stash_type=1, **norms)
+    for i in range(spec.layers):
+        ours = f"blocks.{i}"
+        sizes = [a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim]
+        parts = zip(
+            *(torch.from_numpy(weights[f"{ours}.attn.qkv.{n}"]).split(sizes) for n in ("weight", "bias")), strict=True
+        )
+        qkv = [linear(normed, f"{i}.{n}", w.numpy(), b.numpy()) for n, (w, b) in zip("qkv", parts, strict=True)]
+        past = [f"past_key_values.{i}.{part}" for part in ("key", "value")]
+        outputs = [f"{i}.attention", *[name.replace("past_key_values", "present") for name in past]]
+        facts = {"num_heads": a.heads, "kv_num_heads": a.kv_heads, "do_rotary": 1, "scale": a.scale}
+        attended = add("GroupQueryAttention", [*qkv, *past, lengths, total, *tables], outputs, "com.microsoft", **facts)
+        out = linear(attended, f"{i}.o", weights[f"{ours}.attn.out.weight"])
+        gamma = weight(f"{i}.norm", weights[f"{ours}.mlp_norm.weight"])
+        names = [f"{i}.normed", "", "", f"{i}.middle"]
+        skip = "SkipSimplifiedLayerNormalization"
+        normed, x = add(skip, [x, out, gamma], names, "com.microsoft", **norms), names[3]
+        gate, up = (linear(normed, f"{i}.{n}", weights[f"{ours}.mlp.{n}.weight"]) for n in ("gate", "up"))
+        act = add("Mul", [gate, add("Sigmoid", [gate], [f"{i}.sigmoid"])], [f"{i}.silu"])
+        down = linear(add("Mul", [act, up], [f"{i}.product"]), f"{i}.down", weights[f"{ours}.mlp.out.weight"])
+        last = i == spec.layers - 1
+        gamma = weight(f"{i}.after", weights["final_norm.weight" if last else f"blocks.{i + 1}.attn_norm.weight"])
+        names = [f"{i}.after_norm"] if last else [f"{i}.after_norm", "", "", f"{i}.residual"]
+        normed, x = add(skip, [x, down, gamma], names, "com.microsoft", **norms), names[-1]
+    add("MatMul", [normed, weight("head", weights["head.weight"].T)], ["logits"])
+    floats, ints = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    caches = [f"{{}}.{i}.{part}" for i in range(spec.layers) for part in ("key", "value")]
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "decoder",
+        [
+            info("input_ids", ints, ["batch", "tokens"]),
+            info("attention_mask", ints, ["batch", "total"]),
+            *(info(c.format("past_key_values"), floats, ["batch", a.kv_heads, "past", a.head_dim]) for c in caches),
+        ],
+        [
+            info("logits", floats, ["batch", "tokens", spec.vocab_size]),
+            *(info(c.format("present"), floats, ["batch", a.kv_heads, "total", a.head_dim]) for c in caches),
+        ],
+        tensors,
+    )
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    return path

@@ -342,6 +342,17 @@ def test_a_graph_for_one_row_that_sees_no_padding(exported: Callable[..., Path],
         assert not [d for d in disagreements(engine, upstream, prompts) if not d.startswith("0 embed")]
 
 
+def test_fused_operators(tmp_path: Path) -> None:
+    path = foreign.fused_graph(refmodels.load(case_source("qwen2")), tmp_path / "model.onnx")
+    proposal, engine = proposed(path, "qwen2")
+    # The last residual is inside a node.  That is one tap of 29.
+    assert proposal.unmatched == ["blocks.1"] and not proposal.ambiguous and "row by row" in engine.arithmetic
+    for prompts in (prompts_of("qwen2"), right_padded("qwen2")):
+        assert not disagreements(engine, reference("qwen2"), prompts)
+    result = diff(engine, "qwen2")
+    assert first_wrong(result) is None, result.culprits
+
+
 def test_gate_and_up_in_one_projection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Fused(nn.Module):
         def __init__(self, mlp: Any) -> None:

@@ -33,8 +33,8 @@ from refmodels.model import Decoder
 from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, is_cache_tap, recording, tap_names
 
-_CHUNK = 256
-"""Values captured at a time."""
+_CHUNK = 1024
+"""Values captured at a time; each chunk opens the graph anew."""
 _WINDOW = 64
 """Values of the right width looked at for one tap: a block has a few dozen of them."""
 _LENGTHS = (13, 17, 19, 23, 29)
@@ -44,8 +44,8 @@ _ALIKE = 0.02
 fault leaves is nearer."""
 _SURE = 0.999
 """Cosine below which a person should look at the match."""
-_LEAST_COSINE = 0.2
-"""What is less alike is not in the map, unless a trial found it."""
+_LEAST_COSINE = 0.5
+"""A key or value less alike than that is not in the map; there is no module after it to ask."""
 _TRIALS = 24
 """Candidates tried in the place of a tap that nothing is like."""
 _LAYOUTS: Mapping[int, Sequence[tuple[int, ...]]] = {
@@ -278,6 +278,9 @@ class _Search:
 
     def best(self, tap: str, expected: Tensor, matches: Mapping[str, _Match]) -> _Match | None:
         """The nearest value, or the parts of qkv joined."""
+        if tap == "logits":
+            logits = _Candidate(source=Source(value=tap), rows=_rows(self.captured.logits), nodes=())
+            return _compared(logits, expected)
         whole = self._nearest(self._candidates(tap, expected.shape[1], matches), expected)
         parts = self._parts(tap, expected, matches)
         if not parts:
@@ -366,9 +369,9 @@ class _Walk(Recorder):
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         search = self.search
         if name == "logits":
-            rows = _rows(search.captured.logits)
-            logits = _Candidate(source=Source(value="logits"), rows=rows, nodes=())
-            search.logits = _compared(logits, _rows(tensor)).cosine
+            logits = search.best(name, _rows(tensor), search.matches)
+            assert logits is not None
+            search.logits = logits.cosine
             return tensor
         if name in search.engine.roles.present:
             return tensor
@@ -377,13 +380,14 @@ class _Walk(Recorder):
         expected = _rows(tensor)
         match = search.best(name, expected, search.matches)
         if match is None or match.distance > _ALIKE:
-            tried = None if is_cache_tap(name) else search.by_trial(name, expected)
-            if tried is None and (match is None or match.cosine < _LEAST_COSINE):
-                return tensor
-            match = tried or match
-        assert match is not None
+            if not is_cache_tap(name):
+                match = search.by_trial(name, expected)
+            elif match is not None and match.cosine < _LEAST_COSINE:
+                match = None
+        if match is None:
+            return tensor
         search.matches[name] = match
-        return tensor if is_cache_tap(name) else match.found.rows.reshape(tensor.shape).to(tensor.dtype)
+        return tensor if is_cache_tap(name) else _in_place_of(tensor, match)
 
 
 class _Done(Exception):
@@ -391,25 +395,36 @@ class _Done(Exception):
 
 
 class _Trial(Recorder):
-    """A run with what is matched so far and one candidate, as far as the module that reads it."""
+    """A run with what is matched so far and one candidate, as far as the module that reads it.
+
+    Where that module's own output is not in the graph, as far as the one after it.
+    """
 
     def __init__(self, search: _Search, tap: str, match: _Match) -> None:
         super().__init__(names=())
         self.search, self.tap, self.distance = search, tap, float("inf")
         self.matches = {**search.matches, tap: match}
+        self.modules = 2
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         if is_cache_tap(name):
             return tensor
-        if name not in self.matches:
-            match = self.search.best(name, _rows(tensor), self.matches) if name != "logits" else None
-            if self.tap in _read_by(name, self.search.spec):
-                self.distance = float("inf") if match is None else match.distance
+        if name in self.matches:
+            return _in_place_of(tensor, self.matches[name])
+        match = self.search.best(name, _rows(tensor), self.matches)
+        distance = float("inf") if match is None else match.distance
+        if self.tap in _read_by(name, self.search.spec):
+            self.distance, self.tap, self.modules = min(self.distance, distance), name, self.modules - 1
+            if distance <= _ALIKE or not self.modules or name == "logits":
                 raise _Done
-            if match is None:
-                return tensor
-            self.matches[name] = match
-        return self.matches[name].found.rows.reshape(tensor.shape).to(tensor.dtype)
+        if match is None or distance > _ALIKE:
+            return tensor
+        self.matches[name] = match
+        return _in_place_of(tensor, match)
+
+
+def _in_place_of(tensor: Tensor, match: _Match) -> Tensor:
+    return match.found.rows.reshape(tensor.shape).to(tensor.dtype)
 
 
 def _reads(tap: str, spec: ModelSpec) -> str | None:
