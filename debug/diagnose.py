@@ -86,17 +86,27 @@ def _evidence(module: Module, engine: Tensor, expected: Tensor, before: ErrorSta
     ]
     off, size = ((_by_token(t, module)[_real(module)]) for t in (engine - expected, expected))
     heads: list[float] = []
+    names: list[str] = []
     if is_cache_tap(module.tap) or module.part in ("attn.qkv", "attn.context"):
         head_dim = module.decoder.spec.attention.head_dim
         errors, sizes = (t.reshape(len(t), -1, head_dim).square().sum((0, 2)).sqrt() for t in (off, size))
         heads = (errors / sizes.clamp(min=1e-300)).tolist()
+        names = _head_names(module)
     shares = off.flatten(1).square().sum(0)
     shares = shares / shares.sum().clamp(min=1e-300)
     top = shares.topk(min(_MOST, len(shares)))
     channels = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
     # Worth saying only where a few channels stand out.
     few = float(top.values.sum()) > 0.5 and len(shares) > 4 * _MOST
-    return Evidence(tokens=tokens, heads=heads, channels=channels if few else [])
+    return Evidence(tokens=tokens, heads=heads, head_names=names, channels=channels if few else [])
+
+
+def _head_names(module: Module) -> list[str]:
+    attention = module.decoder.spec.attention
+    queries = [f"query {i}" for i in range(attention.heads)]
+    kinds = ("key", "value") if module.part == "attn.qkv" else (module.tap.rpartition(".")[2],)
+    others = [f"{kind} {i}" for kind in kinds for i in range(attention.kv_heads)]
+    return queries + others if module.part == "attn.qkv" else others if is_cache_tap(module.tap) else queries
 
 
 def _compare(actual: Tensor, expected: Tensor, module: Module, dtype: torch.dtype) -> ErrorStats:

@@ -108,12 +108,13 @@ class Evidence:
     """Where in a wrong tap the local error is.
 
     tokens: the worst ones.  heads: relative L2 error by head (query, then key, then value heads for attn.qkv), empty
-    for taps without heads.  channels: (index, share of the squared error) of the worst channels, where a few of them
-    have most of it.
+    for taps without heads; head_names says which is which.  channels: (index, share of the squared error) of the worst
+    channels, where a few of them have most of it.
     """
 
     tokens: list[TokenView] = field(default_factory=list)
     heads: list[float] = field(default_factory=list)
+    head_names: list[str] = field(default_factory=list)
     channels: list[tuple[int, float]] = field(default_factory=list)
 
 

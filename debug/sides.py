@@ -322,7 +322,7 @@ def _judged(capture: Capture, side: Side, source: ModelSource) -> DiffResult:
     tokenizer = _tokenizer(source)
     if tokenizer is not None:
         ids = {i for t in result.logit_tokens for i in (t.token, t.expected, t.chosen)}
-        result.token_texts = {i: tokenizer.decode([i]) for i in ids}
+        result.token_texts = {i: tokenizer.decode([i], skip_special=False) for i in ids}
     return result
 
 

@@ -177,7 +177,8 @@ def verdict_line(result: DiffResult) -> str:
     where = "prefill" if first.phase == "prefill" else f"decode step {first.step}"
     where = f"{first.tap} ({where}, row {first.worst[0]}, position {first.worst[1]})"
     others = len(result.culprits) - 1
-    more = f"; {others} more tap{'s are' if others > 1 else ' is'} wrong by itself" if others else ""
+    also = "taps are wrong by themselves" if others > 1 else "tap is wrong by itself"
+    more = f"; {others} more {also}" if others else ""
     if first.kind == "nonfinite":
         return f"NONFINITE: the first NaN or Inf is at {where}{more}"
     label = result.verdict.upper()

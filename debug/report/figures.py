@@ -1,0 +1,337 @@
+"""The plots of a report, as plotly.js reads them: {"data": […], "layout": {…}}.
+
+Colours are names that begin with "@"; the page replaces them for its light and its dark theme (`plots.js`).
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from debug.drift import DriftResult
+from debug.results import DiffResult, LogitToken, Phase, TapError
+
+Figure = dict[str, Any]
+_LEAST_RATIO = 0.1
+_ROW_PIXELS = 26
+_MOST_TICKS = 24
+
+
+def label(text: str) -> str:
+    """plotly.js reads tags in labels; this shows them instead."""
+    return html.escape(text, quote=False)
+
+
+def rank(tap: TapError) -> float:
+    """What to sort taps by: floors of local error, NaN and Inf above all."""
+    return math.inf if tap.nonfinite else tap.ratio if tap.ratio == tap.ratio else -1.0
+
+
+def step_name(step: int) -> str:
+    return f"+{step}" if step else "prefill"
+
+
+def heat_map(result: DiffResult) -> Figure:
+    """Taps along the depth of the model, by step: local error in noise floors."""
+    names = list(dict.fromkeys(t.tap for t in result.taps))
+    column = {name: i for i, name in enumerate(names)}
+    steps = result.steps + 1
+    cells: list[list[float | None]] = [[None] * len(names) for _ in range(steps)]
+    notes: list[list[list[str]]] = [[[label(name), "", "", ""] for name in names] for _ in range(steps)]
+    for tap in result.taps:
+        at = column[tap.tap]
+        if math.isfinite(tap.ratio):
+            cells[tap.step][at] = math.log10(max(tap.ratio, _LEAST_RATIO))
+        notes[tap.step][at][1:] = [f"{tap.ratio:.3g}", f"{tap.local:.3g}", f"{tap.floor:.3g}"]
+    low, alarm = math.log10(_LEAST_RATIO), math.log10(result.multiple)
+    high = max([2.0, *(value for row in cells for value in row if value is not None)])
+    decades = [d for d in range(math.ceil(low), math.floor(high) + 1) if abs(d - alarm) > 0.12 * (high - low)]
+    heat: Figure = {
+        "type": "heatmap",
+        "z": cells,
+        "x": list(range(len(names))),
+        "y": [step_name(s) for s in range(steps)],
+        "customdata": notes,
+        "hovertemplate": "<b>%{customdata[0]}</b>, %{y}<br>%{customdata[1]} noise floors<br>"
+        "local %{customdata[2]}, floor %{customdata[3]}<extra></extra>",
+        "zmin": low,
+        "zmax": high,
+        "colorscale": _scale((alarm - low) / (high - low)),
+        "xgap": 1 if len(names) < 200 else 0,
+        "ygap": 1,
+        "hoverongaps": False,
+        "colorbar": {
+            "orientation": "h",
+            "y": 1.03,
+            "yanchor": "bottom",
+            "thickness": 12,
+            "tickvals": [*decades, alarm],
+            "ticktext": [*(f"{10.0**d:g}" if d < 4 else f"10<sup>{d}</sup>" for d in decades),
+                         f"<b>{result.multiple:g} alarm</b>"],
+            "title": {"text": "local error of the worst token, in noise floors", "side": "top"},
+            "outlinewidth": 0,
+        },
+    }  # fmt: skip
+    culprits = [(column[c.tap], c.step, c.tap) for c in result.culprits]
+    spoiled = [(column[t.tap], t.step, t.tap) for t in result.taps if t.nonfinite]
+    data = [heat]
+    # In dark red cells only a mark with an outline of the other colour is seen.
+    for name, symbol, size, marked in (("culprit", "diamond", 10, culprits), ("NaN or Inf", "x", 7, spoiled)):
+        if marked:
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": name,
+                    "x": [x for x, _, _ in marked],
+                    "y": [step_name(step) for _, step, _ in marked],
+                    "text": [label(tap) for _, _, tap in marked],
+                    "hovertemplate": f"<b>%{{text}}</b>, %{{y}}: {name}<extra></extra>",
+                    "marker": {
+                        "symbol": symbol,
+                        "size": size,
+                        "color": "@text",
+                        "line": {"width": 1.5, "color": "@page"},
+                    },
+                }
+            )
+    layout = _layout(height=min(190 + _ROW_PIXELS * steps, 900), x=_depth(names, grid=False))
+    layout["yaxis"] = {"autorange": "reversed", "automargin": True, "type": "category", "showgrid": False}
+    layout["legend"] = {"orientation": "h", "y": -0.02, "yref": "container", "yanchor": "bottom", "x": 0}
+    layout["margin"]["b"] = 84
+    return {"data": data, "layout": layout}
+
+
+def _scale(alarm: float) -> list[list[object]]:
+    middle = alarm + (1 - alarm) / 2
+    return [[0, "@calm0"], [alarm, "@calm1"], [alarm, "@wrong0"], [middle, "@wrong1"], [1, "@wrong2"]]
+
+
+def curves(result: DiffResult, phase: Phase) -> Figure:
+    """Local against accumulated error along the depth, each with its floor; of several steps each tap's worst."""
+    worst: dict[str, TapError] = {}
+    for tap in result.taps:
+        if tap.phase == phase and (tap.tap not in worst or rank(tap) > rank(worst[tap.tap])):
+            worst[tap.tap] = tap
+    taps = list(worst.values())
+    lines: list[tuple[str, str, bool, Callable[[TapError], float]]] = [
+        ("accumulated", "@accumulated", False, lambda t: t.accumulated),
+        ("its floor", "@accumulated", True, lambda t: t.accumulated_floor),
+        ("local", "@local", False, lambda t: t.local),
+        ("its floor", "@local", True, lambda t: max(t.floor, t.floor_bound)),
+    ]
+    names = [label(f"{t.tap} ({step_name(t.step)})") for t in taps]
+    data: list[Figure] = [
+        {
+            **_line(name, color, range(len(taps)), [value(t) for t in taps], dotted=dotted),
+            "text": names,
+            "hovertemplate": f"<b>%{{text}}</b><br>{name} %{{y:.3g}}<extra></extra>",
+            "legendgroup": color,
+        }
+        for name, color, dotted, value in lines
+    ]
+    wrong = [(i, t) for i, t in enumerate(taps) if t.ratio > result.multiple and positive(t.local) is not None]
+    if wrong:
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": f"wrong by itself (above {result.multiple:g} floors)",
+                "x": [i for i, _ in wrong],
+                "y": [t.local for _, t in wrong],
+                "text": [label(f"{t.tap}: {t.ratio:.3g} floors") for _, t in wrong],
+                "hovertemplate": "<b>%{text}</b><extra></extra>",
+                "marker": {
+                    "symbol": "diamond",
+                    "size": 10,
+                    "color": "@local",
+                    "line": {"width": 1.5, "color": "@text"},
+                },
+            }
+        )
+    return {
+        "data": data,
+        "layout": _layout(
+            height=380, x=_depth([t.tap for t in taps]), y={**_LOG, "title": {"text": "relative L2 error"}}
+        ),
+    }
+
+
+def kl_by_position(result: DiffResult) -> Figure:
+    """KL of the shipped engine's logits by position in the text: mean and maximum over the rows, floors, and flips."""
+    at: dict[int, list[LogitToken]] = {}
+    for token in result.logit_tokens:
+        at.setdefault(token.index, []).append(token)
+    x = sorted(at)
+    data = [
+        _line("largest", "@local", x, [max(t.kl for t in at[i]) for i in x]),
+        _line("mean over the rows", "@accumulated", x, [sum(t.kl for t in at[i]) / len(at[i]) for i in x]),
+        _line("largest of the floor", "@muted", x, [max(t.floor_kl for t in at[i]) for i in x], dotted=True),
+        *_flips(result, lambda t: (t.index, t.kl)),
+    ]
+    return {
+        "data": data,
+        "layout": _layout(
+            height=340,
+            x={"title": {"text": "position in the text (prompt, then decoded tokens)"}},
+            y={**_LOG, "title": {"text": "KL, nats"}},
+        ),
+    }
+
+
+def margins(result: DiffResult) -> Figure:
+    """Each token's logit error against the reference's lead: which flips could be rounding."""
+    tokens = result.logit_tokens
+    kept = [t for t in tokens if not t.flip]
+    data: list[Figure] = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "same token",
+            "x": [positive(t.margin) for t in kept],
+            "y": [positive(t.error) for t in kept],
+            "text": [_describe(result, t) for t in kept],
+            "hovertemplate": "%{text}<extra></extra>",
+            "marker": {"size": 5, "color": "@accumulated", "opacity": 0.65},
+        },
+        *_flips(result, lambda t: (t.margin, t.error)),
+    ]
+    leads = [value for t in tokens if (value := positive(t.margin)) is not None]
+    if leads:
+        ends = [min(leads), max(leads)]
+        data.append(
+            {**_line("half the lead: less cannot flip", "@muted", ends, [m / 2 for m in ends]), "hoverinfo": "skip"}
+        )
+    layout = _layout(
+        height=340,
+        x={**_LOG, "title": {"text": "the reference's lead of its token, in logits"}},
+        y={**_LOG, "title": {"text": "largest logit error"}},
+    )
+    limit = positive(2 * max((t.floor_error for t in tokens), default=0.0))
+    if limit is not None:
+        line = {"color": "@muted", "width": 1, "dash": "dot"}
+        layout["shapes"] = [{"type": "line", "x0": limit, "x1": limit, "yref": "paper", "y0": 0, "y1": 1, "line": line}]
+        layout["annotations"] = [
+            {
+                "x": math.log10(limit),
+                "yref": "paper",
+                "y": 0.02,
+                "text": "← rounding can flip",
+                "showarrow": False,
+                "xanchor": "right",
+                "yanchor": "bottom",
+            }
+        ]
+    return {"data": data, "layout": layout}
+
+
+def _flips(result: DiffResult, at: Callable[[LogitToken], tuple[float, float]]) -> list[Figure]:
+    found = []
+    for name, symbol, color, beyond in (
+        ("other token, within rounding", "circle-open", "@text", False),
+        ("other token, beyond rounding", "x", "@local", True),
+    ):
+        tokens = [t for t in result.logit_tokens if t.flip and t.beyond_rounding == beyond]
+        if tokens:
+            found.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": name,
+                    "x": [at(t)[0] for t in tokens],
+                    "y": [positive(at(t)[1]) for t in tokens],
+                    "text": [_describe(result, t) for t in tokens],
+                    "hovertemplate": "%{text}<extra></extra>",
+                    "marker": {"symbol": symbol, "size": 9, "color": color},
+                }
+            )
+    return found
+
+
+def _describe(result: DiffResult, token: LogitToken) -> str:
+    def text(i: int) -> str:
+        return repr(result.token_texts[i]) if i in result.token_texts else str(i)
+
+    greedy = text(token.expected)
+    if token.flip:
+        greedy += f", engine {text(token.chosen)}"
+    return label(f"row {token.row}, token {token.index} {text(token.token)}: next {greedy}") + (
+        f"<br>KL {token.kl:.3g}, lead {token.margin:.3g}, logit error {token.error:.3g}"
+    )
+
+
+def drift_kl(drift: DriftResult) -> Figure:
+    """KL by decode step: cache carried along, made anew, and the floor."""
+    x = [s.step for s in drift.steps]
+    data = [_line("carried cache", "@local", x, [s.kl for s in drift.steps])]
+    if any(s.reset_kl is not None for s in drift.steps):
+        again = [math.nan if s.reset_kl is None else s.reset_kl for s in drift.steps]
+        data.append(_line("cache made anew", "@accumulated", x, again))
+    data.append(_line("floor", "@muted", x, [s.floor_kl for s in drift.steps], dotted=True))
+    return {"data": data, "layout": _layout(height=320, x=_STEPS, y={**_LOG, "title": {"text": "KL, nats, worst row"}})}
+
+
+def drift_cache(drift: DriftResult) -> Figure:
+    """Relative error of the whole cache by decode step, with its floor."""
+    x = [s.step for s in drift.steps]
+    data = [
+        _line("cache error", "@local", x, [s.cache_error for s in drift.steps]),
+        _line("floor", "@muted", x, [s.floor_cache_error for s in drift.steps], dotted=True),
+    ]
+    return {"data": data, "layout": _layout(height=320, x=_STEPS, y={**_LOG, "title": {"text": "relative L2 error"}})}
+
+
+# Parts
+
+_LOG: Figure = {"type": "log", "exponentformat": "power"}
+_STEPS: Figure = {"title": {"text": "decode step (0: prefill)"}}
+
+
+def positive(value: float) -> float | None:
+    """What a logarithmic axis can show."""
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _line(name: str, color: str, x: Iterable[float], y: Sequence[float], *, dotted: bool = False) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines" if dotted else "lines+markers",
+        "name": name,
+        "x": list(x),
+        "y": [positive(v) for v in y],
+        "line": {"color": color, "width": 1.5, "dash": "dot" if dotted else "solid"},
+        "marker": {"size": 4},
+        "hovertemplate": f"{name}: %{{y:.3g}} at %{{x}}<extra></extra>",
+    }
+
+
+def _depth(names: Sequence[str], *, grid: bool = True) -> Figure:
+    """The axis along the model: a tick where a block begins, as many as there is room for."""
+    starts: dict[str, int] = {}
+    for i, name in enumerate(names):
+        parts = name.split(".")
+        starts.setdefault(parts[1] if parts[0] == "blocks" and len(parts) > 1 else parts[0], i)
+    every = -(-len(starts) // _MOST_TICKS)
+    kept = [(key, i) for n, (key, i) in enumerate(starts.items()) if not key.isdigit() or n % every == 0]
+    # The last two are beside each other.
+    kept = [(key, i) for key, i in kept if key != "final_norm"]
+    return {
+        "tickvals": [i for _, i in kept],
+        "ticktext": [label(key) for key, _ in kept],
+        "title": {"text": "depth of the model (number of the block)"},
+        "range": [-0.5, len(names) - 0.5],
+        "showgrid": grid,
+    }
+
+
+def _layout(*, height: int, x: Figure, y: Figure | None = None) -> Figure:
+    return {
+        "height": height,
+        "margin": {"l": 62, "r": 14, "t": 12, "b": 48},
+        "xaxis": {"zeroline": False, **x},
+        "yaxis": {"zeroline": False, "automargin": True, **(y or {})},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "hovermode": "closest",
+    }
