@@ -108,11 +108,11 @@ def build_engine(
         build = functools.partial(torch_tensorrt.build_plan, attention=attention)
     with ExitStack() as stack:
         if attention == "plugin":
+            kernels = directory / KERNELS_NAME
+            kernels.write_bytes(_compile(spec, precision, options, progress))
             from trt_runtime.kernels.compiled import CompiledKernels
             from trt_runtime.plugins import use_compiled
 
-            kernels = directory / KERNELS_NAME
-            kernels.write_bytes(_compile(spec, precision, options, progress))
             stack.enter_context(use_compiled(CompiledKernels.load(kernels)))
         results = [
             build(directory, spec, options=options, taps=tapped, progress=progress)
@@ -134,7 +134,6 @@ def build_engine(
 def _compile(spec: ModelSpec, precision: Precision, options: BuildOptions, progress: Progress | None) -> bytes:
     """The plugins' kernels, for the plan's GPUs."""
     from export.tensorrt_build import capability_name
-    from trt_runtime.kernels.compiled import compile_kernels
     from trt_runtime.tensorrt_api import IS_RTX
 
     if options.compute_capabilities:
@@ -151,4 +150,12 @@ def _compile(spec: ModelSpec, precision: Precision, options: BuildOptions, progr
         if progress is not None:
             progress("compiling kernels", done, total)
 
-    return compile_kernels(spec, precision, capabilities=capabilities, progress=report)
+    try:
+        from trt_runtime.kernels.compiled import compile_kernels
+
+        return compile_kernels(spec, precision, capabilities=capabilities, progress=report)
+    except ModuleNotFoundError as error:
+        raise LogitLockError(
+            f"--attention plugin needs {error.name} to compile its kernels: pip install {error.name}; or use "
+            "--attention native"
+        ) from None

@@ -143,6 +143,7 @@ def test_changed_file(tmp_path: Path, content: bytes, message: str) -> None:
         (lambda d: d["engine"].update(backend="tvm"), r"engine\.backend is 'tvm'"),
         (lambda d: d["engine"].pop("package"), "engine lacks the key 'package'"),
         (lambda d: d["engine"].update(taps_plan=True), r"lists no engine\.taps\.plan"),
+        (lambda d: d["engine"].update(plugins={"FusedRmsNorm": "1"}), r"lists no kernels\.bin"),
         (lambda d: d["files"].pop("engine.plan"), r"lists no engine\.plan"),
         (lambda d: d.pop("schema"), "no key 'schema'"),
     ],

@@ -169,6 +169,14 @@ def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> N
     assert not done or "kernels" in message, "refused before any work"
 
 
+@builds
+def test_kernels_need_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(LogitLockError, match="needs triton to compile its kernels: pip install triton"):
+        export_model(CASE, precision="fp16", backend="tensorrt", output=tmp_path / "out", max_seq=16)
+    assert not list(tmp_path.iterdir())
+
+
 def test_default_limits() -> None:
     def limits(case: str, **given: Any) -> tuple[int, int, int]:
         options = build_options(source_of(case).spec, **{"fixed_cache": True, **given})

@@ -251,7 +251,8 @@ def read_bundle(path: Path | str, *, verify_hashes: bool = True) -> Bundle:
     info = read_record(BundleInfo, data, str(manifest))
     needed = [MODEL_NAME]
     if info.engine is not None:
-        needed += [PLAN_NAME, *([TAPS_PLAN_NAME] if info.engine.taps_plan else [])]
+        needed += [PLAN_NAME]
+        needed += [TAPS_PLAN_NAME] * info.engine.taps_plan + [KERNELS_NAME] * bool(info.engine.plugins)
     for name in needed:
         if name not in info.files:
             raise LogitLockError(f"{manifest} lists no {name}")
