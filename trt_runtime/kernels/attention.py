@@ -57,10 +57,9 @@ def decode_blocks(shape: AttentionShape, capability: int) -> DecodeBlocks:
         return DecodeBlocks(rows=1, slots=32 // wide, warps=4, stages=1, resident=3, last_combines=True)
     rows = min(64, max(16, _power_of_2(group)))
     few = shape.batch * shape.kv_heads * _cdiv(group, rows) <= MULTIPROCESSORS
-    if capability == 90 and group == 1:
-        return DecodeBlocks(rows=16, slots=64 // wide, warps=4, stages=3, resident=3, last_combines=True)
-    if capability == 90 and few and rows <= 16:
-        return DecodeBlocks(rows=rows, slots=128 // wide, warps=8, stages=3, resident=1)
+    if capability == 90 and few and rows == 16:
+        slots = 64 if group == 1 else 128
+        return DecodeBlocks(rows=16, slots=slots // wide, warps=4, stages=3, resident=1, last_combines=group == 1)
     return DecodeBlocks(rows=rows, slots=64 // wide, warps=4, stages=2, resident=4, last_combines=group == 1)
 
 
@@ -252,10 +251,10 @@ def _splits(shape: AttentionShape, blocks: DecodeBlocks) -> int:
 
 
 def _heads_at_once(shape: AttentionShape) -> int:
-    """A divisor of `heads`: as many heads as have their keys and values in L2 together."""
+    """A divisor of `heads`, not above 8 (by measurement): as many as have their keys and values in L2 together."""
     element = 4 if shape.dtype == "fp32" else 2
     room = L2_BYTES // (2 * shape.slots * shape.head_dim * element) * (shape.heads // shape.kv_heads)
-    return max(d for d in range(1, shape.heads + 1) if shape.heads % d == 0 and d <= max(1, room))
+    return max(d for d in range(1, 9) if shape.heads % d == 0 and d <= max(1, room))
 
 
 def _block_d(shape: AttentionShape) -> int:
