@@ -71,6 +71,7 @@ class _Joined(Mapping[str, Tensor]):
     def __init__(self, capture: Capture) -> None:
         self._forwards = capture.forwards
         self._names = [name for name in capture.tap_names if not is_cache_tap(name)]
+        self._last: tuple[str, Tensor] | None = None
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -78,7 +79,9 @@ class _Joined(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return torch.cat([forward.tensors[name] for forward in self._forwards], 1)
+        if self._last is None or self._last[0] != name:
+            self._last = name, torch.cat([forward.tensors[name] for forward in self._forwards], 1)
+        return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -29,7 +29,7 @@ from torch import Tensor
 from debug.capture import Capture, capture_engine
 from debug.diagnose import diagnose
 from debug.logits import LogitComparison
-from debug.metrics import TokenErrors, token_errors
+from debug.metrics import TokenErrors, row_errors, rows_of
 from debug.prompts import Prompts
 from debug.results import Culprit, Diagnosis, DiffResult, Evidence, LogitError, Phase, TapError
 from debug.streaming import Reference, decoder_of, ready, ready_at
@@ -345,15 +345,16 @@ class _Errors:
         engine: Tensor, real: Tensor, truth: tuple[Tensor, Tensor], floors: tuple[Tensor, Tensor], dtype: torch.dtype
     ) -> _Errors:
         """`truth`, `floors`: accumulated and local.  A cache tensor counts by slot, as many as the engine shows."""
+        tensors = [engine, *truth, *floors]
         if engine.ndim == 4:
-            slots = engine.shape[2]
-            engine, *others = (t[:, :, :slots].transpose(1, 2) for t in (engine, *truth, *floors))
-            truth, floors = (others[0], others[1]), (others[2], others[3])
+            tensors = [t[:, :, : engine.shape[2]].transpose(1, 2) for t in tensors]
+        own, *others = (rows_of(t, real) for t in tensors)
+        token_of = real.nonzero()
         return _Errors(
             *(
-                token_errors(actual, expected, real, dtype)
-                for expected, floor in zip(truth, floors, strict=True)
-                for actual in (engine, floor)
+                row_errors(actual, expected, token_of, dtype)
+                for expected, floor in zip(others[:2], others[2:], strict=True)
+                for actual in (own, floor)
             )
         )
 

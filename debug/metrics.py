@@ -105,23 +105,35 @@ def token_errors(actual: Tensor, expected: Tensor, real: Tensor, dtype: torch.dt
         real: [batch, tokens] bool; other tokens are left out.
         dtype: whose units in the last place to count in.
     """
-    token_of = real.nonzero()
-    a = actual[real].double().flatten(1)
-    b = expected[real].double().flatten(1)
-    finite = torch.isfinite(a)
-    difference = a - b
-    # Reductions over an empty axis have no maximum.
-    largest = difference.abs().amax(1) if a.shape[1] else a.new_zeros(len(a))
-    scale = ulp(dtype, b.abs().amax(1)) if a.shape[1] else a.new_ones(len(a))
+    return row_errors(rows_of(actual, real), rows_of(expected, real), real.nonzero(), dtype)
+
+
+def rows_of(tensor: Tensor, real: Tensor) -> Tensor:
+    """The real tokens as rows: float64 [tokens, width] from [batch, tokens, ...]."""
+    return tensor[real].flatten(1).double()
+
+
+def row_errors(actual: Tensor, expected: Tensor, token_of: Tensor, dtype: torch.dtype) -> TokenErrors:
+    """`token_errors` of rows that `rows_of` made; token_of: [tokens, 2]."""
+    difference = actual - expected
+    infinity = float("inf")
+    # A norm over an empty axis has no maximum.
+    some = bool(actual.shape[1])
+    largest = torch.linalg.vector_norm(difference, infinity, dim=1) if some else actual.new_zeros(len(actual))
+    size = torch.linalg.vector_norm(expected, infinity, dim=1) if some else actual.new_ones(len(actual))
+    nonfinite = torch.zeros(len(actual), dtype=torch.float64, device=actual.device)
+    spoiled = ~torch.isfinite(largest)
+    if bool(spoiled.any()):
+        nonfinite[spoiled] = (~torch.isfinite(actual[spoiled])).sum(1).double()
     return TokenErrors(
         token_of,
         torch.linalg.vector_norm(difference, dim=1).square(),
-        torch.linalg.vector_norm(b, dim=1).square(),
-        torch.linalg.vector_norm(a, dim=1).square(),
-        torch.linalg.vecdot(a, b),
+        torch.linalg.vector_norm(expected, dim=1).square(),
+        torch.linalg.vector_norm(actual, dim=1).square(),
+        torch.linalg.vecdot(actual, expected),
         largest,
-        largest / scale,
-        (~finite).sum(1).double(),
+        largest / ulp(dtype, size),
+        nonfinite,
         torch.finfo(dtype).smallest_normal,
     )
 

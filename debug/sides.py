@@ -19,7 +19,7 @@ from debug.prompts import Prompts, default_prompts, text_prompts
 from debug.results import Between, DiffResult, TapDistance
 from debug.streaming import Reference, StreamedDecoder
 from debug.trace import read_trace, trace_origin, write_trace
-from refmodels.checkpoint import ModelSource, checkpoint_hash, empty_decoder, load, load_tokenizer_for, resolve
+from refmodels.checkpoint import ModelSource, checkpoint_hash, load, load_tokenizer_for, parameter_shapes, resolve
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.spec import Numerics
@@ -27,6 +27,7 @@ from refmodels.taps import is_cache_tap
 from trt_runtime.bundle import INFO_NAME, Bundle, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.engines import EngineChoice, serves_tensorrt
+from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
 
 if TYPE_CHECKING:
     from refmodels.tokenizer import Tokenizer
@@ -59,6 +60,9 @@ class Side:
                 )
             return self.trace
         assert self.executor is not None
+        if isinstance(self.executor, OnnxRuntimeEngine):
+            # All untapped forwards come before all tapped ones.
+            self.executor.keep_both_sessions = False
         return capture_engine(self.executor, prompts, steps=steps, tokens=tokens)
 
 
@@ -344,7 +348,7 @@ def _between(expected: Capture, actual: Capture) -> Between:
 
 def reference_of(source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact") -> Reference:
     """The reference model; a large one holds the weights of one part at a time."""
-    size = sum(parameter.numel() for parameter in empty_decoder(source.spec).parameters())
+    size = sum(shape.numel() for shape in parameter_shapes(source.spec).values())
     if size > _IN_MEMORY:
         return StreamedDecoder(source, dtype=dtype, numerics=numerics)
     return load(source, dtype=dtype, numerics=numerics)

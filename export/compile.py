@@ -18,7 +18,7 @@ from export.graph import Graph, build_graph
 from export.options import build_options
 from export.precision_plan import parameters_of, read_plan
 from export.weights import DATA_NAME, RANDOM_HASH, WeightWriter, random_parameters
-from refmodels.checkpoint import DTYPES, ModelSource, checkpoint_hash, empty_decoder, resolve, stream_parameters
+from refmodels.checkpoint import DTYPES, ModelSource, checkpoint_hash, parameter_shapes, resolve, stream_parameters
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap_names
@@ -150,7 +150,7 @@ def export_model(
         if random_weights:
             tensors = random_parameters(spec, dtype=DTYPES[precision])
         else:
-            names = [name for name, _ in empty_decoder(spec).named_parameters()]
+            names = list(parameter_shapes(spec))
             wide = parameters_of(float32, names)
             tensors = itertools.chain(
                 *(
@@ -186,7 +186,7 @@ def _write_model(
     precision: Precision,
     progress: Progress | None,
 ) -> None:
-    total = sum(p.numel() for p in empty_decoder(spec).parameters()) * DTYPES[precision].itemsize
+    total = sum(shape.numel() for shape in parameter_shapes(spec).values()) * DTYPES[precision].itemsize
     total += sum(t.numel() * t.element_size() for t in graph.tables.values())
     done = 0
 

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,12 @@ def empty_decoder(spec: ModelSpec, *, numerics: Numerics = "exact") -> Decoder:
         return Decoder(spec, numerics=numerics)
 
 
+@lru_cache(maxsize=8)
+def parameter_shapes(spec: ModelSpec) -> Mapping[str, torch.Size]:
+    """Name and shape of every parameter of a decoder, in its order; a tied head is not among them."""
+    return {name: parameter.shape for name, parameter in empty_decoder(spec).named_parameters()}
+
+
 class _WithoutInitialisation(TorchFunctionMode):
     """Leaves out torch.nn.init: on the meta device `normal_` imports sympy, a second and 70 MB for nothing."""
 
@@ -161,8 +168,8 @@ def stream_parameters(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the decoder in its order, as an own contiguous CPU tensor of `dtype`, one at a time.
 
-    `prefixes` keeps those whose name begins with one of them.  A tied head is not among them.  Names, shapes and dtypes of the whole checkpoint are checked before this returns,
-    values as they are read.
+    `prefixes` keeps those whose name begins with one of them.  A tied head is not among them.  Names, shapes and dtypes
+    of the whole checkpoint are checked before this returns, values as they are read.
 
     Raises:
         LogitLockError: a tensor missing, left over, of the wrong shape, quantized, damaged, with NaN or Inf, or too
@@ -240,10 +247,10 @@ def _stream(
     numerics: Numerics,
     prefixes: tuple[str, ...],
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, empty in empty_decoder(spec, numerics=numerics).named_parameters():
+    for name, shape in parameter_shapes(spec).items():
         if not name.startswith(prefixes):
             continue
-        value = torch.empty(empty.shape, dtype=dtype)
+        value = torch.empty(shape, dtype=dtype)
         normalized = name == "head.weight" and spec.head_normalized
         start = 0
         for part in table[name]:

@@ -99,7 +99,7 @@ class OnnxRuntimeEngine(Engine):
         if self.threads < 1:
             raise LogitLockError(f"threads must be at least 1, got {threads}")
         self.arithmetic = _describe(self.dtype, emulated=self.emulate_rounding)
-        self._keep_both = sum(file.bytes for file in info.files.values()) <= _BOTH_SESSIONS_BYTES
+        self.keep_both_sessions = sum(file.bytes for file in info.files.values()) <= _BOTH_SESSIONS_BYTES
         self._tap_of = {value: tap for tap, value in info.taps.items()}
         self._sessions: dict[bool, _Session] = {}
         self._session(tapped=False)
@@ -146,7 +146,7 @@ class OnnxRuntimeEngine(Engine):
 
     def _session(self, *, tapped: bool) -> _Session:
         if tapped not in self._sessions:
-            if not self._keep_both:
+            if not self.keep_both_sessions:
                 self._sessions.clear()
             self._sessions[tapped] = self._open(self.bundle.info.taps.values() if tapped else ())
         return self._sessions[tapped]
