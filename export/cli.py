@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -14,7 +15,8 @@ from export.compile import export_model
 from export.engine import Backend, default_backend
 from refmodels.cli import JsonFlag
 from refmodels.spec import Numerics
-from trt_runtime.bundle import AttentionMode, Precision, read_bundle
+from trt_runtime.bundle import LAYERS_NAME, AttentionMode, Precision, read_bundle
+from trt_runtime.layers import read_layers
 
 _MODEL, _ENGINE, _OUTPUT = "Model", "Engine", "Output"
 
@@ -104,7 +106,9 @@ def export(
     taps: Annotated[
         bool,
         typer.Option(
-            "--taps", help="Also build a plan that outputs every tap, for `logitlock diff`.", rich_help_panel=_ENGINE
+            "--taps",
+            help="Also build a second plan, which outputs every tap, for `logitlock diff`.",
+            rich_help_panel=_ENGINE,
         ),
     ] = False,
     output: Annotated[
@@ -154,6 +158,9 @@ def export(
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total or None),
         )
     info = read_bundle(path, verify_hashes=False).info
+    for plan in read_layers(path / LAYERS_NAME) if info.engine is not None else []:
+        for warning in plan.warnings:
+            print(f"warning: TensorRT said of {plan.plan}: {warning}", file=sys.stderr)
     size = sum(file.bytes for file in info.files.values())
     if json_output:
         result = {"bundle": str(path), "model": info.model, "precision": info.precision, "attention": info.attention}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -118,7 +119,8 @@ def build_engine(
             build(directory, spec, options=options, taps=tapped, progress=progress)
             for tapped in ((False, True) if taps else (False,))
         ]
-    write_layers(directory / LAYERS_NAME, [result.layers for result in results])
+    plans = [dataclasses.replace(result.layers, warnings=result.warnings) for result in results]
+    write_layers(directory / LAYERS_NAME, plans)
     return EngineInfo(
         backend=backend,
         package=package_version(),

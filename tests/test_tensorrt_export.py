@@ -170,6 +170,18 @@ def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> N
 
 
 @builds
+def test_unknown_warnings_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from export import tensorrt_build
+
+    monkeypatch.setattr(tensorrt_build, "_HARMLESS", {"already exists": "", "Int64 binding: never": ""})
+    made = logitlock("export", "--model", CASE, "--attention", "native", "--max-seq", "16", "--output", tmp_path / "b")
+    lines = made.err.splitlines()
+    assert made.code == 0 and all(line.startswith("warning: TensorRT said of engine.plan: ") for line in lines)
+    assert any("Make sure input input_ids has Int64 binding" in line for line in lines)
+    assert "warning of engine.plan: " in logitlock("inspect", tmp_path / "b").out
+
+
+@builds
 def test_kernels_need_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(LogitLockError, match="needs triton to compile its kernels: pip install triton"):

@@ -261,3 +261,6 @@ def _show_engine(console: Console, found: dict[str, Any]) -> None:
         share = f"{plan['with_taps']} of {sum(plan['layers'])}"
         types.add_row(plan["plan"], f"{plan['weight_bytes'] / 1e6:.2f}", share, named)
     console.print(types)
+    for plan in found["plans"]:
+        for warning in plan["warnings"]:
+            console.print(f"warning of {plan['plan']}: {warning}", highlight=False, markup=False)

@@ -49,12 +49,14 @@ class PlanLayers:
         weight_bytes: of all weights in the plan, once.
         activation_bytes: scratch memory that each profile needs at its largest shapes.
         layers: of all profiles, in order of execution.
+        warnings: what TensorRT warned of and is not known to be harmless.
     """
 
     plan: str
     weight_bytes: int
     activation_bytes: list[int]
     layers: list[Layer]
+    warnings: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Counts for people: layers and their types in each profile, plugin calls, and how many map to a tap."""
@@ -66,6 +68,7 @@ class PlanLayers:
             "layers": [sum(layer.profile == p for layer in self.layers) for p in profiles],
             "types": [dict(Counter(x.type for x in self.layers if x.profile == p).most_common()) for p in profiles],
             "with_taps": sum(bool(layer.taps) for layer in self.layers),
+            "warnings": self.warnings,
         }
 
 
