@@ -19,26 +19,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-import onnx_ir.passes.common as passes
 import torch
 from torch import Tensor
 
+from debug.executors.candidates import Candidate, Captured, capture, joined
 from debug.executors.name_map import NameMap, Source, write_json
-from debug.executors.onnx_file import Group, OnnxFileEngine
-from debug.executors.roles import FLOATS
-from debug.executors.step import Step, regroup_heads
-from debug.prompts import random_prompts
+from debug.executors.onnx_file import OnnxFileEngine
 from refmodels.model import Decoder
 from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, is_cache_tap, recording, tap_names
 
-_CHUNK = 1024
-"""Values captured at a time; each chunk opens the graph anew."""
 _WINDOW = 64
 """Values of the right width looked at for one tap: a block has a few dozen of them."""
-_LENGTHS = (13, 17, 19, 23, 29)
-"""Tokens of the prompt: one of these is no other size of the model, so that the axis of tokens is known."""
 _ALIKE = 0.02
 """Distance up to which a value is taken at once: what is no longer itself is farther away than that, and what a small
 fault leaves is nearer."""
@@ -48,11 +40,6 @@ _LEAST_COSINE = 0.5
 """A key or value less alike than that is not in the map; there is no module after it to ask."""
 _TRIALS = 24
 """Candidates tried in the place of a tap that nothing is like."""
-_LAYOUTS: Mapping[int, Sequence[tuple[int, ...]]] = {
-    3: ((0, 1, 2), (1, 0, 2)),
-    4: ((0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (0, 3, 1, 2)),
-}
-"""Permutations that bring batch and tokens to the front, by rank."""
 _READS = {
     "attn.qkv": "attn_norm", "key": "attn.qkv", "value": "attn.qkv", "attn.context": "attn.qkv",
     "attn.out": "attn.context", "resid_mid": "attn.out", "mlp_norm": "resid_mid", "mlp.gate": "mlp_norm",
@@ -122,41 +109,7 @@ def propose_map(
     names = NameMap() if names is None else names
     engine = OnnxFileEngine(path, reference.spec, names, threads=threads)
     with torch.no_grad():
-        return _Search(engine, reference, _capture(engine, seed)).result(names)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    """A way to read a tensor [batch * tokens, width] from the graph; `nodes`: where its values are computed."""
-
-    source: Source
-    rows: Tensor
-    nodes: tuple[int, ...]
-
-    def cut(self, start: int, stop: int) -> _Candidate:
-        source = replace(self.source, columns=[start, stop])
-        return replace(self, source=source, rows=self.rows[:, start:stop])
-
-    def regrouped(self, heads: int) -> _Candidate:
-        return replace(self, source=replace(self.source, heads=heads), rows=regroup_heads(self.rows, heads))
-
-
-def _joined(parts: Sequence[_Candidate]) -> _Candidate:
-    return _Candidate(
-        source=Source(concat=[part.source for part in parts]),
-        rows=torch.cat([part.rows for part in parts], 1),
-        nodes=tuple(node for part in parts for node in part.nodes),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Captured:
-    """What the graph computed: candidates by width, and for each node the nodes that it depends on, as bits."""
-
-    ids: Tensor
-    by_width: Mapping[int, list[_Candidate]]
-    logits: Tensor
-    before: Sequence[int]
+        return _Search(engine, reference, capture(engine, seed)).result(names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +120,7 @@ class _Match:
     others: sources of other tensors that are as near.
     """
 
-    found: _Candidate
+    found: Candidate
     distance: float
     error: float
     others: tuple[Source, ...] = ()
@@ -177,81 +130,10 @@ class _Match:
         return math.sqrt(max(0.0, 1.0 - self.distance**2))
 
 
-def _capture(engine: OnnxFileEngine, seed: int) -> _Captured:
-    spec = engine.spec
-    graph = passes.ShapeInferencePass()(engine.load_graph()).model.graph
-    taken = {2, *_widths(spec), spec.attention.head_dim, spec.attention.heads, spec.attention.kv_heads}
-    tokens = next(n for n in _LENGTHS if n not in taken)
-    batch = 1 if engine.roles.one_row else 2
-    ids = random_prompts(spec.vocab_size, [tokens] * batch, seed).ids
-    nodes = {v.name: i for i, node in enumerate(graph) for v in node.outputs}
-    wanted = [v.name for node in graph for v in node.outputs if v.name and _plausible(v)]
-    group = Group(torch.arange(batch), torch.arange(0), torch.arange(tokens))
-    by_width: dict[int, list[_Candidate]] = {width: [] for width in _widths(spec)}
-    logits = torch.empty(0)
-    for start in range(0, len(wanted), _CHUNK):
-        chunk = wanted[start : start + _CHUNK]
-        cache = engine.new_cache(batch=batch, capacity=tokens)
-        step = Step(cache.plan(ids), cache, None)
-        engine.remember(step)
-        outputs = engine.execute(engine.session(chunk), step, group)
-        logits = outputs[engine.roles.logits].reshape(batch, -1, spec.vocab_size).double()
-        for name in chunk:
-            for source, rows in _layouts(name, outputs[name], batch, tokens, by_width):
-                by_width[rows.shape[1]].append(_Candidate(source=source, rows=rows, nodes=(nodes[name],)))
-    return _Captured(ids=ids, by_width=by_width, logits=logits, before=_before(graph))
-
-
-def _widths(spec: ModelSpec) -> set[int]:
-    a = spec.attention
-    query, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    return {spec.hidden_size, spec.qkv_width, query, kv, spec.mlp.width, 2 * spec.mlp.width}
-
-
-def _plausible(value: ir.Value) -> bool:
-    if value.dtype is not None and value.dtype not in FLOATS:
-        return False
-    if value.shape is None:
-        return True
-    # Constants folded by hand have no symbolic size.
-    return len(value.shape) in (2, 3, 4) and not all(isinstance(dim, int) for dim in value.shape)
-
-
-def _layouts(
-    name: str, value: Tensor, batch: int, tokens: int, widths: Mapping[int, object]
-) -> list[tuple[Source, Tensor]]:
-    """Every way to read a value as [batch * tokens, width] with a width that a tap may have."""
-    if not value.is_floating_point():
-        return []
-    found = []
-    if value.ndim == 2 and value.shape[0] == batch * tokens and value.shape[1] in widths:
-        found.append((Source(value=name), value.float()))
-    for order in _LAYOUTS.get(value.ndim, ()):
-        moved = value.permute(order)
-        if moved.shape[:2] == (batch, tokens) and moved[0, 0].numel() in widths:
-            plain = order == tuple(range(value.ndim))
-            source = Source(value=name, transpose=[] if plain else list(order))
-            found.append((source, moved.reshape(batch * tokens, -1).float()))
-    return found
-
-
-def _before(graph: ir.Graph) -> list[int]:
-    """For each node the set of nodes that it depends on, itself included, as bits of a number."""
-    index = {v: i for i, node in enumerate(graph) for v in node.outputs}
-    before: list[int] = []
-    for i, node in enumerate(graph):
-        bits = 1 << i
-        for value in node.inputs:
-            if value in index:
-                bits |= before[index[value]]
-        before.append(bits)
-    return before
-
-
 class _Search:
     """The walk of the reference over the graph's values."""
 
-    def __init__(self, engine: OnnxFileEngine, reference: Decoder, captured: _Captured) -> None:
+    def __init__(self, engine: OnnxFileEngine, reference: Decoder, captured: Captured) -> None:
         self.engine, self.reference, self.captured = engine, reference, captured
         self.spec = reference.spec
         self.floor = 4 * torch.finfo(engine.dtype).eps
@@ -279,15 +161,15 @@ class _Search:
     def best(self, tap: str, expected: Tensor, matches: Mapping[str, _Match]) -> _Match | None:
         """The nearest value, or the parts of qkv joined."""
         if tap == "logits":
-            logits = _Candidate(source=Source(value=tap), rows=_rows(self.captured.logits), nodes=())
+            logits = Candidate(source=Source(value=tap), rows=_rows(self.captured.logits), nodes=())
             return _compared(logits, expected)
         whole = self._nearest(self._candidates(tap, expected.shape[1], matches), expected)
         parts = self._parts(tap, expected, matches)
         if not parts:
             return whole
-        joined = _compared(_joined([part.found for part in parts]), expected)
-        joined = replace(joined, others=tuple(source for part in parts for source in part.others))
-        return joined if whole is None or joined.distance < whole.distance else whole
+        match = _compared(joined([part.found for part in parts]), expected)
+        match = replace(match, others=tuple(source for part in parts for source in part.others))
+        return match if whole is None or match.distance < whole.distance else whole
 
     def by_trial(self, tap: str, expected: Tensor) -> _Match | None:
         """The value with which the module that reads the tap matches."""
@@ -298,19 +180,39 @@ class _Search:
             i = max(range(3), key=lambda i: parts[i].distance)
             found = [part.found for part in parts]
             width = found[i].rows.shape[1]
-            tried += [_joined([*found[:i], c, *found[i + 1 :]]) for c in self._window(tap, width, self.matches)]
-        trials = [(self._trial(tap, match), match) for match in (_compared(c, expected) for c in _distinct(tried))]
+            tried += [joined([*found[:i], c, *found[i + 1 :]]) for c in self._window(tap, width, self.matches)]
+        matches = [_compared(candidate, expected) for candidate in _distinct(tried)]
+        trials = [(self._trial(tap, {tap: match}).distance, match) for match in matches]
         limit = 2 * max(min((distance for distance, _ in trials), default=1.0), self.floor)
         near = [match for distance, match in trials if distance <= min(limit, _ALIKE)]
         # The first of them: a norm gives the same of what has been normalised already.
         return replace(near[0], others=tuple(match.found.source for match in near[1:])) if near else None
 
-    def _trial(self, tap: str, match: _Match) -> float:
-        """How far the next module's output is from any value, if this is the tap."""
-        trial = _Trial(self, tap, match)
+    def by_exchange(self, tap: str) -> _Match | None:
+        """The activation's output, if gate and up are the other way round in the graph; they are then exchanged.
+
+        What is like `gate` is the graph's up in a graph whose fault it is that these two are swapped.
+        """
+        gate, up = (tap.replace("act", part) for part in ("gate", "up"))
+        if not (tap.endswith("mlp.act") and gate in self.matches and up in self.matches):
+            return None
+        first, second = self.matches[gate], self.matches[up]
+        exchanged = {
+            gate: _compared(second.found, first.found.rows.double()),
+            up: _compared(first.found, second.found.rows.double()),
+        }
+        trial = self._trial(up, exchanged)
+        if trial.distance > _ALIKE or tap not in trial.matches:
+            return None
+        self.matches |= exchanged
+        return trial.matches[tap]
+
+    def _trial(self, tap: str, matches: Mapping[str, _Match]) -> _Trial:
+        """How far the output of the module that reads the tap is from any value, if these are the matches."""
+        trial = _Trial(self, tap, {**self.matches, **matches})
         with contextlib.suppress(_Done):
             self.run(trial)
-        return trial.distance
+        return trial
 
     def _parts(self, tap: str, expected: Tensor, matches: Mapping[str, _Match]) -> list[_Match]:
         """Query, key and value looked for alone; nothing if one is not found, or for another tap."""
@@ -323,7 +225,7 @@ class _Search:
         found = [part for part in parts if part is not None]
         return found if len(found) == len(parts) else []
 
-    def _candidates(self, tap: str, width: int, matches: Mapping[str, _Match]) -> list[_Candidate]:
+    def _candidates(self, tap: str, width: int, matches: Mapping[str, _Match]) -> list[Candidate]:
         found = self._window(tap, width, matches)
         a, ffn = self.spec.attention, self.spec.mlp.width
         if tap.endswith("attn.qkv") and a.heads == a.kv_heads:
@@ -333,7 +235,7 @@ class _Search:
             found = found + [c.cut(start, start + ffn) for c in fused for start in (0, ffn)]
         return found
 
-    def _window(self, tap: str, width: int, matches: Mapping[str, _Match]) -> list[_Candidate]:
+    def _window(self, tap: str, width: int, matches: Mapping[str, _Match]) -> list[Candidate]:
         """The first values of this width that are computed from the tap before."""
         name = _reads(tap, self.spec)
         while name is not None and name not in matches:
@@ -343,7 +245,7 @@ class _Search:
         later = (c for c in self.captured.by_width[width] if before[c.nodes[0]] & after)
         return list(islice(later, _WINDOW))
 
-    def _nearest(self, candidates: Sequence[_Candidate], expected: Tensor) -> _Match | None:
+    def _nearest(self, candidates: Sequence[Candidate], expected: Tensor) -> _Match | None:
         matches = [_compared(candidate, expected) for candidate in candidates]
         if not matches:
             return None
@@ -381,7 +283,7 @@ class _Walk(Recorder):
         match = search.best(name, expected, search.matches)
         if match is None or match.distance > _ALIKE:
             if not is_cache_tap(name):
-                match = search.by_trial(name, expected)
+                match = search.by_exchange(name) or search.by_trial(name, expected)
             elif match is not None and match.cosine < _LEAST_COSINE:
                 match = None
         if match is None:
@@ -400,11 +302,10 @@ class _Trial(Recorder):
     Where that module's own output is not in the graph, as far as the one after it.
     """
 
-    def __init__(self, search: _Search, tap: str, match: _Match) -> None:
+    def __init__(self, search: _Search, tap: str, matches: dict[str, _Match]) -> None:
         super().__init__(names=())
-        self.search, self.tap, self.distance = search, tap, float("inf")
-        self.matches = {**search.matches, tap: match}
-        self.modules = 2
+        self.search, self.tap, self.matches = search, tap, matches
+        self.distance, self.modules = float("inf"), 2
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         if is_cache_tap(name):
@@ -413,14 +314,13 @@ class _Trial(Recorder):
             return _in_place_of(tensor, self.matches[name])
         match = self.search.best(name, _rows(tensor), self.matches)
         distance = float("inf") if match is None else match.distance
+        if match is not None and distance <= _ALIKE:
+            self.matches[name] = match
         if self.tap in _read_by(name, self.search.spec):
             self.distance, self.tap, self.modules = min(self.distance, distance), name, self.modules - 1
             if distance <= _ALIKE or not self.modules or name == "logits":
                 raise _Done
-        if match is None or distance > _ALIKE:
-            return tensor
-        self.matches[name] = match
-        return _in_place_of(tensor, match)
+        return _in_place_of(tensor, self.matches[name]) if name in self.matches else tensor
 
 
 def _in_place_of(tensor: Tensor, match: _Match) -> Tensor:
@@ -450,7 +350,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).double()
 
 
-def _compared(candidate: _Candidate, expected: Tensor) -> _Match:
+def _compared(candidate: Candidate, expected: Tensor) -> _Match:
     rows = candidate.rows.double()
     size, square = float(expected.norm()), float(rows.square().sum())
     if not size or not square or not math.isfinite(square):
@@ -463,9 +363,9 @@ def _compared(candidate: _Candidate, expected: Tensor) -> _Match:
     )
 
 
-def _distinct(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The first few that are different tensors."""
-    found: list[_Candidate] = []
+    found: list[Candidate] = []
     for candidate in candidates:
         if len(found) == _TRIALS:
             break
