@@ -29,6 +29,11 @@ def rank(tap: TapError) -> float:
     return math.inf if tap.nonfinite else tap.ratio if tap.ratio == tap.ratio else -1.0
 
 
+def floor(tap: TapError) -> float:
+    """What the local error is divided by, for all tokens together."""
+    return max(tap.floor, tap.floor_bound) if math.isfinite(tap.floor) else tap.floor_bound
+
+
 def step_name(step: int) -> str:
     return f"+{step}" if step else "prefill"
 
@@ -44,7 +49,7 @@ def heat_map(result: DiffResult) -> Figure:
         at = column[tap.tap]
         if math.isfinite(tap.ratio):
             cells[tap.step][at] = math.log10(max(tap.ratio, _LEAST_RATIO))
-        notes[tap.step][at][1:] = [f"{tap.ratio:.3g}", f"{tap.local:.3g}", f"{tap.floor:.3g}"]
+        notes[tap.step][at][1:] = [f"{tap.ratio:.3g}", f"{tap.local:.3g}", f"{floor(tap):.3g}"]
     low, alarm = math.log10(_LEAST_RATIO), math.log10(result.multiple)
     high = max([2.0, *(value for row in cells for value in row if value is not None)])
     decades = [d for d in range(math.ceil(low), math.floor(high) + 1) if abs(d - alarm) > 0.12 * (high - low)]
@@ -78,7 +83,7 @@ def heat_map(result: DiffResult) -> Figure:
     spoiled = [(column[t.tap], t.step, t.tap) for t in result.taps if t.nonfinite]
     data = [heat]
     # In dark red cells only a mark with an outline of the other colour is seen.
-    for name, symbol, size, marked in (("culprit", "diamond", 10, culprits), ("NaN or Inf", "x", 7, spoiled)):
+    for name, symbol, size, marked in (("NaN or Inf", "x", 6, spoiled), ("culprit", "diamond", 11, culprits)):
         if marked:
             data.append(
                 {
@@ -99,8 +104,9 @@ def heat_map(result: DiffResult) -> Figure:
             )
     layout = _layout(height=min(190 + _ROW_PIXELS * steps, 900), x=_depth(names, grid=False))
     layout["yaxis"] = {"autorange": "reversed", "automargin": True, "type": "category", "showgrid": False}
-    layout["legend"] = {"orientation": "h", "y": -0.02, "yref": "container", "yanchor": "bottom", "x": 0}
-    layout["margin"]["b"] = 84
+    layout["legend"] = {"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "x": 0}
+    layout["showlegend"] = len(data) > 1
+    layout["margin"]["b"] = 76 if len(data) > 1 else 48
     return {"data": data, "layout": layout}
 
 
@@ -116,21 +122,21 @@ def curves(result: DiffResult, phase: Phase) -> Figure:
         if tap.phase == phase and (tap.tap not in worst or rank(tap) > rank(worst[tap.tap])):
             worst[tap.tap] = tap
     taps = list(worst.values())
-    lines: list[tuple[str, str, bool, Callable[[TapError], float]]] = [
-        ("accumulated", "@accumulated", False, lambda t: t.accumulated),
-        ("its floor", "@accumulated", True, lambda t: t.accumulated_floor),
-        ("local", "@local", False, lambda t: t.local),
-        ("its floor", "@local", True, lambda t: max(t.floor, t.floor_bound)),
+    lines: list[tuple[str, str, str, Callable[[TapError], float]]] = [
+        ("accumulated", "@accumulated", "solid", lambda t: t.accumulated),
+        ("its floor", "@accumulated", "dot", lambda t: t.accumulated_floor),
+        ("local", "@local", "solid", lambda t: t.local),
+        ("its floor", "@local", "dot", floor),
     ]
     names = [label(f"{t.tap} ({step_name(t.step)})") for t in taps]
     data: list[Figure] = [
         {
-            **_line(name, color, range(len(taps)), [value(t) for t in taps], dotted=dotted),
+            **_line(name, color, range(len(taps)), [value(t) for t in taps], dash=dash),
             "text": names,
             "hovertemplate": f"<b>%{{text}}</b><br>{name} %{{y:.3g}}<extra></extra>",
             "legendgroup": color,
         }
-        for name, color, dotted, value in lines
+        for name, color, dash, value in lines
     ]
     wrong = [(i, t) for i, t in enumerate(taps) if t.ratio > result.multiple and positive(t.local) is not None]
     if wrong:
@@ -154,7 +160,9 @@ def curves(result: DiffResult, phase: Phase) -> Figure:
     return {
         "data": data,
         "layout": _layout(
-            height=380, x=_depth([t.tap for t in taps]), y={**_LOG, "title": {"text": "relative L2 error"}}
+            height=380,
+            x=_depth([t.tap for t in taps]),
+            y=_log(data, "y", "relative L2 error"),
         ),
     }
 
@@ -168,7 +176,7 @@ def kl_by_position(result: DiffResult) -> Figure:
     data = [
         _line("largest", "@local", x, [max(t.kl for t in at[i]) for i in x]),
         _line("mean over the rows", "@accumulated", x, [sum(t.kl for t in at[i]) / len(at[i]) for i in x]),
-        _line("largest of the floor", "@muted", x, [max(t.floor_kl for t in at[i]) for i in x], dotted=True),
+        _line("largest of the floor", "@muted", x, [max(t.floor_kl for t in at[i]) for i in x], dash="dot"),
         *_flips(result, lambda t: (t.index, t.kl)),
     ]
     return {
@@ -176,7 +184,7 @@ def kl_by_position(result: DiffResult) -> Figure:
         "layout": _layout(
             height=340,
             x={"title": {"text": "position in the text (prompt, then decoded tokens)"}},
-            y={**_LOG, "title": {"text": "KL, nats"}},
+            y=_log(data, "y", "KL, nats"),
         ),
     }
 
@@ -206,8 +214,8 @@ def margins(result: DiffResult) -> Figure:
         )
     layout = _layout(
         height=340,
-        x={**_LOG, "title": {"text": "the reference's lead of its token, in logits"}},
-        y={**_LOG, "title": {"text": "largest logit error"}},
+        x=_log(data, "x", "the reference's lead of its token, in logits"),
+        y=_log(data, "y", "largest logit error"),
     )
     limit = positive(2 * max((t.floor_error for t in tokens), default=0.0))
     if limit is not None:
@@ -217,11 +225,11 @@ def margins(result: DiffResult) -> Figure:
             {
                 "x": math.log10(limit),
                 "yref": "paper",
-                "y": 0.02,
-                "text": "← rounding can flip",
+                "y": 1,
+                "text": "← rounding can flip ",
                 "showarrow": False,
                 "xanchor": "right",
-                "yanchor": "bottom",
+                "yanchor": "top",
             }
         ]
     return {"data": data, "layout": layout}
@@ -268,9 +276,12 @@ def drift_kl(drift: DriftResult) -> Figure:
     data = [_line("carried cache", "@local", x, [s.kl for s in drift.steps])]
     if any(s.reset_kl is not None for s in drift.steps):
         again = [math.nan if s.reset_kl is None else s.reset_kl for s in drift.steps]
-        data.append(_line("cache made anew", "@accumulated", x, again))
-    data.append(_line("floor", "@muted", x, [s.floor_kl for s in drift.steps], dotted=True))
-    return {"data": data, "layout": _layout(height=320, x=_STEPS, y={**_LOG, "title": {"text": "KL, nats, worst row"}})}
+        data.append(_line("cache made anew", "@accumulated", x, again, dash="dash"))
+    data.append(_line("floor", "@muted", x, [s.floor_kl for s in drift.steps], dash="dot"))
+    return {
+        "data": data,
+        "layout": _layout(height=320, x=_STEPS, y=_log(data, "y", "KL, nats, worst row")),
+    }
 
 
 def drift_cache(drift: DriftResult) -> Figure:
@@ -278,14 +289,16 @@ def drift_cache(drift: DriftResult) -> Figure:
     x = [s.step for s in drift.steps]
     data = [
         _line("cache error", "@local", x, [s.cache_error for s in drift.steps]),
-        _line("floor", "@muted", x, [s.floor_cache_error for s in drift.steps], dotted=True),
+        _line("floor", "@muted", x, [s.floor_cache_error for s in drift.steps], dash="dot"),
     ]
-    return {"data": data, "layout": _layout(height=320, x=_STEPS, y={**_LOG, "title": {"text": "relative L2 error"}})}
+    return {
+        "data": data,
+        "layout": _layout(height=320, x=_STEPS, y=_log(data, "y", "relative L2 error")),
+    }
 
 
 # Parts
 
-_LOG: Figure = {"type": "log", "exponentformat": "power"}
 _STEPS: Figure = {"title": {"text": "decode step (0: prefill)"}}
 
 
@@ -294,16 +307,30 @@ def positive(value: float) -> float | None:
     return value if math.isfinite(value) and value > 0 else None
 
 
-def _line(name: str, color: str, x: Iterable[float], y: Sequence[float], *, dotted: bool = False) -> Figure:
+def _line(name: str, color: str, x: Iterable[float], y: Sequence[float], *, dash: str = "solid") -> Figure:
     return {
         "type": "scatter",
-        "mode": "lines" if dotted else "lines+markers",
+        "mode": "lines+markers" if dash == "solid" else "lines",
         "name": name,
         "x": list(x),
         "y": [positive(v) for v in y],
-        "line": {"color": color, "width": 1.5, "dash": "dot" if dotted else "solid"},
+        "line": {"color": color, "width": 1.5, "dash": dash},
         "marker": {"size": 4},
         "hovertemplate": f"{name}: %{{y:.3g}} at %{{x}}<extra></extra>",
+    }
+
+
+def _log(data: Sequence[Figure], key: str, title: str) -> Figure:
+    """A logarithmic axis over whole decades, so that there are labels at both ends."""
+    values = [v for trace in data for v in trace[key] if v is not None and positive(v) is not None]
+    low, high = (math.log10(end) for end in (min(values, default=1.0), max(values, default=1.0)))
+    low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
+    return {
+        "type": "log",
+        "range": [low - 0.08, high + 0.08],
+        "dtick": max(1, round((high - low) / 6)),
+        "exponentformat": "power",
+        "title": {"text": title, "standoff": 12},
     }
 
 
@@ -314,12 +341,14 @@ def _depth(names: Sequence[str], *, grid: bool = True) -> Figure:
         parts = name.split(".")
         starts.setdefault(parts[1] if parts[0] == "blocks" and len(parts) > 1 else parts[0], i)
     every = -(-len(starts) // _MOST_TICKS)
-    kept = [(key, i) for n, (key, i) in enumerate(starts.items()) if not key.isdigit() or n % every == 0]
-    # The last two are beside each other.
-    kept = [(key, i) for key, i in kept if key != "final_norm"]
+    blocks = [(key, i) for key, i in starts.items() if key.isdigit()]
+    # Beside these there is no room for the other taps outside of blocks.
+    kept = blocks[::every] + [(key, i) for key, i in starts.items() if key == "logits"]
     return {
         "tickvals": [i for _, i in kept],
         "ticktext": [label(key) for key, _ in kept],
+        "tickangle": 0,
+        "ticklabeloverflow": "allow",
         "title": {"text": "depth of the model (number of the block)"},
         "range": [-0.5, len(names) - 0.5],
         "showgrid": grid,
@@ -329,9 +358,10 @@ def _depth(names: Sequence[str], *, grid: bool = True) -> Figure:
 def _layout(*, height: int, x: Figure, y: Figure | None = None) -> Figure:
     return {
         "height": height,
-        "margin": {"l": 62, "r": 14, "t": 12, "b": 48},
+        "margin": {"l": 62, "r": 26, "t": 12, "b": 48},
         "xaxis": {"zeroline": False, **x},
         "yaxis": {"zeroline": False, "automargin": True, **(y or {})},
+        "showlegend": True,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "hovermode": "closest",
     }

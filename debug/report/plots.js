@@ -15,8 +15,9 @@
   };
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const config = {
-    responsive: true, displaylogo: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    responsive: true, displaylogo: false, displayModeBar: "hover",
+    // Named one by one: a new version of plotly must not bring a button that sends data anywhere.
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
   };
 
   // "@name" is a colour of the theme.

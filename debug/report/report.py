@@ -25,7 +25,7 @@ from refmodels.errors import LogitLockError
 from refmodels.taps import is_cache_tap
 
 _WORST = 12
-_OPEN = 3
+_OPEN = 1
 """Culprits that are shown open."""
 
 
@@ -155,7 +155,7 @@ def _verdict(result: DiffResult) -> str:
     logits = result.logits
     worst = max(result.taps, key=rank)
     tiles = [
-        ("Largest local error", f"{_n(worst.ratio)} floors", f"{worst.tap}; alarm at {result.multiple:g}"),
+        ("Largest local error", _ratio(worst, " floors"), f"{worst.tap}; alarm at {result.multiple:g}"),
         ("KL, mean", f"{_n(logits.kl_mean)} nats", f"floor {_n(logits.floor_kl_mean)}"),
         ("KL, largest", f"{_n(logits.kl_max)} nats", f"floor {_n(logits.floor_kl_max)}"),
         ("Same greedy token", f"{logits.top1:.2%}", f"of {logits.tokens}; floor {logits.floor_top1:.2%}"),
@@ -209,23 +209,26 @@ def _culprits(result: DiffResult) -> str:
     tokens = _tokens_at(result)
     parts = [
         f'<details class="culprit"{" open" if i < _OPEN else ""}><summary>{_summary(c)}</summary>'
-        f"<div>{_diagnosis(c)}{_evidence(c, result, tokens)}</div></details>"
+        f"<div>{_diagnosis(c, result)}{_evidence(c, result, tokens)}</div></details>"
         for i, c in enumerate(result.culprits)
     ]
     intro = (
         "<p>Taps that are wrong by themselves, in the order of execution. A diagnosis is a known fault that was "
-        "planted in the reference module: with it, the module gives what the engine gave.</p>"
+        "planted in the reference module: with it, the module gives what the engine gave, up to what rounding "
+        "leaves.</p>"
     )
     return _section("Culprits", intro + "".join(parts))
 
 
-def _diagnosis(culprit: Culprit) -> str:
+def _diagnosis(culprit: Culprit, result: DiffResult) -> str:
+    at = next(t for t in result.taps if (t.tap, t.step) == (culprit.tap, culprit.step))
+    floor = _n(figures.floor(at))
     if not culprit.diagnosis:
         why = {
             "nonfinite": "NaN and Inf are not diagnosed: look at the inputs' range and at this module's dtype.",
             "accumulated": "There is no single module to diagnose.",
         }.get(culprit.kind, "Unknown: no fault of the catalogue explains it.")
-        return f"<p>{why} Local error {_n(culprit.local)}, floor {_n(culprit.floor)}.</p>"
+        return f"<p>{why} Local error {_n(culprit.local)}, floor {floor}.</p>"
     systematic = culprit.kind == "systematic"
     rows = [
         [
@@ -236,13 +239,16 @@ def _diagnosis(culprit: Culprit) -> str:
         ]
         for d in culprit.diagnosis
     ]
-    last = "standard deviations of the noise" if systematic else "floors left (worst token)"
-    return _table(
-        f"Diagnosis (floor {_n(culprit.floor)})",
-        ["fault", "local error before", "with the fault in the reference", last],
-        rows,
-        numbers=(1, 2, 3),
-    ) + (f"<p>Seen in {culprit.occurrences} of the forwards.</p>" if culprit.occurrences > 1 else "")
+    last = "standard deviations of the noise" if systematic else "floors left"
+    return (
+        _table(
+            f"Diagnosis (floor {floor})",
+            ["fault", "local error before", "with the fault", last],
+            rows,
+            numbers=(1, 2, 3),
+        )
+        + f"<p>Seen in {culprit.occurrences} of {result.steps + 1} forwards.</p>"
+    )
 
 
 def _evidence(culprit: Culprit, result: DiffResult, tokens: Mapping[tuple[int, int], LogitToken]) -> str:
@@ -264,7 +270,7 @@ def _evidence(culprit: Culprit, result: DiffResult, tokens: Mapping[tuple[int, i
     if evidence.channels:
         rows = [[str(index), f"{share:.1%}", _bar(share, 1.0)] for index, share in evidence.channels]
         parts.append(_table("Channels with most of the squared error", ["channel", "share", ""], rows, numbers=(0, 1)))
-    return f'<div class="pair">{"".join(f"<div>{p}</div>" for p in parts)}</div>' if parts else ""
+    return _pair(parts) if parts else ""
 
 
 def _heads(caption: str, found: Iterable[tuple[str, Evidence]]) -> str:
@@ -292,8 +298,8 @@ def _terms(result: DiffResult) -> str:
         "grows along the model: everything behind a broken module has it.",
         "Local error": "The engine's tensor against what the fp64 reference module makes of the engine's own inputs. "
         "Only a module that is wrong by itself has it.",
-        "Noise floor": "The same errors of the reference run in the engine's dtype: what rounding alone costs, "
-        "measured on the same inputs.",
+        "Noise floor": "The same two errors of the reference run in the engine's dtype: what rounding alone costs, "
+        f"measured on the same inputs, and at least one rounding ({_n(result.unit_roundoff)}).",
         f"Alarm, {result.multiple:g} floors": "A local error above this many floors, for any token, is a fault: no "
         "order of rounding explains it.",
     }
@@ -307,9 +313,9 @@ def _heat_map(result: DiffResult, plots: dict[str, Figure]) -> str:
     plots["heat"] = figures.heat_map(result)
     text = (
         "Local error of every tap (across) in every forward (down), in noise floors. Blue is noise; from orange on it "
-        f"is above the alarm of {result.multiple:g}. Blank: NaN, from inputs that were NaN already."
+        f"is above the alarm of {result.multiple:g}. A cross alone: NaN or Inf, from inputs that were so already."
     )
-    return _section("Where it is wrong", _plot("heat", text))
+    return _section("Every module in every step", _plot("heat", text))
 
 
 def _curves(result: DiffResult, plots: dict[str, Figure]) -> str:
@@ -346,19 +352,33 @@ def _logits(result: DiffResult, plots: dict[str, Figure]) -> str:
 
 
 def _worst(result: DiffResult) -> str:
-    taps = sorted(result.taps, key=rank, reverse=True)[:_WORST]
+    each: dict[str, TapError] = {}
+    for tap in sorted(result.taps, key=rank, reverse=True):
+        each.setdefault(tap.tap, tap)
+    taps = list(each.values())[:_WORST]
     parts = [
         _table(
-            "Taps by local error",
+            "Taps by local error, each at its worst",
             ["tap", "forward", "local", "floor", "floors", "row", "position"],
             [
-                [_mono(t.tap), step_name(t.step), _n(t.local), _n(t.floor), _ratio(t), str(t.worst[0]), str(t.worst[1])]
+                [
+                    _mono(t.tap),
+                    step_name(t.step),
+                    _n(t.local),
+                    _n(figures.floor(t)),
+                    _ratio(t),
+                    str(t.worst[0]),
+                    str(t.worst[1]),
+                ]
                 for t in taps
             ],
             numbers=(2, 3, 4, 5, 6),
             wrong=[_wrong(t, result) for t in taps],
         )
     ]
+    if any(c.evidence.heads for c in result.culprits):
+        parts.append(_heads("Heads of the culprits", [(c.tap, c.evidence) for c in result.culprits]))
+    text = _pair(parts)
     if result.logit_tokens:
         tokens = sorted(result.logit_tokens, key=lambda t: -t.kl if t.kl == t.kl else -math.inf)[:_WORST]
         rows = [
@@ -376,10 +396,8 @@ def _worst(result: DiffResult) -> str:
         ]
         columns = ["row", "position", "token", "KL", "floor", "reference says next", "engine", "lead"]
         flips = [t.beyond_rounding for t in tokens]
-        parts.append(_table("Tokens by KL", columns, rows, numbers=(0, 1, 3, 4, 7), wrong=flips))
-    if any(c.evidence.heads for c in result.culprits):
-        parts.append(_heads("Heads of the culprits", [(c.tap, c.evidence) for c in result.culprits]))
-    return _section("Worst taps, tokens and heads", "".join(parts))
+        text += _table("Tokens by KL", columns, rows, numbers=(0, 1, 3, 4, 7), wrong=flips)
+    return _section("Worst taps, tokens and heads", text)
 
 
 def _drift(drift: DriftResult, result: DiffResult, plots: dict[str, Figure]) -> str:
@@ -491,7 +509,7 @@ def _tree_table(
             [
                 _mono(name) + (" ✗" if name in named else ""),
                 _n(prefill.local),
-                _n(prefill.floor),
+                _n(figures.floor(prefill)),
                 _ratio(prefill),
                 "" if decode is None else f"{_ratio(decode)} ({step_name(decode.step)})",
                 _n(prefill.accumulated),
@@ -529,11 +547,13 @@ def _mono(text: str) -> str:
 
 
 def _n(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "NaN" if value != value else "∞"
+    if not math.isfinite(value):
+        return "NaN" if value != value else "∞"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
-def _ratio(tap: TapError) -> str:
-    return f"{tap.nonfinite} NaN or Inf" if tap.nonfinite else _n(tap.ratio)
+def _ratio(tap: TapError, unit: str = "") -> str:
+    return f"{tap.nonfinite} NaN or Inf" if tap.nonfinite else _n(tap.ratio) + unit
 
 
 def _wrong(tap: TapError, result: DiffResult) -> bool:
@@ -547,7 +567,7 @@ def _bar(value: float, most: float) -> str:
 
 def _text(result: DiffResult, token: int) -> str:
     text = result.token_texts.get(token)
-    return _e(token) if text is None else f"<code>{_e(repr(text)[1:-1])}</code>"
+    return _e(token) if text is None else f"<code>{_e(repr(text))}</code>"
 
 
 def _tokens_at(result: DiffResult) -> dict[tuple[int, int], LogitToken]:
@@ -559,6 +579,11 @@ def _tokens_at(result: DiffResult) -> dict[tuple[int, int], LogitToken]:
 def _section(title: str, body: str, *, kind: str = "") -> str:
     classes = f' class="{kind}"' if kind else ""
     return f"<section{classes}><h2>{title}</h2>{body}</section>"
+
+
+def _pair(parts: Iterable[str]) -> str:
+    """Beside each other where there is room."""
+    return '<div class="pair">' + "".join(f"<div>{part}</div>" for part in parts) + "</div>"
 
 
 def _plot(name: str, caption: str) -> str:
