@@ -4,8 +4,9 @@
 
     write_report(result, Path("diff.html"), drift=drifted, command="logitlock diff …")
 
-    report.py   the page: verdict, culprits, tables          figures.py      the plots, as plotly.js reads them
-    page.html, style.css, plots.js   the template            environment.py  versions and machine
+    report.py    the page as a whole                  figures.py      the plots, as plotly.js reads them
+    sections.py  verdict, culprits, tables, …         environment.py  versions and machine
+    markup.py    pieces of HTML                       page.html, style.css, plots.js   the template
 
 plotly is imported only where a report is written.
 """
