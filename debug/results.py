@@ -124,14 +124,15 @@ class Culprit:
 
     kind: "local" (local error above the floor), "nonfinite" (NaN or Inf from finite inputs), "systematic" (below the
     floor of single tokens, but over all of them exactly what a known fault does), or "accumulated" (no module by
-    itself, but the logits are off by more than the dtype explains).  occurrences: forwards that show it.  diagnosis:
+    itself, but the logits are off by more than the dtype explains), or "configuration" (no tensor: the tap is then
+    what is configured wrongly, such as "stop_ids").  occurrences: forwards that show it.  diagnosis:
     known faults that explain it, the best first; empty: unknown.  evidence: where in the tap the error is.
     """
 
     tap: str
     phase: Phase
     step: int
-    kind: Literal["local", "nonfinite", "systematic", "accumulated"]
+    kind: Literal["local", "nonfinite", "systematic", "accumulated", "configuration"]
     local: float
     floor: float
     ratio: float

@@ -16,15 +16,24 @@ from debug.drift import DriftResult, drift
 from debug.logits import LogitComparison
 from debug.metrics import token_errors
 from debug.prompts import Prompts, default_prompts, text_prompts
-from debug.results import Between, DiffResult, TapDistance
+from debug.results import Between, Culprit, Diagnosis, DiffResult, TapDistance
 from debug.streaming import Reference, StreamedDecoder
 from debug.trace import read_trace, trace_origin, write_trace
-from refmodels.checkpoint import ModelSource, checkpoint_hash, load, load_tokenizer_for, parameter_shapes, resolve
+from refmodels.checkpoint import (
+    ModelSource,
+    checkpoint_hash,
+    load,
+    load_tokenizer_for,
+    parameter_shapes,
+    resolve,
+    tokenizer_in,
+)
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.spec import Numerics
 from refmodels.taps import is_cache_tap
 from trt_runtime.bundle import INFO_NAME, Bundle, read_bundle
+from trt_runtime.cli import stop_ids_in
 from trt_runtime.engine import Engine
 from trt_runtime.engines import EngineChoice, serves_tensorrt
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
@@ -49,6 +58,7 @@ class Side:
     numerics: Numerics
     context: dict[str, Any]
     longest_prompt: int | None = None
+    bundle: Bundle | None = None
 
     def capture(self, prompts: Prompts, steps: int, tokens: Tensor | None = None) -> Capture:
         if self.trace is not None:
@@ -229,6 +239,7 @@ def open_side(
         numerics=numerics_of(executor),
         context=context,
         longest_prompt=longest,
+        bundle=bundle,
     )
 
 
@@ -323,11 +334,50 @@ def _judged(capture: Capture, side: Side, source: ModelSource) -> DiffResult:
     rounded = reference_of(source, dtype=capture.dtype, numerics=side.numerics)
     result = diff_capture(capture, truth, rounded)
     result.context = {"model": source.name, **side.context}
+    if side.bundle is not None and (culprit := _wrong_stop_ids(side.bundle, source)) is not None:
+        result.culprits.append(culprit)
+        if result.verdict == "aligned":
+            result.verdict = "diverged"
     tokenizer = _tokenizer(source)
     if tokenizer is not None:
         ids = {i for t in result.logit_tokens for i in (t.token, t.expected, t.chosen)}
         result.token_texts = {i: tokenizer.decode([i], skip_special=False) for i in ids}
     return result
+
+
+def _wrong_stop_ids(bundle: Bundle, source: ModelSource) -> Culprit | None:
+    """A bundle that ends its answers at other tokens than the model does: no tensor shows it."""
+    try:
+        ours, theirs = (_stop_ids(directory, source) for directory in (source.directory, bundle.directory))
+    except LogitLockError:
+        return None  # without a tokenizer there are no stop ids
+    if ours == theirs:
+        return None
+    return Culprit(
+        tap="stop_ids",
+        phase="decode",
+        step=0,
+        kind="configuration",
+        local=0.0,
+        floor=0.0,
+        ratio=0.0,
+        worst=(0, 0),
+        occurrences=1,
+        diagnosis=[
+            Diagnosis(
+                fault=f"wrong stop id: generation ends at {theirs} instead of {ours}",
+                local_before=1.0,
+                local_after=0.0,
+                ratio_after=0.0,
+            )
+        ],
+    )
+
+
+def _stop_ids(directory: Path, source: ModelSource) -> list[int]:
+    tokenizer = tokenizer_in(directory, source.spec)
+    found = (stop_ids_in(directory, source.spec, tokenizer, chat=chat) for chat in (False, True))
+    return sorted({stop for stops in found for stop in stops})
 
 
 def _between(expected: Capture, actual: Capture) -> Between:

@@ -90,6 +90,9 @@ def _print_culprit(console: Console, culprit: Culprit) -> None:
         return
     console.print(f"  {culprit.tap}", style="bold", highlight=False)
     for found in culprit.diagnosis:
+        if culprit.kind == "configuration":
+            console.print(f"    {found.fault}", highlight=False)
+            continue
         console.print(
             f"    {found.fault}: local error {found.local_before:.3g} -> {found.local_after:.3g}", highlight=False
         )
@@ -182,6 +185,8 @@ def verdict_line(result: DiffResult) -> str:
     if first.kind == "nonfinite":
         return f"NONFINITE: the first NaN or Inf is at {where}{more}"
     label = result.verdict.upper()
+    if first.kind == "configuration":
+        return f"{result.verdict.upper()}: every tensor is right, but {first.tap} is not: {first.diagnosis[0].fault}"
     if first.kind == "systematic":
         found = first.diagnosis[0]
         return (

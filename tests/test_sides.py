@@ -104,3 +104,20 @@ def test_bad_input(clean: Path, tmp_path: Path) -> None:
     logitlock("trace", clean, "--model", MODEL, "--out", tmp_path / "no" / "a").assert_bad_input("cannot be written")
     with pytest.raises(LogitLockError, match="say with --model where that model is"):
         diff_sides("reference", str(clean))
+
+
+def test_a_wrong_stop_id(tmp_path: Path) -> None:
+    """No tensor shows it: the engine is right and answers go on for ever."""
+    bundle = export_model("qwen", precision="fp32", output=tmp_path / "b")
+    assert logitlock("diff", bundle, "--steps", 1).code == 0
+    config = json.loads((bundle / "generation_config.json").read_text())
+    config["eos_token_id"] = [7]
+    (bundle / "generation_config.json").write_text(json.dumps(config))
+    broken = mutate.mutated(bundle, tmp_path / "broken", lambda model: None)
+    found = logitlock("diff", broken, "--steps", 1, "--json")
+    assert found.code == 1, found.err
+    document = json.loads(found.out)
+    assert document["verdict"] == "diverged" and document["first_wrong_tap"] == "stop_ids"
+    assert document["culprits"][0]["kind"] == "configuration"
+    assert document["culprits"][0]["diagnosis"][0]["fault"].startswith("wrong stop id: generation ends at [")
+    assert "every tensor is right" in logitlock("diff", broken, "--steps", 1).out
