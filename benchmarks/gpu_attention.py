@@ -145,7 +145,13 @@ def our_calls(shape: AttentionShape, sets: list[dict[str, Tensor]], **choices: A
 
     def call(tensors: dict[str, Tensor]) -> None:
         for launch in attention.launches(shape, **tensors, workspace=workspace, counters=counters, **choices):
-            launch.kernel[launch.grid](**launch.arguments, **launch.constants, num_warps=launch.warps, **launch.options)
+            launch.kernel[launch.grid](
+                **launch.arguments,
+                **launch.constants,
+                num_warps=launch.warps,
+                num_stages=launch.stages,
+                **launch.options,
+            )
 
     return [lambda s=s: call(s) for s in sets]  # type: ignore[misc]
 

@@ -167,7 +167,9 @@ def run(shape: AttentionShape, given: Inputs, **choices: Any) -> Tensor:
     for launch in attention.launches(
         shape, **vars(given), context=context, workspace=workspace, counters=counters, **choices
     ):
-        launch.kernel[launch.grid](**launch.arguments, **launch.constants, num_warps=launch.warps, **launch.options)
+        launch.kernel[launch.grid](
+            **launch.arguments, **launch.constants, num_warps=launch.warps, num_stages=launch.stages, **launch.options
+        )
     assert not counters.any(), "counters must be left at zero"
     return context
 
@@ -263,13 +265,20 @@ def test_row_blocks(rows: int) -> None:
     check(Case(scheme="alibi_mqa_window", lengths=(60, 5), head_dim=16, more={"heads": 18}), decode=blocks, splits=3)
 
 
+@runs_kernels
+def test_more_splits_than_are_combined_at_once() -> None:
+    blocks = DecodeBlocks(rows=1, slots=16, warps=4, stages=1, resident=1, last_combines=True)
+    # With ALiBi the later splits have the larger maxima.
+    check(Case(scheme="baichuan13b", lengths=(600,), head_dim=16, more={"heads": 1}), decode=blocks, splits=36)
+
+
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the GPU runs the small cases itself")
 def test_interpreted() -> None:
-    tests = "test_small or test_splits or test_row_blocks"
+    tests = "test_small or splits or test_row_blocks"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, __file__]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"{len(SMALL) + 10} passed" in result.stdout
+    assert f"{len(SMALL) + 11} passed" in result.stdout
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -399,7 +408,13 @@ def test_chunks_then_graph_replays(scheme: str) -> None:
         for launch in attention.launches(
             shape, **vars(static), context=context, workspace=workspace, counters=counters, capability=CAPABILITY
         ):
-            launch.kernel[launch.grid](**launch.arguments, **launch.constants, num_warps=launch.warps, **launch.options)
+            launch.kernel[launch.grid](
+                **launch.arguments,
+                **launch.constants,
+                num_warps=launch.warps,
+                num_stages=launch.stages,
+                **launch.options,
+            )
     for step in range(300):
         fresh = inputs(shape, (0, 0), seed=10 + step)
         static.qkv.copy_(fresh.qkv)

@@ -167,6 +167,7 @@ def launches(
             constants={name: given[name] for name in names if name.isupper()},
             pointers={name: types[name] for name in names if name in types},
             warps=warps,
+            stages=3,
             options={"launch_pdl": True} if capability >= 90 else {},
         )
 
