@@ -199,9 +199,9 @@ class StaticDecode:
 
 @contextmanager
 def _products(batch: int) -> Iterator[None]:
-    """cuBLASLt where it is up to a sixth faster than cuBLAS with 4096 outputs and never slower: at a batch of 64.
+    """cuBLASLt where it beats cuBLAS: at a batch of 64, by up to a fifth in products with few outputs.
 
-    From 1 to 16 and at 256 there is no telling them apart (benchmarks/gpu_linear.py).
+    Up to 16 there is no telling them apart; at 256 either is the faster sometimes (benchmarks/gpu_linear.py).
     """
     if not 16 < batch <= 128:
         yield
