@@ -359,6 +359,15 @@ def test_fused_operators(tmp_path: Path) -> None:
     assert first_wrong(result) is None, result.culprits
 
 
+def test_a_fault_before_a_tap_that_is_not_there(tmp_path: Path) -> None:
+    decoder = refmodels.load(case_source("qwen2"))
+    weight = decoder.blocks[1].mlp.out.weight
+    weight.copy_(weight.roll(3, 0))
+    proposal, engine = proposed(foreign.fused_graph(decoder, tmp_path / "model.onnx"), "qwen2")
+    assert proposal.unmatched == ["blocks.1"] and "unlike: blocks.1.mlp.out" in proposal.summary()
+    assert first_wrong(diff(engine, "qwen2")) == "blocks.1.mlp.out"
+
+
 def test_gate_and_up_in_one_projection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Fused(nn.Module):
         def __init__(self, mlp: Any) -> None:
@@ -388,7 +397,8 @@ def test_query_key_and_value_by_head(exported: Callable[..., Path], monkeypatch:
     case = "gpt_bigcode_mha_b1"
     _without_parts(monkeypatch)
     proposal, engine = proposed(exported(case), case)
-    assert proposal.names.taps["blocks.1.attn.qkv"].heads == 4
+    assert proposal.names.taps["blocks.1.attn.qkv"].heads == 4 and not proposal.unmatched
+    assert proposal.names.taps["blocks.1.attn.context"].transpose == [0, 2, 1, 3]
     assert not disagreements(engine, reference(case, numerics="upstream"), prompts_of(case), steps=1)
 
 

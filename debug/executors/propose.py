@@ -320,7 +320,8 @@ class _Trial(Recorder):
             self.distance, self.tap, self.modules = min(self.distance, distance), name, self.modules - 1
             if distance <= _ALIKE or not self.modules or name == "logits":
                 raise _Done
-        return _in_place_of(tensor, self.matches[name]) if name in self.matches else tensor
+        # What matches is what the reference has computed.
+        return tensor
 
 
 def _in_place_of(tensor: Tensor, match: _Match) -> Tensor:
