@@ -218,6 +218,8 @@ def test_systematic_accumulated_and_unknown(aligned: DiffResult, tmp_path: Path)
     page = page_of(dataclasses.replace(aligned, verdict="diverged", culprits=[made, *others]), tmp_path)
     for text in ("wrong eps", "54.5", "standard deviations", "Unknown", "no module is wrong by itself", "62.5%", "77"):
         assert text in page.text, text
+    # In the verdict, and in the table of the diagnosis.
+    assert page.text.count("54.5") == 2
 
 
 def test_observer_effect_comes_first(aligned: DiffResult, tmp_path: Path) -> None:
@@ -270,6 +272,7 @@ def test_values_are_escaped(diverged: DiffResult, drifted: DriftResult, tmp_path
     page = page_of(hostile, tmp_path, drift=drifted, command=HOSTILE, environment={HOSTILE: HOSTILE})
     kinds = [[tag for tag, _ in p.tags if tag not in ("dt", "dd", "dl", "h3", "pre", "code")] for p in (clean, page)]
     assert kinds[0] == kinds[1]
+    assert "<" not in page.scripts[0]
     assert len(page.scripts) == 3 and page.scripts[1:] == clean.scripts[1:]
     assert page.text.count(HOSTILE) > 20
     # plotly reads tags in labels.

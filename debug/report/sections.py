@@ -43,8 +43,7 @@ def verdict_section(result: DiffResult) -> str:
         ("Same greedy token", f"{logits.top1:.2%}", f"of {logits.tokens}; floor {logits.floor_top1:.2%}"),
         ("Flips beyond rounding", str(logits.margin_flips), f"of {logits.flips} flips"),
     ]
-    culprits = "".join(f"<li>{_summary(c)}</li>" for c in result.culprits)
-    listed = f"<ol>{culprits}</ol>" if result.culprits else ""
+    listed = _listed(result)
     lengths = ", ".join(map(str, result.prompt_lengths))
     return section(
         f'<span class="word">{escape(word)}</span>: {escape(sentence)}',
@@ -65,6 +64,12 @@ def verdict_section(result: DiffResult) -> str:
         + "</dl>",
         kind="verdict" if result.verdict == "aligned" else "verdict wrong",
     )
+
+
+def _listed(result: DiffResult) -> str:
+    lines = [f"<li>{_summary(c)}</li>" for c in result.culprits[:_WORST]]
+    more = len(result.culprits) - len(lines)
+    return (f"<ol>{''.join(lines)}</ol>" if lines else "") + (f"<p>and {more} more</p>" if more else "")
 
 
 def _summary(culprit: Culprit) -> str:
@@ -99,7 +104,9 @@ def culprits_section(result: DiffResult) -> str:
         "planted in the reference module: with it, the module gives what the engine gave, up to what rounding "
         "leaves.</p>"
     )
-    return section("Culprits", intro + "".join(parts))
+    more = f"<summary>{len(parts) - _WORST} more</summary>{''.join(parts[_WORST:])}"
+    rest = f'<details class="culprit">{more}</details>' if len(parts) > _WORST else ""
+    return section("Culprits", intro + "".join(parts[:_WORST]) + rest)
 
 
 def _diagnosis(culprit: Culprit, result: DiffResult) -> str:
@@ -336,11 +343,10 @@ def other_section(result: DiffResult) -> str:
         return ""
     between = result.between
     taps = sorted(between.taps, key=lambda t: -t.rel_l2 if t.rel_l2 == t.rel_l2 else -math.inf)[:_WORST]
-    culprits = "".join(f"<li>{_summary(c)}</li>" for c in result.other.culprits)
     return section(
         "The other side, judged in the same way",
         f"<p><strong>{escape(verdict_line(result.other))}</strong></p>"
-        + (f"<ol>{culprits}</ol>" if culprits else "")
+        + _listed(result.other)
         + facts({"engine": result.other.engine, **{k: str(v) for k, v in result.other.context.items()}})
         + f"<p>Directly against each other: KL mean {number(between.kl_mean)}, largest {number(between.kl_max)} nats; "
         f"same greedy token {between.top1:.2%}; largest logit difference {number(between.max_abs)}.</p>"
