@@ -28,4 +28,4 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) engines
+	rm -rf $(VENV) .venv-torch-tensorrt engines

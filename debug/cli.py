@@ -176,7 +176,11 @@ PromptFile = Annotated[Path | None, typer.Option(help="UTF-8 file with one promp
 Seed = Annotated[int, typer.Option(help="Of the random prompts for models without a tokenizer.")]
 Rounding = Annotated[bool, typer.Option(help="Round every node of a half-precision graph to its dtype on the CPU.")]
 NameMap = Annotated[
-    Path | None, typer.Option("--map", help="JSON: which values of an ONNX file are which taps; else one is proposed.")
+    Path | None,
+    typer.Option(
+        "--map",
+        help="JSON: which values of an ONNX file are which taps; if there is no such file, it is proposed there.",
+    ),
 ]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code in a Hugging Face directory.")
