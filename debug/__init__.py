@@ -8,7 +8,9 @@
     diff.py     an engine against the fp64 reference, tap by tap             metrics.py  the distances
     cli.py      the whole `logitlock` command and the verbs verify, record, diff
     executors/  models that are not ours as engines: transformers, any ONNX decoder, golden cases; open.py opens all
+    report/     a diff as one HTML file that works offline; results.py has to_frame() for pandas
 
 May import at module level: the standard library, torch, safetensors, typer, rich, onnx_ir, onnxruntime, and the
-packages refmodels, trt_runtime and export; transformers only inside functions.  Nothing imports debug.
+packages refmodels, trt_runtime and export; transformers, plotly and pandas only inside functions.  Nothing imports
+debug.
 """

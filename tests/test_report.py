@@ -25,6 +25,7 @@ from conftest import GOLDENS, case_source
 import refmodels
 from debug.diff import diff_engine
 from debug.drift import DriftResult, drift
+from debug.logits import LogitComparison
 from debug.prompts import random_prompts
 from debug.report import write_report
 from debug.report.figures import curves, heat_map
@@ -378,9 +379,20 @@ def test_logit_tokens_are_what_the_sums_are_made_of(diverged: DiffResult) -> Non
         else:
             assert token.index == token.position - (20 - length)
             assert token.token == int(prompts.ids[token.row, token.position])
+        limit = 2 * max(t.floor_error for t in tokens)
+        assert token.beyond_rounding == (token.flip and token.margin > limit)
     assert "logit_tokens" not in diverged.to_json()
     listed = json.loads(json.dumps(diverged.to_json(tokens=True), allow_nan=False))["logit_tokens"]
     assert len(listed) == len(tokens) and listed[0]["kl"] == tokens[0].kl and listed[0]["flip"] == tokens[0].flip
+
+
+def test_flips_within_rounding() -> None:
+    """Two flips; the floor is off by 0.1, so a lead of 0.15 may be rounded away and one of 2 may not."""
+    truth = torch.tensor([[1.0, 0.85, 0.0], [3.0, 1.0, 0.0]])
+    flipped = truth.flip(1)
+    logits = LogitComparison()
+    logits.add(truth, truth + torch.tensor([0.1, 0.0, 0.0]), flipped, flipped)
+    assert (logits.result().flips, logits.result().margin_flips) == (2, 1)
 
 
 def test_frames(diverged: DiffResult, drifted: DriftResult) -> None:
