@@ -248,8 +248,8 @@ def worst_section(result: DiffResult) -> str:
     taps = list(each.values())[:_WORST]
     parts = [
         table(
-            "Taps by local error, each at its worst",
-            ["tap", "forward", "local", "floor", "floors", "row, position"],
+            "Taps by local error, each at its worst (at row, position)",
+            ["tap", "forward", "local", "floor", "floors", "at"],
             [
                 [
                     mono(t.tap),
