@@ -6,11 +6,16 @@ within the same multiple of the noise floor that a healthy module is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from debug.capture import Forward
 from debug.faults import CATALOGUE
+from debug.faults.generic import rounded_sums, stored_as, transformed
 from debug.metrics import ErrorStats, compare
 from debug.modules import Module, module_at
 from debug.results import Diagnosis, Evidence, TokenView
@@ -19,6 +24,8 @@ from refmodels.taps import is_cache_tap
 
 _MOST = 5
 """Diagnoses to give for one tap: two faults can be the same on these inputs, but a long list says nothing."""
+_PAIRS = 3
+"""Of a module that no single fault explains, how many of the faults that help most are tried with each other."""
 _ALIKE = 1.5
 """Local errors within this factor say nothing about which of two faults it is."""
 
@@ -48,28 +55,59 @@ def diagnose(
     whole = max(floor.rel_l2 if floor.rel_l2 == floor.rel_l2 else 0.0, bound)
     allowed = floor.token_rel.nan_to_num(nan=0.0, posinf=0.0).clamp(min=whole)
     size = _token_norms(expected, module)
-    found = []
-    for fault in CATALOGUE:
-        if fault.kind != module.kind:
-            continue
-        for detail, changes in fault.variants(module, engine):
-            output = module(**changes)
-            after = _compare(engine, output, module, dtype)
-            limit = torch.maximum(allowed, allowed * size / _token_norms(output, module).clamp(min=1e-300))
-            ratio = float((after.token_rel / limit).nan_to_num(nan=float("inf")).max())
-            if ratio <= multiple and after.rel_l2 < before.rel_l2:
-                found.append(
-                    Diagnosis(
-                        fault=fault.full_name(detail),
-                        local_before=before.rel_l2,
-                        local_after=after.rel_l2,
-                        ratio_after=ratio,
-                    )
-                )
+
+    def tried(name: str, output: Tensor) -> Diagnosis:
+        after = _compare(engine, output, module, dtype)
+        # An output that is all zero has only the error of its own.
+        limit = torch.maximum(allowed, allowed * size / _token_norms(output, module).clamp(min=1e-300))
+        ratio = float((after.token_rel / limit).nan_to_num(nan=float("inf")).max())
+        return Diagnosis(fault=name, local_before=before.rel_l2, local_after=after.rel_l2, ratio_after=ratio)
+
+    def explains(diagnosis: Diagnosis) -> bool:
+        return diagnosis.ratio_after <= multiple and diagnosis.local_after < before.rel_l2
+
+    single = [(tried(name, module(**changes)), changes) for name, changes in _faults(module, engine)]
+    found = [diagnosis for diagnosis, _ in single if explains(diagnosis)]
+    found += [d for name, output in transformed(module, expected, engine) if explains(d := tried(name, output))]
+    if not found:
+        found = _of_rounding(module, engine, expected, before, dtype)
+    if not found:
+        # Two faults in one module: those that help most, each with every other on top of it.
+        helping = sorted((s for s in single if s[0].local_after < before.rel_l2), key=lambda s: s[0].local_after)
+        for first, changes in helping[:_PAIRS]:
+            changed = replace(module, arguments={**module.arguments, **changes})
+            for name, more in _faults(changed, engine):
+                if more.keys().isdisjoint(changes) and explains(d := tried(f"{first.fault}; {name}", changed(**more))):
+                    found.append(d)
     best = min((d.local_after for d in found), default=0.0)
     # Those that explain it equally well stay in the order of the catalogue, in which exact faults precede estimates.
     found.sort(key=lambda d: max(d.local_after, _ALIKE * best))
     return found[:_MOST], _evidence(module, engine, expected, before, allowed)
+
+
+def _faults(module: Module, engine: Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and changed arguments of every fault of the module's kind."""
+    for fault in CATALOGUE:
+        if fault.kind == module.kind:
+            for detail, changes in fault.variants(module, engine):
+                yield fault.full_name(detail), changes
+
+
+def _of_rounding(
+    module: Module, engine: Tensor, expected: Tensor, before: ErrorStats, dtype: torch.dtype
+) -> list[Diagnosis]:
+    """Faults that no exact output explains, told by what the rounding looks like."""
+    real = _real(module)
+    shown, right = (_by_token(t, module)[real].flatten(1) for t in (engine, expected))
+    narrow = stored_as(shown, dtype)
+    if narrow is not None:
+        name, after = f"output rounded to {narrow}", right.to(getattr(torch, narrow)).double()
+    elif rounded_sums(module, shown - right, right, dtype):
+        name, after = f"wrong dtype accumulate: sums rounded in {str(dtype).removeprefix('torch.')}", right
+    else:
+        return []
+    left = float((shown - after).norm() / right.norm())
+    return [Diagnosis(fault=name, local_before=before.rel_l2, local_after=left, ratio_after=0.0)]
 
 
 def _evidence(module: Module, engine: Tensor, expected: Tensor, before: ErrorStats, allowed: Tensor) -> Evidence:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from debug.capture import Capture, capture_engine
 from debug.diagnose import diagnose
+from debug.faults.generic import stored_as
 from debug.logits import LogitComparison
 from debug.metrics import TokenErrors, row_errors, rows_of
 from debug.prompts import Prompts
@@ -133,6 +134,7 @@ class _Diff:
         self.whole = capture.whole()
         self.floors: dict[str, tuple[Tensor, Tensor]] = {}
         self.errors: dict[str, list[_Errors]] = {}
+        self.narrow: dict[str, str] = {}
         self.taps: list[TapError] = []
         self.logits = LogitComparison()
 
@@ -184,6 +186,9 @@ class _Diff:
             return
         floors = self.floors.pop(name)
         if is_cache_tap(name):
+            seen = self.whole.plan.attention_mask != 0
+            last = self.capture.forwards[-1].tensors[name].transpose(1, 2)
+            self._look_at_storage(name, last[seen], floors[1].transpose(1, 2)[seen])
             self.errors[name] = [
                 _Errors.of(engine, slots, (accumulated, local), floors, self.capture.dtype)
                 for engine, slots in self._written(name)
@@ -191,6 +196,7 @@ class _Diff:
             return
         real = self.whole.plan.new_mask
         engine = self.whole.tensors[name]
+        self._look_at_storage(name, engine[real], floors[1][real])
         both = _Errors.of(engine, real, (accumulated, local), floors, self.capture.dtype)
         # The tokens of step n are the columns from bounds[n] to bounds[n + 1].
         column = both.local.token_of[:, 1]
@@ -202,6 +208,12 @@ class _Diff:
         if name == "logits":
             untapped = torch.cat(list(self.capture.untapped), 1)
             self.logits.add(accumulated[real], floors[0][real], untapped[real], engine[real])
+
+    def _look_at_storage(self, name: str, engine: Tensor, floor: Tensor) -> None:
+        """Numbers that all fit a narrower dtype were rounded to it, unless the reference's own do too."""
+        narrow = stored_as(engine, self.capture.dtype)
+        if narrow is not None and stored_as(floor, self.capture.dtype) is None:
+            self.narrow[name] = narrow
 
     def _written(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """For each step the engine's cache, and the slots [batch, slots] that it has written in this step.
@@ -296,27 +308,35 @@ class _Diff:
         """Taps below the alarm that deviate, over all tokens, just as a known fault would make them."""
         found = []
         for error in self.taps[: len(self.capture.tap_names)]:
-            if error.tap in known or error.nonfinite or is_cache_tap(error.tap):
+            if error.tap in known or error.nonfinite:
+                continue
+            if error.tap in self.narrow:
+                name = f"output rounded to {self.narrow[error.tap]}"
+                rounding = Diagnosis(fault=name, local_before=error.local, local_after=error.floor, ratio_after=0.0)
+                found.append(self._below_the_alarm(error, rounding))
+                continue
+            if is_cache_tap(error.tap):
                 continue
             weights = (ready_at(reference, error.tap, alone=True) for reference in (self.truth, self.rounded))
             with next(weights) as truth, next(weights) as rounded:
                 diagnosis = systematic(error.tap, self.whole, truth, rounded, self.whole.plan.new_mask)
             if diagnosis is not None:
-                found.append(
-                    Culprit(
-                        tap=error.tap,
-                        phase=error.phase,
-                        step=error.step,
-                        kind="systematic",
-                        local=error.local,
-                        floor=error.floor,
-                        ratio=error.ratio,
-                        worst=error.worst,
-                        occurrences=self.capture.steps + 1,
-                        diagnosis=[diagnosis],
-                    )
-                )
+                found.append(self._below_the_alarm(error, diagnosis))
         return found
+
+    def _below_the_alarm(self, error: TapError, diagnosis: Diagnosis) -> Culprit:
+        return Culprit(
+            tap=error.tap,
+            phase=error.phase,
+            step=error.step,
+            kind="systematic",
+            local=error.local,
+            floor=error.floor,
+            ratio=error.ratio,
+            worst=error.worst,
+            occurrences=self.capture.steps + 1,
+            diagnosis=[diagnosis],
+        )
 
     def _diagnose(self, error: TapError) -> tuple[list[Diagnosis], Evidence]:
         with ready_at(self.truth, error.tap) as truth, ready_at(self.rounded, error.tap) as rounded:

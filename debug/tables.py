@@ -189,9 +189,10 @@ def verdict_line(result: DiffResult) -> str:
         return f"{result.verdict.upper()}: every tensor is right, but {first.tap} is not: {first.diagnosis[0].fault}"
     if first.kind == "systematic":
         found = first.diagnosis[0]
+        sure = "" if found.significance is None else f" ({found.significance:.3g} standard deviations)"
         return (
             f"{label}: {first.tap} is within its noise token by token, but over all tokens it deviates just as with "
-            f"'{found.fault}' ({found.significance:.3g} standard deviations){more}"
+            f"'{found.fault}'{sure}{more}"
         )
     if first.kind == "accumulated":
         return (

@@ -111,6 +111,8 @@ def quantised(m: Module, _: Tensor) -> Variants:
     for bits in (8, 4):
         for axis, name in ((1, "output channel"), (0, "input channel")):
             yield f"int{bits}, scale by {name}", {"weight": _quantised(weight, bits, axis)}
+        whole = _quantised(weight.reshape(1, -1), bits, 1).view_as(weight)
+        yield f"int{bits}, one scale for all", {"weight": whole}
         for group in (32, 64, 128):
             if weight.shape[1] % group == 0:
                 grouped = _quantised(weight.view(len(weight), -1, group), bits, 2).view_as(weight)

@@ -120,11 +120,16 @@ def gate_missing(m: Module, _: Tensor) -> Variants:
 
 
 @fault("residual missing or doubled", "residual")
-def residual(m: Module, _: Tensor) -> Variants:
+def residual(m: Module, engine: Tensor) -> Variants:
     yield "residual missing", {"x_factor": 0.0}
     yield "branch missing", {"branch_factor": 0.0}
     yield "residual doubled", {"x_factor": 2.0}
     yield "branch doubled", {"branch_factor": 2.0}
+    for name, other in (("branch", "x"), ("x", "branch")):
+        part: Tensor = m[name]
+        factor = float(((engine - m[other]) * part).sum() / part.square().sum().clamp(min=1e-300))
+        what = "branch" if name == "branch" else "residual"
+        yield f"{what} scaled by {factor:.5g} {ESTIMATED}", {f"{name}_factor": factor}
     norm = "mlp_norm" if m.part == "" else "attn_norm"
     yield "residual taken after the norm", {"x": m.forward.tensors[f"blocks.{m.layer}.{norm}"].to(m["x"])}
 
