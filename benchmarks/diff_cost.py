@@ -59,7 +59,7 @@ def diff(model: Path, bundle: Path) -> dict[str, float]:
     import torch
 
     from debug.capture import capture_engine
-    from debug.diff import diff_capture
+    from debug.compare import diff_capture
     from debug.sides import reference_of
     from refmodels.checkpoint import resolve
     from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine

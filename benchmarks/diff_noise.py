@@ -3,7 +3,7 @@
     python benchmarks/diff_noise.py --batches 17
 
 Prints, and writes to benchmarks/results/diff_noise.json, the largest local error in noise floors (the alarm is at
-`debug.diff.MULTIPLE`), the largest accumulated error in its floors, and the number of false alarms.  Each batch has
+`debug.compare.MULTIPLE`), the largest accumulated error in its floors, and the number of false alarms.  Each batch has
 three random prompts of 8 to 69 tokens and 8 decode steps.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import refmodels
-from debug.diff import MULTIPLE, diff_engine
+from debug.compare import MULTIPLE, diff_engine
 from debug.prompts import random_prompts
 from export.compile import export_model
 from refmodels.families import FAMILIES

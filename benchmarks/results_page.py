@@ -18,8 +18,8 @@ PAGE = HERE / "RESULTS.md"
 INTRO = """# Results
 
 Made by `python benchmarks/results_page.py` from `benchmarks/results/*.json`, which the scripts named below write,
-and what was noted beside them (`results/*.md`). GPU numbers are medians of one run on an NVIDIA H200, in CUDA graphs, with
-inputs rotated so that the L2 cache does not hold them.
+and what was noted beside them (`results/*.md`). GPU numbers are medians of one run on an NVIDIA H200, in CUDA
+graphs, with inputs rotated so that the L2 cache does not hold them.
 """
 
 

@@ -38,7 +38,7 @@ def diagnose(
     Args:
         tap, forward: the culprit and a forward in which it is wrong.
         truth, rounded: the reference in fp64 and in the engine's dtype and numerics.
-        bound: the least relative floor of the tap (`debug.diff.lower_bound`).
+        bound: the least relative floor of the tap (`debug.compare.lower_bound`).
         multiple: noise floors that a healthy module may be off.
         dtype: of the engine.
     """

@@ -45,8 +45,8 @@ class TapError:
         local, local_max_abs: the engine's output against the fp64 reference module run on the engine's own inputs.
         floor, floor_spread: the reference module in the engine's dtype on these same inputs, against the same; the
             spread is the worst token of the batch over all of them.
-        floor_bound: what the floor counts as at least (`debug.diff.lower_bound`).
-        ratio: local error over floor, of the worst token (see `debug.diff.MULTIPLE`).
+        floor_bound: what the floor counts as at least (`debug.compare.lower_bound`).
+        ratio: local error over floor, of the worst token (see `debug.compare.MULTIPLE`).
         accumulated_ratio: accumulated over accumulated_floor.
         worst: row and position of the token with the largest ratio.
         nonfinite: NaN and Inf in the engine's tensor; numbers that they spoil are None in JSON.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from debug.capture import Capture, capture_engine
-from debug.diff import diff_capture, spec_difference
+from debug.compare import diff_capture, spec_difference
 from debug.drift import DriftResult, drift
 from debug.logits import LogitComparison
 from debug.metrics import token_errors

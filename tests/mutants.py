@@ -14,7 +14,7 @@ from mutate import mutated
 from mutations import model_wide, mutations
 
 import refmodels
-from debug.diff import diff_engine
+from debug.compare import diff_engine
 from debug.prompts import random_prompts
 from export.compile import export_model
 from refmodels.checkpoint import DTYPES

@@ -16,7 +16,7 @@ from conftest import GOLDENS, case_source
 from torch import Tensor
 
 import refmodels
-from debug.diff import MULTIPLE, diff_engine, lower_bound
+from debug.compare import MULTIPLE, diff_engine, lower_bound
 from debug.prompts import Prompts, default_prompts, left_padded, random_prompts
 from debug.results import DiffResult
 from debug.sides import diff_bundle

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import refmodels
-from debug.diff import diff_engine
+from debug.compare import diff_engine
 from debug.executors import candidates
 from debug.executors.golden import GoldenEngine
 from debug.executors.huggingface import HuggingFaceEngine

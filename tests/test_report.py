@@ -23,7 +23,7 @@ from command import logitlock
 from conftest import GOLDENS, case_source
 
 import refmodels
-from debug.diff import diff_engine
+from debug.compare import diff_engine
 from debug.drift import DriftResult, drift
 from debug.logits import LogitComparison
 from debug.prompts import random_prompts

@@ -121,3 +121,15 @@ def test_a_wrong_stop_id(tmp_path: Path) -> None:
     assert document["culprits"][0]["kind"] == "configuration"
     assert document["culprits"][0]["diagnosis"][0]["fault"].startswith("wrong stop id: generation ends at [")
     assert "every tensor is right" in logitlock("diff", broken, "--steps", 1).out
+
+
+def test_library_use(clean: Path, broken: Path) -> None:
+    from debug import diff
+
+    assert diff(str(clean), model=MODEL, steps=1).aligned
+    result = diff("reference:fp32", str(broken), model=MODEL, steps=1)
+    assert result.first_wrong_tap == "blocks.1.attn.context"
+    frame = result.to_frame()
+    assert set(frame["tap"]) == {tap.tap for tap in result.taps}
+    with pytest.raises(LogitLockError, match="one or two sides"):
+        diff(model=MODEL)

@@ -11,7 +11,7 @@ from conftest import case_source
 
 import refmodels
 from debug import sides
-from debug.diff import diff_engine
+from debug.compare import diff_engine
 from debug.prompts import random_prompts
 from debug.sides import reference_of
 from debug.streaming import StreamedDecoder, parts, ready_at

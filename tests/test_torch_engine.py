@@ -15,7 +15,7 @@ from conftest import CASES, case_source
 from torch import Tensor
 
 import refmodels
-from debug.diff import MULTIPLE, diff_engine, lower_bound
+from debug.compare import MULTIPLE, diff_engine, lower_bound
 from debug.prompts import random_prompts
 from debug.tables import verdict_line
 from refmodels.cache import KVCache, StepInputs

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import refmodels
 from debug.capture import capture_engine
-from debug.diff import diff_capture
+from debug.compare import diff_capture
 from debug.prompts import random_prompts
 from debug.trace import read_trace, trace_origin, write_trace
 from refmodels.cache import KVCache, StepInputs

@@ -111,6 +111,10 @@ def quantised(m: Module, _: Tensor) -> Variants:
     for bits in (8, 4):
         for axis, name in ((1, "output channel"), (0, "input channel")):
             yield f"int{bits}, scale by {name}", {"weight": _quantised(weight, bits, axis)}
+        scale = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        for offset in (1, -1):
+            shifted = _quantised(weight, bits, 1) + offset * scale
+            yield f"int{bits}, zero point off by {offset:+d}", {"weight": shifted}
         whole = _quantised(weight.reshape(1, -1), bits, 1).view_as(weight)
         yield f"int{bits}, one scale for all", {"weight": whole}
         for group in (32, 64, 128):
