@@ -205,6 +205,9 @@ def diff(
     emulate_rounding: Rounding = True,
     name_map: NameMap = None,
     trust_remote_code: RemoteCode = False,
+    cut: Annotated[
+        bool, typer.Option("--cut", help="Also run a bundle's modules on the reference's tensors (in --json).")
+    ] = False,
     every_tap: Annotated[bool, typer.Option("--every-tap", help="Show all taps, not only the worst.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a report that works offline.")] = None,
     json_output: Json = False,
@@ -240,7 +243,14 @@ def diff(
     texts = _texts(prompt, prompt_file)
     if bundle is not None:
         result = diff_bundle(
-            bundle, model, prompts=texts, steps=steps, seed=seed, engine=engine, emulate_rounding=emulate_rounding
+            bundle,
+            model,
+            prompts=texts,
+            steps=steps,
+            seed=seed,
+            engine=engine,
+            emulate_rounding=emulate_rounding,
+            cut=cut,
         )
     else:
         result = diff_sides(
@@ -253,6 +263,7 @@ def diff(
             name_map=name_map,
             emulate_rounding=emulate_rounding,
             trust_remote_code=trust_remote_code,
+            cut=cut,
         )
     if html is not None:
         write_report(result, html, command=shlex.join(["logitlock", *sys.argv[1:]]))

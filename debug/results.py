@@ -49,6 +49,8 @@ class TapError:
         ratio: local error over floor, of the worst token (see `debug.compare.MULTIPLE`).
         accumulated_ratio: accumulated over accumulated_floor.
         worst: row and position of the token with the largest ratio.
+        cut: the engine's own module on the reference's inputs, against the reference's output (`debug.cut`); None where
+            it was not asked for or the executor cannot be cut.
         nonfinite: NaN and Inf in the engine's tensor; numbers that they spoil are None in JSON.
         floor_nonfinite: the reference in the engine's dtype has some as well, so the dtype itself is too small.
     """
@@ -72,6 +74,7 @@ class TapError:
     worst: tuple[int, int]
     nonfinite: int
     floor_nonfinite: int
+    cut: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from debug.capture import Capture, capture_engine
 from debug.compare import diff_capture, spec_difference
+from debug.cut import cut_errors
 from debug.drift import DriftResult, drift
 from debug.logits import LogitComparison
 from debug.metrics import token_errors
@@ -60,6 +61,8 @@ class Side:
     longest_prompt: int | None = None
     bundle: Bundle | None = None
 
+    cuts: dict[str, float] = field(default_factory=dict)
+
     def capture(self, prompts: Prompts, steps: int, tokens: Tensor | None = None) -> Capture:
         if self.trace is not None:
             same = torch.equal(self.trace.prompts.ids, prompts.ids) and self.trace.steps == steps
@@ -75,6 +78,12 @@ class Side:
             self.executor.keep_both_sessions = False
         return capture_engine(self.executor, prompts, steps=steps, tokens=tokens)
 
+    def cut(self, source: ModelSource, prompts: Prompts) -> None:
+        """Run the modules by themselves, where the executor is one whose graph can be cut."""
+        if isinstance(self.executor, OnnxRuntimeEngine):
+            rounded = reference_of(source, dtype=self.executor.dtype, numerics=self.numerics)
+            self.cuts = cut_errors(self.executor, rounded, prompts)
+
 
 def diff_bundle(
     bundle: Path,
@@ -85,6 +94,7 @@ def diff_bundle(
     seed: int = 0,
     engine: EngineChoice = "auto",
     emulate_rounding: bool = True,
+    cut: bool = False,
 ) -> DiffResult:
     """Compare a bundle's engine with the reference of the model that it was made from.
 
@@ -96,6 +106,7 @@ def diff_bundle(
         engine: see `trt_runtime.engines.open_engine`.
         emulate_rounding: on ONNX Runtime: round every node of a half-precision bundle to its dtype (see
             `OnnxRuntimeEngine`).
+        cut: as `diff_sides`.
     Raises:
         LogitLockError: no or a damaged bundle or model, a bundle of another model or checkpoint, a prompt too short or
             too long.
@@ -104,7 +115,7 @@ def diff_bundle(
     tensorrt = engine == "tensorrt" or (engine == "auto" and serves_tensorrt(opened))
     text = f"tensorrt:{bundle}" if tensorrt else str(bundle)
     return diff_sides(
-        TRUTH, text, model=model, prompts=prompts, steps=steps, seed=seed, emulate_rounding=emulate_rounding
+        TRUTH, text, model=model, prompts=prompts, steps=steps, seed=seed, emulate_rounding=emulate_rounding, cut=cut
     )  # fmt: skip
 
 
@@ -119,6 +130,7 @@ def diff_sides(
     name_map: Path | None = None,
     emulate_rounding: bool = True,
     trust_remote_code: bool = False,
+    cut: bool = False,
 ) -> DiffResult:
     """Compare two executors of one model: `b` is tested, `a` is what it should be like.
 
@@ -131,6 +143,7 @@ def diff_sides(
         prompts, steps, seed, emulate_rounding: as `diff_bundle`.
         name_map: which values of an ONNX file are which taps.
         trust_remote_code: run the Python code of a Hugging Face directory.
+        cut: also run the modules of bundles on the reference's tensors (see `debug.cut`).
     Raises:
         LogitLockError: a side that cannot be opened, sides of different models, prompts that do not fit.
     """
@@ -144,6 +157,8 @@ def diff_sides(
     for side in sides:
         captures.append(side.capture(batch, steps, tokens))
         tokens = captures[0].tokens
+        if cut:
+            side.cut(source, batch)
         # An engine may be as large as the model; it is not needed any more.
         side.executor = None
     results = [_judged(capture, side, source) for capture, side in zip(captures, sides, strict=True)]
@@ -334,6 +349,10 @@ def _judged(capture: Capture, side: Side, source: ModelSource) -> DiffResult:
     rounded = reference_of(source, dtype=capture.dtype, numerics=side.numerics)
     result = diff_capture(capture, truth, rounded)
     result.context = {"model": source.name, **side.context}
+    if side.cuts:
+        result.taps = [
+            replace(error, cut=side.cuts.get(error.tap)) if error.step == 0 else error for error in result.taps
+        ]
     if side.bundle is not None and (culprit := _wrong_stop_ids(side.bundle, source)) is not None:
         result.culprits.append(culprit)
         if result.verdict == "aligned":

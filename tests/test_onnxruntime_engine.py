@@ -126,7 +126,7 @@ def test_the_log_would_show_a_copy(
     monkeypatch.setattr(onnxruntime_engine, "_LOG_SEVERITY", 2)
     engine = OnnxRuntimeEngine(exported("qwen2"), threads=1)
     cache = engine.new_cache(batch=1, capacity=8)
-    session = engine._session(tapped=False)
+    session = engine._session("plain")
     io = session.binding(cache)
     other = torch.empty_like(cache.key[0])
     onnxruntime_engine.bind(io.bind_output, "blocks.0.key", other)

@@ -133,3 +133,17 @@ def test_library_use(clean: Path, broken: Path) -> None:
     assert set(frame["tap"]) == {tap.tap for tap in result.taps}
     with pytest.raises(LogitLockError, match="one or two sides"):
         diff(model=MODEL)
+
+
+def test_modules_by_themselves(clean: Path, broken: Path) -> None:
+    """The engine's modules on the reference's tensors: only the broken one is off, whatever comes before it."""
+    right, wrong = (diff_sides("reference", str(b), model=MODEL, steps=1, cut=True) for b in (clean, broken))
+    cuts = {tap.tap: tap.cut for tap in right.taps if tap.step == 0}
+    assert cuts["blocks.1.mlp.out"] is not None and cuts["blocks.1.key"] is None
+    unit = right.unit_roundoff
+    assert all(cut < 3 * unit for cut in cuts.values() if cut is not None)
+    off = {tap.tap for tap in wrong.taps if tap.cut is not None and tap.cut > 8 * unit}
+    assert off == {"blocks.1.attn.context"}
+    assert all(tap.cut is None for tap in diff_sides("reference", str(clean), model=MODEL, steps=1).taps)
+    found = logitlock("diff", "--model", MODEL, broken, "--steps", 1, "--cut", "--json")
+    assert any(tap["cut"] for tap in json.loads(found.out)["taps"])

@@ -80,7 +80,7 @@ def opened(bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch) ->
         player = OnnxRuntimeEngine(bundle, threads=1)
 
         def load(directory: Path, name: str, built: EngineInfo) -> FakeEngine:
-            return FakeEngine(player._session(tapped="taps" in name).session, bundle.info)
+            return FakeEngine(player._session("tapped" if "taps" in name else "plain").session, bundle.info)
 
         monkeypatch.setattr(tensorrt_engine, "load_plan", load)
         return TensorRTEngine(bundle)
@@ -420,7 +420,9 @@ def test_the_gpu_suite_without_its_gpu(
     def load(directory: Path, name: str, built: EngineInfo) -> FakeEngine:
         bundle = read_bundle(directory)
         assert bundle.info.engine == built and (directory / name).stat().st_size > 1000
-        return FakeEngine(OnnxRuntimeEngine(bundle, threads=1)._session(tapped="taps" in name).session, bundle.info)
+        return FakeEngine(
+            OnnxRuntimeEngine(bundle, threads=1)._session("tapped" if "taps" in name else "plain").session, bundle.info
+        )
 
     monkeypatch.setattr(tensorrt_engine, "load_plan", load)
     row = check_engine(family, "fp32", attention, tmp_path / "bundle")

@@ -8,10 +8,10 @@ copies nor allocates anything of the size of the cache.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 import onnxruntime as ort
@@ -26,13 +26,15 @@ from refmodels.taps import Recorder, is_cache_tap, tap_names
 from trt_runtime.bundle import Bundle, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.older_onnxruntime import has_tensor_scatter, without_tensor_scatter
-from trt_runtime.rounding import HALF_TYPES, compute_in_float, inline_and_type, load_graph, promote
+from trt_runtime.rounding import HALF_TYPES, compute_in_float, cut_at, inline_and_type, load_graph, promote
 
 _ELEMENT_TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 _TORCH_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 _BOTH_SESSIONS_BYTES = 2 << 30
 """Up to this size of weights the tapped and the untapped session stay loaded together."""
 _LOG_SEVERITY = 3
+_FED = "fed."
+_Mode = Literal["plain", "tapped", "cut"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,15 +103,33 @@ class OnnxRuntimeEngine(Engine):
         self.arithmetic = _describe(self.dtype, emulated=self.emulate_rounding)
         self.keep_both_sessions = sum(file.bytes for file in info.files.values()) <= _BOTH_SESSIONS_BYTES
         self._tap_of = {value: tap for tap, value in info.taps.items()}
-        self._sessions: dict[bool, _Session] = {}
-        self._session(tapped=False)
+        self._sessions: dict[_Mode, _Session] = {}
+        self._session("plain")
 
     def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        session = self._session(tapped=recorder is not None)
+        outputs = self._run("plain" if recorder is None else "tapped", plan, cache, {})
+        if recorder is not None:
+            self._deliver(recorder, outputs, plan, cache)
+        return outputs["logits"]
+
+    def run_cut(self, plan: StepInputs, cache: KVCache, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run every module by itself: the graph is cut at every tap but the cache's and goes on with what is fed there.
+
+        Args:
+            plan, cache: as for `run`; the cache is updated.
+            fed: for every tap that is not a cache tensor, [batch, tokens, width].
+        Returns: what the modules made of it, by tap.
+        """
+        cut = {f"{_FED}{self.bundle.info.taps[tap]}": fed[tap] for tap in self.tap_names if not is_cache_tap(tap)}
+        outputs = self._run("cut", plan, cache, cut)
+        return {self._tap_of.get(name, name): tensor for name, tensor in outputs.items()}
+
+    def _run(self, mode: _Mode, plan: StepInputs, cache: KVCache, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        session = self._session(mode)
         self._check_cache(cache)
         io = session.binding(cache)
         # Held until the run is over: ONNX Runtime knows only their addresses.
-        inputs = {name: tensor.contiguous() for name, tensor in plan.tensors().items()}
+        inputs = {name: tensor.contiguous() for name, tensor in {**plan.tensors(), **fed}.items()}
         for name in session.step_inputs:
             bind(io.bind_input, name, inputs[name])
         batch, tokens = plan.input_ids.shape
@@ -122,9 +142,7 @@ class OnnxRuntimeEngine(Engine):
                 bind(io.bind_output, name, outputs[name])
         session.session.run_with_iobinding(io)
         cache.advance(plan)
-        if recorder is not None:
-            self._deliver(recorder, outputs, plan, cache)
-        return outputs["logits"]
+        return outputs
 
     def _deliver(self, recorder: Recorder, outputs: dict[str, Tensor], plan: StepInputs, cache: KVCache) -> None:
         recorder.live_slots = plan.attention_mask.shape[1]
@@ -144,16 +162,19 @@ class OnnxRuntimeEngine(Engine):
                 f"{self.spec.variant} in {self.dtype} with at most {self.max_positions}; use the engine's new_cache"
             )
 
-    def _session(self, *, tapped: bool) -> _Session:
-        if tapped not in self._sessions:
+    def _session(self, mode: _Mode) -> _Session:
+        if mode not in self._sessions:
             if not self.keep_both_sessions:
                 self._sessions.clear()
-            self._sessions[tapped] = self._open(self.bundle.info.taps.values() if tapped else ())
-        return self._sessions[tapped]
+            self._sessions[mode] = self._open(mode)
+        return self._sessions[mode]
 
-    def _open(self, taps: Iterable[str]) -> _Session:
+    def _open(self, mode: _Mode) -> _Session:
         path, info = self.bundle.model_path, self.bundle.info
         model = load_graph(path, files=info.files)
+        taps = () if mode == "plain" else tuple(info.taps.values())
+        if mode == "cut":
+            cut_at(model, [info.taps[tap] for tap in self.tap_names if not is_cache_tap(tap)], prefix=_FED)
         if info.precision != "fp32":
             model = inline_and_type(model)
             compute_in_float(model, HALF_TYPES[info.precision], rounded=self.emulate_rounding)

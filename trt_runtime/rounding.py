@@ -60,6 +60,20 @@ def promote(model: ir.Model, names: Iterable[str]) -> None:
         graph.outputs.append(values[name])
 
 
+def cut_at(model: ir.Model, names: Iterable[str], *, prefix: str) -> None:
+    """Make the readers of some values read new graph inputs instead, named `prefix` + the value; changed in place."""
+    graph = model.graph
+    values = {v.name: v for node in graph for v in node.outputs}
+    for name in names:
+        value = values[name]
+        assert value.dtype is not None, f"{name} has no dtype"
+        # A type of its own: that of the value changes when its node is made to compute in fp32.
+        fed = ir.Value(name=f"{prefix}{name}", shape=value.shape, type=ir.TensorType(value.dtype))
+        for user, index in list(value.uses()):
+            user.replace_input_with(index, fed)
+        graph.inputs.append(fed)
+
+
 def inline_and_type(model: ir.Model) -> ir.Model:
     """Put function bodies in place of their calls and infer the dtype of every value."""
     model = passes.InlinePass()(model).model
