@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from refmodels.checkpoint import DTYPES, ModelSource, load
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from trt_runtime.bundle import Precision
-from trt_runtime.engine import TorchEngine
+from trt_runtime.engine import Engine, TorchEngine
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
 
 SCHEMA = 1
@@ -118,7 +119,7 @@ def bisect(
         raise LogitLockError(f"--budget-kl is {budget:g}; it must be positive (nats)")
     report = progress or (lambda what, done, total: None)
     with torch.inference_mode():
-        truth = _logits(load(source, dtype=torch.float64), prompts)
+        truth = _logits(TorchEngine(load(source, dtype=torch.float64)), prompts)
         high = load(source, dtype=torch.float32)
         low = load(source, dtype=DTYPES[precision])
         taps = linear_taps(source.spec)
@@ -126,17 +127,18 @@ def bisect(
         contributions = {}
         for done, tap in enumerate(taps):
             with _replaced(high, {tap: _MixedLinear(wide[tap], DTYPES[precision])}):
-                contributions[tap] = _kl(truth, _logits(high, prompts))
+                contributions[tap] = _kl(truth, _logits(TorchEngine(high), prompts))
             report("contributions", done + 1, len(taps))
         ranked = sorted(taps, key=lambda tap: -contributions[tap])
         runs = 0
 
+        @cache
         def measured(count: int) -> float:
             nonlocal runs
             runs += 1
             report("halving", runs, 2 + len(taps).bit_length())
             with _replaced(low, {tap: _MixedLinear(wide[tap], None) for tap in ranked[:count]}):
-                return _kl(truth, _logits(low, prompts))
+                return _kl(truth, _logits(TorchEngine(low), prompts))
 
         kl_low, kl_high = measured(0), measured(len(ranked))
         if kl_high > budget:
@@ -146,7 +148,6 @@ def bisect(
                 "precision"
             )
         count = _fewest(measured, len(ranked), kl_low, budget)
-        kl = kl_low if count == 0 else kl_high if count == len(ranked) else measured(count)
         kept = set(ranked[:count])
         plan = PrecisionPlan(precision=precision, float32=[tap for tap in taps if tap in kept])
         kl_engine = _run_engine(source, plan, truth, prompts)
@@ -156,7 +157,7 @@ def bisect(
         contributions={tap: contributions[tap] for tap in ranked},
         kl_low=kl_low,
         kl_high=kl_high,
-        kl=kl,
+        kl=measured(count),
         kl_engine=kl_engine,
         runs=runs,
     )
@@ -182,11 +183,10 @@ def _linear(decoder: Decoder, tap: str) -> nn.Linear:
     return module
 
 
-def _logits(decoder: Decoder, prompts: Prompts) -> Tensor:
+def _logits(engine: Engine, prompts: Prompts) -> Tensor:
     """Logits of the real tokens, fp64 [tokens, vocab]."""
-    engine = TorchEngine(decoder)
-    cache = engine.new_cache(batch=len(prompts.ids), capacity=prompts.ids.shape[1])
-    return engine.prefill(prompts.ids, cache, prompts.mask)[prompts.mask != 0].double()
+    room = engine.new_cache(batch=len(prompts.ids), capacity=prompts.ids.shape[1])
+    return engine.prefill(prompts.ids, room, prompts.mask)[prompts.mask != 0].double()
 
 
 def _kl(truth: Tensor, logits: Tensor) -> float:
@@ -200,7 +200,4 @@ def _run_engine(source: ModelSource, plan: PrecisionPlan, truth: Tensor, prompts
         bundle = export_model(
             source, precision=plan.precision, precision_plan=file, output=Path(directory) / "bundle"
         )  # fmt: skip
-        engine = OnnxRuntimeEngine(bundle, emulate_rounding=True)
-        cache = engine.new_cache(batch=len(prompts.ids), capacity=prompts.ids.shape[1])
-        logits = engine.prefill(prompts.ids, cache, prompts.mask)
-        return _kl(truth, logits[prompts.mask != 0].double())
+        return _kl(truth, _logits(OnnxRuntimeEngine(bundle, emulate_rounding=True), prompts))

@@ -32,7 +32,7 @@ from debug.faults.generic import stored_as
 from debug.logits import LogitComparison
 from debug.metrics import TokenErrors, row_errors, rows_of
 from debug.prompts import Prompts
-from debug.results import Culprit, Diagnosis, DiffResult, Evidence, LogitError, Phase, TapError
+from debug.results import TRUTH_ARITHMETIC, Culprit, Diagnosis, DiffResult, Evidence, LogitError, Phase, TapError
 from debug.streaming import Reference, decoder_of, ready, ready_at
 from debug.systematic import systematic
 from refmodels.errors import LogitLockError
@@ -51,8 +51,8 @@ logn, score, bias, maximum, exponential, sum, quotient, product with V: r = 12),
 norms of n random roundings a token; for the narrowest tensors (n of a few dozen) and the worst of some 10^4 tokens, the
 ratio of two such norms reaches about 2.  3.5 x 2 = 7, taken up to the next power of two.
 
-A fault below that, such as a wrong epsilon in half precision, changes the engine less than rounding may: it shows in a
-diff of the same model's fp32 bundle, whose floor is four orders of magnitude lower.
+A fault below that changes a token less than rounding may.  `debug.systematic` finds some of them over all tokens; the
+others show in a diff of the same model's fp32 bundle, whose floor is four orders of magnitude lower.
 """
 
 
@@ -83,8 +83,7 @@ def diff_engine(
         raise LogitLockError(f"the engine and the reference are not the same model: they differ in {differing}")
     if not bool((prompts.mask != 0).any(1).all()):
         raise LogitLockError("a prompt is empty: it has no tokens")
-    with torch.inference_mode():
-        return diff_capture(capture_engine(engine, prompts, steps=steps), truth, rounded, multiple=multiple)
+    return diff_capture(capture_engine(engine, prompts, steps=steps), truth, rounded, multiple=multiple)
 
 
 def diff_capture(capture: Capture, truth: Reference, rounded: Reference, *, multiple: float = MULTIPLE) -> DiffResult:
@@ -154,7 +153,7 @@ class _Diff:
             taps=self.taps,
             logits=logits,
             observer_effect=self.logits.observer_effect(),
-            reference="PyTorch reference in float64, exact numerics",
+            reference=TRUTH_ARITHMETIC,
             floor=f"PyTorch reference in {name}, {decoder_of(self.rounded).numerics} numerics, on the same inputs",
             engine=self.capture.arithmetic,
             multiple=self.multiple,

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from debug.metrics import json_number, kl_divergence, top_margin
+from debug.metrics import kl_divergence, top_margin
 from debug.prompts import Prompts
-from debug.results import data_frame
+from debug.results import TRUTH_ARITHMETIC, data_frame, to_plain
 from refmodels.cache import KVCache
 from refmodels.model import Decoder
 from trt_runtime.engine import Engine, TorchEngine
@@ -82,13 +82,10 @@ class DriftResult:
         return data_frame([asdict(step) for step in self.steps])
 
     def to_json(self) -> dict[str, Any]:
-        def plain(value: DriftStep | FirstDifference) -> dict[str, Any]:
-            return {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(value).items()}
-
         return {
             "schema": SCHEMA,
-            "steps": [plain(s) for s in self.steps],
-            "differences": [plain(d) for d in self.differences],
+            "steps": to_plain(self.steps),
+            "differences": to_plain(self.differences),
             "settings": {
                 "rows": self.rows,
                 "engine": self.engine,
@@ -136,7 +133,7 @@ def drift(
         differences=differences,
         rows=len(prompts.ids),
         engine=engine.arithmetic,
-        reference="PyTorch reference in float64, exact numerics",
+        reference=TRUTH_ARITHMETIC,
         prompts=prompts.origin,
     )
 

@@ -2,7 +2,7 @@
 
 A decoder runs its modules one after another.  To ask what one of them would have given with a changed fact (another
 epsilon, a transposed weight, rope applied twice) it is needed alone, on the inputs that an engine showed.  `module_at`
-gives it: a kind, a function and its arguments; the fault catalogue (`debug/faults.py`) changes arguments.
+gives it: a kind, a function and its arguments; the fault catalogue (`debug/faults/`) changes arguments.
 """
 
 from __future__ import annotations

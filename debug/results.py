@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from debug.metrics import json_number
@@ -12,17 +12,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+TRUTH_ARITHMETIC = "PyTorch reference in float64, exact numerics"
 Phase = Literal["prefill", "decode"]
 Verdict = Literal["aligned", "diverged", "nonfinite"]
 
 
-def _plain(value: object) -> object:
-    """JSON values; NaN and infinities become None."""
+def to_plain(value: object) -> Any:
+    """JSON values of numbers, lists and dataclasses; NaN and infinities become None."""
     if isinstance(value, float):
         return json_number(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: to_plain(v) for k, v in value.items()}
+    return [to_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def data_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -77,7 +80,8 @@ class TapError:
     cut: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +149,7 @@ class Culprit:
     evidence: Evidence = field(default_factory=Evidence)
 
     def to_json(self) -> dict[str, Any]:
-        plain = _plain(asdict(self))
-        assert isinstance(plain, dict)
+        plain: dict[str, Any] = to_plain(self)
         return plain
 
 
@@ -175,7 +178,8 @@ class LogitError:
     nonfinite: int
 
     def to_json(self) -> dict[str, Any]:
-        return {k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +212,7 @@ class LogitToken:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **{k: json_number(v) if isinstance(v, float) else v for k, v in asdict(self).items()},
+            **to_plain(self),
             "flip": self.flip,
         }
 
@@ -222,7 +226,8 @@ class ObserverEffect:
     top1_changed: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"changed": self.changed, "max_abs": json_number(self.max_abs), "top1_changed": self.top1_changed}
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,8 +251,7 @@ class Between:
     taps: list[TapDistance]
 
     def to_json(self) -> dict[str, Any]:
-        plain = _plain(asdict(self))
-        assert isinstance(plain, dict)
+        plain: dict[str, Any] = to_plain(self)
         return plain
 
 

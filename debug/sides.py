@@ -111,7 +111,7 @@ def diff_bundle(
         LogitLockError: no or a damaged bundle or model, a bundle of another model or checkpoint, a prompt too short or
             too long.
     """
-    opened = read_bundle(bundle)
+    opened = read_bundle(bundle, verify_hashes=False)  # they are verified when the executor is opened
     tensorrt = engine == "tensorrt" or (engine == "auto" and serves_tensorrt(opened))
     text = f"tensorrt:{bundle}" if tensorrt else str(bundle)
     return diff_sides(
@@ -148,10 +148,17 @@ def diff_sides(
         LogitLockError: a side that cannot be opened, sides of different models, prompts that do not fit.
     """
     source = _source(model, (b, a))
-    options = {"name_map": name_map, "emulate_rounding": emulate_rounding, "trust_remote_code": trust_remote_code}
-    tested = open_side(b, source, **options)  # type: ignore[arg-type]
-    other = None if a in (TRUTH, f"{TRUTH}:fp64", f"{TRUTH}:fp64:exact") else open_side(a, source, **options)  # type: ignore[arg-type]
-    sides = [tested] if other is None else [tested, other]
+    alone = a in (TRUTH, f"{TRUTH}:fp64", f"{TRUTH}:fp64:exact")
+    sides = [
+        open_side(
+            text,
+            source,
+            name_map=name_map,
+            emulate_rounding=emulate_rounding,
+            trust_remote_code=trust_remote_code,
+        )
+        for text in ([b] if alone else [b, a])
+    ]
     batch, steps, tokens = _input(sides, source, prompts, steps, seed)
     captures = []
     for side in sides:
@@ -163,7 +170,7 @@ def diff_sides(
         side.executor = None
     results = [_judged(capture, side, source) for capture, side in zip(captures, sides, strict=True)]
     result = results[0]
-    if other is not None:
+    if not alone:
         result.other = results[1]
         result.between = _between(captures[1], captures[0])
     return result
@@ -189,8 +196,7 @@ def trace_side(
     if tokens_of is not None:
         sides.append(open_side(str(tokens_of), source))
     batch, steps, tokens = _input(sides, source, prompts, steps, seed)
-    with torch.inference_mode():
-        write_trace(side.executor, batch, path, steps=steps, tokens=tokens, model=source.name, numerics=side.numerics)
+    write_trace(side.executor, batch, path, steps=steps, tokens=tokens, model=source.name, numerics=side.numerics)
     return path
 
 
@@ -259,9 +265,10 @@ def open_side(
 
 
 def _bundle_of(text: str) -> Bundle | None:
+    """The bundle that a text names; its files are hashed only when its executor is opened."""
     directory = Path(text.removeprefix("tensorrt:"))
     if text.startswith("tensorrt:") or (directory / INFO_NAME).is_file():
-        return read_bundle(directory)
+        return read_bundle(directory, verify_hashes=False)
     return None
 
 
@@ -287,7 +294,7 @@ def _check_bundle(bundle: Bundle, source: ModelSource) -> dict[str, Any]:
 def _same_model(text: str, spec: object, source: ModelSource) -> None:
     if spec != source.spec:
         differing = spec_difference(source.spec, spec)  # type: ignore[arg-type]
-        kind = "a bundle" if "." not in Path(text).suffix else "an engine"
+        kind = "an engine" if Path(text).suffix else "a bundle"
         raise LogitLockError(f"{text} is not {kind} of {source.name}: the architecture differs in {differing}")
 
 
@@ -331,17 +338,20 @@ def _input(
             f"{sides[0].text} serves {room + steps} positions, but a diff needs {LEAST_TOKENS} prompt tokens "
             f"and {steps} decode steps"
         )
-    if texts:
-        return text_prompts(texts, load_tokenizer_for(source), least=LEAST_TOKENS), steps, None
-    return default_prompts(source.spec, _tokenizer(source), room=room, seed=seed), steps, None
+    return _prompts(source, texts, room=room, seed=seed), steps, None
 
 
 def model_prompts(model: str, texts: Sequence[str], *, seed: int) -> tuple[ModelSource, Prompts]:
     """A model and prompts for it, as `diff_sides` chooses them."""
     source = resolve(model)
+    return source, _prompts(source, texts, room=source.spec.max_positions, seed=seed)
+
+
+def _prompts(source: ModelSource, texts: Sequence[str], *, room: int, seed: int) -> Prompts:
+    """The given texts, or default prompts of at most `room` tokens."""
     if texts:
-        return source, text_prompts(texts, load_tokenizer_for(source), least=LEAST_TOKENS)
-    return source, default_prompts(source.spec, _tokenizer(source), room=source.spec.max_positions, seed=seed)
+        return text_prompts(texts, load_tokenizer_for(source), least=LEAST_TOKENS)
+    return default_prompts(source.spec, _tokenizer(source), room=room, seed=seed)
 
 
 def _judged(capture: Capture, side: Side, source: ModelSource) -> DiffResult:

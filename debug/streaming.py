@@ -11,9 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
-from refmodels.checkpoint import ModelSource, empty_decoder, stream_parameters
+from refmodels.checkpoint import ModelSource, empty_decoder, put_parameter, stream_parameters
 from refmodels.model import Decoder
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap_names
@@ -91,19 +90,15 @@ class StreamedDecoder:
         finally:
             for name, value in list(self.decoder.named_parameters(remove_duplicate=False)):
                 if name.startswith((*part.prefixes, "head.")) and not name.startswith("final_norm."):
-                    self._assign(name, torch.empty_like(value, device="meta"))
+                    put_parameter(self.decoder, name, torch.empty_like(value, device="meta"))
 
     def _load(self, prefixes: tuple[str, ...]) -> None:
         for name, value in stream_parameters(
             self.source, dtype=self.dtype, numerics=self.numerics, prefixes=prefixes
         ):  # fmt: skip
-            self._assign(name, value)
+            put_parameter(self.decoder, name, value)
         if self.source.spec.tied_head and "final_norm." in prefixes:
             self.decoder.head.weight = self.decoder.embed.weight
-
-    def _assign(self, name: str, value: torch.Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        setattr(self.decoder.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 Reference = Decoder | StreamedDecoder

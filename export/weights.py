@@ -10,7 +10,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from refmodels.checkpoint import empty_decoder
+from refmodels.checkpoint import parameter_shapes
 from refmodels.spec import ModelSpec
 
 DATA_NAME = "model.onnx.data"
@@ -69,9 +69,9 @@ def random_parameters(spec: ModelSpec, *, dtype: torch.dtype) -> Iterator[tuple[
     activations keep the size that a trained model's have.
     """
     generator = torch.Generator().manual_seed(0)
-    for name, empty in empty_decoder(spec).named_parameters():
-        mean = 1.0 if empty.ndim == 1 and name.endswith(".weight") else 0.0
-        yield name, torch.empty(empty.shape, dtype=dtype).normal_(mean, _RANDOM_SCALE, generator=generator)
+    for name, shape in parameter_shapes(spec).items():
+        mean = 1.0 if len(shape) == 1 and name.endswith(".weight") else 0.0
+        yield name, torch.empty(shape, dtype=dtype).normal_(mean, _RANDOM_SCALE, generator=generator)
 
 
 def mapped_weights(model: onnx.ModelProto, directory: Path) -> dict[str, Tensor]:

@@ -116,11 +116,16 @@ def load(
     source = model if isinstance(model, ModelSource) else resolve(model, variant=variant)
     decoder = empty_decoder(source.spec, numerics=numerics)
     for name, value in stream_parameters(source, dtype=dtype, numerics=numerics):
-        owner, _, leaf = name.rpartition(".")
-        setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value.to(device), requires_grad=False))
+        put_parameter(decoder, name, value.to(device))
     if source.spec.tied_head:
         decoder.head.weight = decoder.embed.weight
     return decoder.eval()
+
+
+def put_parameter(decoder: Decoder, name: str, value: Tensor) -> None:
+    """Make `value` the decoder's parameter of that name, without grad."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def empty_decoder(spec: ModelSpec, *, numerics: Numerics = "exact") -> Decoder:

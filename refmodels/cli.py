@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from refmodels.checkpoint import TOYS, empty_decoder, resolve
+from refmodels.checkpoint import TOYS, parameter_shapes, resolve
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 
@@ -84,7 +84,7 @@ def _describe(name: str) -> dict[str, Any]:
         spec = resolve(name).spec
         toy = {
             "variant": spec.variant,
-            "parameters": sum(parameter.numel() for parameter in empty_decoder(spec).parameters()),
+            "parameters": sum(shape.numel() for shape in parameter_shapes(spec).values()),
             "layers": spec.layers,
             "hidden_size": spec.hidden_size,
             "vocab_size": spec.vocab_size,
