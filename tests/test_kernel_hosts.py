@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, GOLDENS, case_source
+from conftest import CASES, assert_reproduces_golden, case_source
 from kernel_cases import ADDRESSES, SPEC, attention_shape, changed, norm_shape, tensors
-from safetensors.torch import load_file
 from torch import Tensor
 
 import refmodels
@@ -249,16 +248,6 @@ def eager_upcast(shape: AttentionShape, arguments: Any) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_goldens_through_the_kernels(case: str) -> None:
     """Every family and variant in fp32: Hugging Face's logits, and its greedy tokens."""
-    golden = load_file(GOLDENS / case / "io.safetensors")
     model = refmodels.load(case_source(case), device="cuda")
-    ids, mask, decode = golden["input_ids"], golden["attention_mask"], golden["decode_ids"]
-    cache = model.new_cache(batch=len(ids), capacity=ids.shape[1] + decode.shape[1])
     with torch_host.use_kernels():
-        logits = model.step(ids, cache, mask).cpu()
-        assert (logits - golden["logits"])[mask.bool()].abs().max() <= 1e-4
-        chosen = [logits[:, -1].argmax(-1)]
-        for t in range(decode.shape[1]):
-            logits = model.step(chosen[-1][:, None], cache).cpu()
-            assert (logits[:, 0] - golden["decode_logits"][:, t]).abs().max() <= 1e-4
-            chosen.append(logits[:, 0].argmax(-1))
-    assert torch.equal(torch.stack(chosen[:-1], 1), decode)
+        assert_reproduces_golden(model, case)

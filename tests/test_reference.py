@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, GOLDENS, case_source
-from safetensors.torch import load_file
+from conftest import CASES, assert_reproduces_golden, case_source
 from torch import Tensor
 
 import refmodels
@@ -200,18 +199,7 @@ class TestCuda:
     @pytest.mark.parametrize("numerics", ["exact", "upstream"])
     @pytest.mark.parametrize("case", CASES)
     def test_fp32_reproduces_the_golden(self, case: str, numerics: str) -> None:
-        golden = load_file(GOLDENS / case / "io.safetensors")
-        model = open_case(case, device="cuda", numerics=numerics)
-        ids, mask, decode = golden["input_ids"], golden["attention_mask"], golden["decode_ids"]
-        cache = model.new_cache(batch=len(ids), capacity=ids.shape[1] + decode.shape[1])
-        logits = model.step(ids, cache, mask).cpu()
-        assert (logits - golden["logits"])[mask.bool()].abs().max() <= 1e-4
-        chosen = [logits[:, -1].argmax(-1)]
-        for t in range(decode.shape[1]):
-            logits = model.step(chosen[-1][:, None], cache).cpu()
-            assert (logits[:, 0] - golden["decode_logits"][:, t]).abs().max() <= 1e-4
-            chosen.append(logits[:, 0].argmax(-1))
-        assert torch.equal(torch.stack(chosen[:-1], 1), decode)
+        assert_reproduces_golden(open_case(case, device="cuda", numerics=numerics), case)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("case", FEATURES)
