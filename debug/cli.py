@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from importlib import metadata
@@ -219,9 +221,10 @@ def diff(
     culprit; the fault that explains it is named if it is a known one.  With A and B both are judged in this way, so
     that the result says which of them is wrong.
 
-    A side is one of: reference[:DTYPE[:NUMERICS]] (this project's PyTorch model), hf[:DTYPE][:DIR] (Hugging Face
-    transformers itself), a bundle's directory, tensorrt:BUNDLE, kernels[:DTYPE] (the reference with GPU kernels),
-    FILE.onnx (any decoder, see --map), a golden case's directory, or a trace (.safetensors, from `logitlock trace`).
+    A side is a trace (.safetensors, from `logitlock trace`) or one of:
+
+    {forms}
+
     Exit code 0: aligned; 1: diverged, or NaN or Inf found.
 
     Example: logitlock diff --model qwen --bundle engines/qwen-fp16
@@ -435,14 +438,26 @@ def main(name: str = "logitlock", *, package: str | None = None) -> None:
     app = typer.Typer(name=name, help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_root)
     for verb, where in verbs.items():
-        app.command(verb, help=None if verb == asked else where.summary)(
-            getattr(importlib.import_module(where.module), where.function) if verb == asked else _not_loaded
-        )
+        if verb == asked:
+            function = getattr(importlib.import_module(where.module), where.function)
+            app.command(verb, help=_help_of(function))(function)
+        else:
+            app.command(verb, help=where.summary)(_not_loaded)
     if asked is None and (not arguments or arguments[0].startswith("-")):
         app(prog_name=name)
     from refmodels.cli import run
 
     run(app)
+
+
+def _help_of(function: Callable[..., None]) -> str:
+    """The docstring; `{forms}` in it stands for the ways to name a side."""
+    text = inspect.getdoc(function) or ""
+    if "{forms}" not in text:
+        return text
+    from debug.executors.open import forms_help
+
+    return text.replace("{forms}", forms_help())
 
 
 def _not_loaded() -> None:

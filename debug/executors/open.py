@@ -96,9 +96,8 @@ def numerics_of(engine: Engine) -> Numerics:
 
 
 def forms_help() -> str:
-    """All forms, one a line."""
-    width = max(len(form.text) for form in FORMS)
-    return "\n".join(f"  {form.text:<{width}}  {form.meaning}" for form in FORMS)
+    """All forms, one a paragraph."""
+    return "\n\n".join(f"{form.text} : {form.meaning}" for form in FORMS)
 
 
 def _forms() -> str:

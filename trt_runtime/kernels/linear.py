@@ -106,11 +106,6 @@ def block_of(k: int, *, gated: bool) -> tuple[int, int]:
     return (2, 1024) if k > 8192 else (2, 2048)
 
 
-def gemv_serves(k: int, dtype: ElementType) -> bool:
-    """Whether rows of `k` elements all start at a multiple of 16 bytes, as `gemv` needs it."""
-    return k * _BYTES[dtype] % 16 == 0
-
-
 def gemv(
     *,
     n: int,
@@ -127,7 +122,7 @@ def gemv(
     """out = residual + (weight @ x + bias), or with `gated` silu of its first half times its second half.
 
     Args:
-        n, k: elements of out and of x; `gemv_serves(k, dtype)`.
+        n, k: elements of out and of x; a row of k elements is a multiple of 16 bytes.
         x [k], weight [n, k], out [n], bias [n], residual [n]: of `dtype`; weight [2 * n, k] and bias [2 * n] if gated.
             Products are added in fp32.  out may be residual.
         block: rows and columns of a tile, and warps, instead of `block_of` (for measurements).
