@@ -9,6 +9,7 @@ from torch import Tensor
 
 from refmodels.errors import LogitLockError
 from refmodels.positions import ntk_table_index
+from refmodels.quantization.formats import CODE_TYPES
 from refmodels.spec import ModelSpec
 
 
@@ -54,6 +55,7 @@ class KVCache:
     overwrite them.  A row without any real token in a step does not change.
 
     Args:
+        dtype: of the buffers, unless the spec's cache is quantised: then they hold its codes.
         buffers: memory to take for `key` and `value`, of that shape; emptied.  Without it, new memory.
     Raises:
         LogitLockError: capacity not positive, or beyond the learned positions of the model.
@@ -81,6 +83,8 @@ class KVCache:
         self.capacity = capacity
         a = spec.attention
         shape = (batch, a.kv_heads, capacity, a.head_dim)
+        if spec.cache_code is not None:
+            dtype = CODE_TYPES[spec.cache_code]
         if buffers is None:
             self.key = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
             self.value = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]

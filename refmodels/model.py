@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refmodels.cache import KVCache, StepInputs
+from refmodels.errors import LogitLockError
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.positions import PositionTables, build_tables
+from refmodels.quantization.linear import QuantizedLinear
 from refmodels.spec import Activation, ModelSpec, NormSpec, Numerics
 from refmodels.taps import active_recorder, tap
 
@@ -47,25 +49,42 @@ def activate(x: Tensor, activation: Activation, *, stepwise: bool = False) -> Te
     return F.gelu(x, approximate="none" if activation == "gelu" else "tanh")
 
 
-class Attention(nn.Module):
-    """The two projections around `cached_attention`."""
+def make_linear(
+    spec: ModelSpec, module: str, in_features: int, out_features: int, *, bias: bool
+) -> nn.Linear | QuantizedLinear:
+    """The linear layer of that name: with floats, or with codes where the spec says so."""
+    linear = spec.format_of(module)
+    if linear is None:
+        return nn.Linear(in_features, out_features, bias=bias)
+    try:
+        return QuantizedLinear(in_features, out_features, bias=bias, linear=linear)
+    except LogitLockError as error:
+        raise LogitLockError(f"{module} of {spec.variant}: {error}") from None
 
-    def __init__(self, spec: ModelSpec) -> None:
+
+class Attention(nn.Module):
+    """The two projections around `cached_attention`, and the scales of a quantised cache, [kv_heads] each."""
+
+    def __init__(self, spec: ModelSpec, path: str) -> None:
         super().__init__()
-        a = spec.attention
-        self.qkv = nn.Linear(spec.hidden_size, spec.qkv_width, bias=a.qkv_bias)
-        self.out = nn.Linear(a.heads * a.head_dim, spec.hidden_size, bias=a.out_bias)
+        a, h = spec.attention, spec.hidden_size
+        self.qkv = make_linear(spec, f"{path}.qkv", h, spec.qkv_width, bias=a.qkv_bias)
+        self.out = make_linear(spec, f"{path}.out", a.heads * a.head_dim, h, bias=a.out_bias)
+        self.key_scale: nn.Parameter | None = None
+        self.value_scale: nn.Parameter | None = None
+        if spec.cache_code is not None:
+            self.key_scale, self.value_scale = (nn.Parameter(torch.ones(a.kv_heads)) for _ in range(2))
 
 
 class Mlp(nn.Module):
     def __init__(self, spec: ModelSpec, path: str, *, stepwise: bool) -> None:
         super().__init__()
-        m = spec.mlp
+        m, h = spec.mlp, spec.hidden_size
         self.spec, self.path, self.stepwise = m, path, stepwise
         if m.gated:
-            self.gate = nn.Linear(spec.hidden_size, m.width, bias=m.bias)
-        self.up = nn.Linear(spec.hidden_size, m.width, bias=m.bias)
-        self.out = nn.Linear(m.width, spec.hidden_size, bias=m.bias)
+            self.gate = make_linear(spec, f"{path}.gate", h, m.width, bias=m.bias)
+        self.up = make_linear(spec, f"{path}.up", h, m.width, bias=m.bias)
+        self.out = make_linear(spec, f"{path}.out", m.width, h, bias=m.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.spec.gated:
@@ -87,7 +106,7 @@ class Block(nn.Module):
         self.spec, self.layer = spec, layer
         self.arithmetic = spec.attention.upstream_arithmetic if numerics == "upstream" else "exact"
         self.attn_norm = make_norm(spec.hidden_size, spec.norm)
-        self.attn = Attention(spec)
+        self.attn = Attention(spec, f"{self.path}.attn")
         self.mlp_norm = make_norm(spec.hidden_size, spec.norm)
         self.mlp = Mlp(spec, f"{self.path}.mlp", stepwise=numerics == "upstream")
 
@@ -146,6 +165,8 @@ class Block(nn.Module):
             rotary_interleaved=self.spec.rope is not None and self.spec.rope.interleaved,
             window=self.spec.window(self.layer),
             arithmetic=self.arithmetic,
+            key_scale=self.attn.key_scale,
+            value_scale=self.attn.value_scale,
         )
 
 
@@ -174,7 +195,7 @@ class Decoder(nn.Module):
             self.position_embed = nn.Embedding(spec.max_positions, spec.hidden_size)
         self.blocks = nn.ModuleList(Block(spec, i, numerics=numerics) for i in range(spec.layers))
         self.final_norm = make_norm(spec.hidden_size, spec.norm)
-        self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.head = make_linear(spec, "head", spec.hidden_size, spec.vocab_size, bias=False)
         if spec.tied_head:
             self.head.weight = self.embed.weight
         self.table_positions = 0

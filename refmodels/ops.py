@@ -7,11 +7,14 @@ function bodies, the plugins and their kernels all have this file to agree with.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refmodels.positions import wide_dtype
+from refmodels.quantization.arithmetic import dequantize_cache, quantize_cache
 
 
 def fused_rms_norm(x: Tensor, weight: Tensor, *, eps: float, weight_in_float: bool) -> Tensor:
@@ -55,12 +58,15 @@ def cached_attention(
     rotary_interleaved: bool = False,
     window: int = 0,
     arithmetic: str = "exact",
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Position encoding, cache write, masking, grouped-query attention: everything between two projections.
 
     Args:
         qkv: [batch, tokens, (heads + 2 * kv_heads) * head_dim], the fused projection, rows [query | key | value].
-        key_cache, value_cache: [batch, kv_heads, capacity, head_dim], dtype of qkv; **updated in place**.
+        key_cache, value_cache: [batch, kv_heads, capacity, head_dim], dtype of qkv, or int8 or float8_e4m3fn with
+            `key_scale` and `value_scale`; **updated in place**.
         cache_lengths: [batch] int64; token s of row b goes to slot cache_lengths[b] + s, which must be < capacity.
         visible: [batch, slots] bool, slots >= max(cache_lengths) + tokens; False hides a slot (padding).
         cos, sin: [batch, tokens, rotary_dim / 2]; the first rotary_dim elements of query and key are rotated in the
@@ -76,6 +82,9 @@ def cached_attention(
             "eager_divide" (score rounded, then scaled by a product / quotient; softmax in the working dtype), the same
             with "_float32" (softmax in fp32), and "eager_upcast" (scores and softmax in fp32).  There ALiBi has
             upstream's absolute form, slope * key slot.
+        key_scale, value_scale: [kv_heads], of a quantised cache (`refmodels.quantization.arithmetic.quantize_cache`):
+            rotated keys and values are rounded to codes as they are written, and every query, also of the same step,
+            sees code * scale.
     Returns:
         context [batch, tokens, heads * head_dim] in the dtype of qkv, and the two caches.  The context of a query that
         sees no key is 0 by definition.
@@ -83,11 +92,11 @@ def cached_attention(
     if torch.is_grad_enabled() and qkv.requires_grad:
         return _attention_body(
             qkv, key_cache, value_cache, cache_lengths, visible, cos, sin, query_scale, alibi_slopes,
-            heads, kv_heads, scale, rotary_interleaved, window, arithmetic, in_place=False,
+            heads, kv_heads, scale, rotary_interleaved, window, arithmetic, key_scale, value_scale, in_place=False,
         )  # fmt: skip
     context: Tensor = torch.ops.refmodels.cached_attention(
         qkv, key_cache, value_cache, cache_lengths, visible, cos, sin, query_scale, alibi_slopes,
-        heads, kv_heads, scale, rotary_interleaved, window, arithmetic,
+        heads, kv_heads, scale, rotary_interleaved, window, arithmetic, key_scale, value_scale,
     )  # fmt: skip
     return context, key_cache, value_cache
 
@@ -108,6 +117,8 @@ def _attention_body(
     rotary_interleaved: bool,
     window: int,
     arithmetic: str,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     *,
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,8 +139,8 @@ def _attention_body(
     where = (torch.arange(batch, device=qkv.device)[:, None], slice(None), slots)
     if not in_place:
         key_cache, value_cache = key_cache.clone(), value_cache.clone()
-    key_cache[where] = key
-    value_cache[where] = value
+    _store(key_cache, where, key, key_scale)
+    _store(value_cache, where, value, value_scale)
 
     live = visible.shape[1]
     key_slot = torch.arange(live, device=qkv.device)
@@ -140,10 +151,10 @@ def _attention_body(
 
     query = query.transpose(1, 2)
     group = heads // kv_heads
-    keys, values = (
-        c[:, :, :live].to(query.dtype).repeat_interleave(group, dim=1) if group > 1 else c[:, :, :live].to(query.dtype)
-        for c in (key_cache, value_cache)
-    )
+    keys = _live(key_cache, live, key_scale, query.dtype)
+    values = _live(value_cache, live, value_scale, query.dtype)
+    if group > 1:
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     if arithmetic == "sdpa":
         context = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scale)
     else:
@@ -159,6 +170,20 @@ def _attention_body(
         weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)
         context = weights.to(query.dtype) @ values
     return context.transpose(1, 2).reshape(batch, tokens, -1).to(dtype), key_cache, value_cache
+
+
+def _store(cache: Tensor, where: Any, new: Tensor, scale: Tensor | None) -> None:
+    if scale is None:
+        cache[where] = new
+        return
+    codes = quantize_cache(new, scale, "int8" if cache.dtype == torch.int8 else "fp8")
+    # As bytes: torch cannot put float8 elements at indices.
+    cache.view(torch.int8)[where] = codes.view(torch.int8)
+
+
+def _live(cache: Tensor, slots: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    cached = cache[:, :, :slots]
+    return cached.to(dtype) if scale is None else dequantize_cache(cached, scale, dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -192,7 +217,7 @@ _LIBRARY.define("fused_rms_norm(Tensor x, Tensor weight, float eps, bool weight_
 _LIBRARY.define(
     "cached_attention(Tensor qkv, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_lengths, Tensor visible, "
     "Tensor? cos, Tensor? sin, Tensor? query_scale, Tensor? alibi_slopes, int heads, int kv_heads, float scale, "
-    "bool rotary_interleaved, int window, str arithmetic) -> Tensor"
+    "bool rotary_interleaved, int window, str arithmetic, Tensor? key_scale=None, Tensor? value_scale=None) -> Tensor"
 )
 _LIBRARY.impl("fused_rms_norm", _rms_norm_body, "CompositeExplicitAutograd")
 _LIBRARY.impl(

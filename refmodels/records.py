@@ -68,6 +68,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is list and isinstance(value, list):
         return [_value(options[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_value(options[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
         return {key: _value(options[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from refmodels.errors import LogitLockError
+from refmodels.quantization.formats import EightBit, LinearFormat, QuantizationSpec, linear_modules
 from refmodels.records import read_record
 
 Numerics = Literal["exact", "upstream"]
@@ -94,7 +95,8 @@ class ModelSpec:
     `position`: "rope" (then `rope` is set), "alibi" or "learned".  `position_origin` says what position a token has
     under left padding: its index among the row's real tokens, or its cache slot (Qwen).  `max_positions` is the
     longest sequence (tokens) that the model's own configuration allows.  `head_normalized`: rows of the head are
-    divided by their L2 norm when the checkpoint is loaded (Baichuan2's NormHead).
+    divided by their L2 norm when the checkpoint is loaded (Baichuan2's NormHead).  `quantization`: which linear layers
+    and caches hold codes; None: none do.
     """
 
     family: str
@@ -112,6 +114,7 @@ class ModelSpec:
     tied_head: bool = False
     head_normalized: bool = False
     chat_format: str = "raw"
+    quantization: QuantizationSpec | None = None
 
     def __post_init__(self) -> None:
         a = self.attention
@@ -119,6 +122,10 @@ class ModelSpec:
             raise LogitLockError(f"spec of {self.variant}: rope must be given exactly when position is 'rope'")
         if a.heads % a.kv_heads:
             raise LogitLockError(f"spec of {self.variant}: {a.heads} heads are not a multiple of {a.kv_heads} kv_heads")
+        known = set(self.linears)
+        for module in self.quantization.modules if self.quantization is not None else ():
+            if module not in known:
+                raise LogitLockError(f"spec of {self.variant}: {module!r} is no linear layer that can be quantised")
         if self.rope is not None and (self.rope.dim % 2 or not 0 < self.rope.dim <= a.head_dim):
             raise LogitLockError(
                 f"spec of {self.variant}: rope dim {self.rope.dim} must be even and at most head_dim {a.head_dim}"
@@ -132,6 +139,20 @@ class ModelSpec:
         """Visible keys (self included) in block `layer`; 0 means all."""
         a = self.attention
         return a.window if a.window is not None and layer >= a.window_first_layer else 0
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Linear layers that have a weight of their own, in the order of execution; a tied head has none."""
+        return tuple(linear_modules(self.layers, gated=self.mlp.gated, head=not self.tied_head))
+
+    def format_of(self, module: str) -> LinearFormat | None:
+        """The format of a quantised linear layer ('blocks.0.attn.qkv', 'head'); None for a plain one."""
+        return None if self.quantization is None else self.quantization.format_of(module)
+
+    @property
+    def cache_code(self) -> EightBit | None:
+        """What the cache holds instead of the working dtype."""
+        return None if self.quantization is None else self.quantization.cache
 
     @property
     def qkv_width(self) -> int:

@@ -261,6 +261,8 @@ def _attention_on_cuda(
     rotary_interleaved: bool,
     window: int,
     arithmetic: str,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> Tensor:
     use = _ACTIVE.get()
     tensors = (qkv, key_cache, value_cache, cache_lengths, visible, cos, sin, query_scale, alibi_slopes)
@@ -274,8 +276,9 @@ def _attention_on_cuda(
     )
     if use is None or not served:
         return ops._attention_body(
-            *tensors, heads, kv_heads, scale, rotary_interleaved, window, arithmetic, in_place=True
-        )[0]
+            *tensors, heads, kv_heads, scale, rotary_interleaved, window, arithmetic, key_scale, value_scale,
+            in_place=True,
+        )[0]  # fmt: skip
     return attention_into_caches(
         *tensors,
         heads=heads,

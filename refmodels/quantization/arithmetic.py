@@ -1,0 +1,166 @@
+"""The arithmetic of quantisation, each piece once: what every engine is compared with.
+
+    weight      code = round(w / scale) + zero, clamped;     w ~ (code - zero) * scale
+    input       code = round(x / scale), clamped;            x ~ code * scale
+    product     sum(code_x * code_w) exactly, times (scale_x * scale_w), rounded once to the working dtype
+
+Rounding is half to even, as in ONNX's QuantizeLinear, TensorRT and CUDA's conversions.  "Wide" is fp32, or fp64 for
+fp64 (`refmodels.positions.wide_dtype`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refmodels.errors import LogitLockError
+from refmodels.positions import wide_dtype
+from refmodels.quantization.formats import CODE_TYPES, LIMITS, Code, EightBit, LinearFormat
+
+LEAST_AMAX = 2.0**-96
+"""Stands for the largest magnitude of a row or token that is all zeros: its scale then divides nothing by zero."""
+
+_LEAST_SCALE = 2.0**-24
+"""The smallest positive fp16 number: scales of all-zero weights, which no working dtype flushes to zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeight:
+    """A weight [out, in] as codes.
+
+    codes: [out, in], dtype as in `CODE_TYPES`.  scale: [out, groups].  zero: [out, groups] int8, or None (symmetric).
+    order: [in] int64, or None: column c of the codes meets element order[c] of the input.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    order: Tensor | None = None
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out, in] in the order of the input, in `dtype` (that of the scale by default)."""
+        scale = self.scale if dtype is None else self.scale.to(dtype)
+        weight = dequantize(self.codes, scale, self.zero)
+        return weight if self.order is None else weight[:, self.order.argsort()]
+
+
+def code_range(code: Code) -> tuple[float, float]:
+    """The lowest and the highest code; both belong to it."""
+    limit = LIMITS[code]
+    return (-limit, limit) if code == "fp8" else (-limit - 1, limit)
+
+
+def weight_scale(weight: Tensor, linear: LinearFormat) -> tuple[Tensor, Tensor | None]:
+    """Scales (and zero points) that just cover every row or group.
+
+    Args:
+        weight: [out, in], a float dtype; the arithmetic is wide.
+    Returns: scale [out, groups] in the wide dtype; zero [out, groups] int8, or None.
+    Raises:
+        LogitLockError: groups that do not divide the columns.
+    """
+    grouped = weight.to(wide_dtype(weight.dtype)).unflatten(1, (linear.groups(weight.shape[1]), -1))
+    if linear.symmetric:
+        return (grouped.abs().amax(2) / LIMITS[linear.weight]).clamp(min=_LEAST_SCALE), None
+    low, high = code_range(linear.weight)
+    # Zero is always representable: a pruned weight stays pruned.
+    least, most = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    scale = ((most - least) / (high - low)).clamp(min=_LEAST_SCALE)
+    return scale, (low - least / scale).round().clamp(low, high).to(torch.int8)
+
+
+def quantize_weight(
+    weight: Tensor, linear: LinearFormat, *, scale: Tensor | None = None, zero: Tensor | None = None
+) -> QuantizedWeight:
+    """Round a weight to the nearest codes.
+
+    Args:
+        weight: [out, in], a float dtype.
+        scale, zero: [out, groups]; by default those of `weight_scale`.
+    Raises:
+        LogitLockError: groups that do not divide the columns; a weight that is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise LogitLockError("a weight to be quantised holds NaN or infinity")
+    if scale is None:
+        scale, zero = weight_scale(weight, linear)
+    wide = weight.to(wide_dtype(weight.dtype)).unflatten(1, (linear.groups(weight.shape[1]), -1))
+    steps = wide / scale.to(wide.dtype)[:, :, None]
+    if zero is not None:
+        steps = steps.round() + zero[:, :, None]
+    codes = to_codes(steps, linear.weight).flatten(1)
+    return QuantizedWeight(codes=codes, scale=scale, zero=zero)
+
+
+def to_codes(steps: Tensor, code: Code) -> Tensor:
+    """Numbers in units of their scale as codes: rounded, clamped."""
+    low, high = code_range(code)
+    clamped = (steps if code == "fp8" else steps.round()).clamp(low, high)
+    return clamped.to(CODE_TYPES[code])
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """(code - zero) * scale, in the dtype of `scale`.
+
+    Args:
+        codes: [out, in]; scale, zero: [out, groups].
+    """
+    grouped = codes.to(scale.dtype).unflatten(1, (scale.shape[1], -1))
+    if zero is not None:
+        grouped = grouped - zero.to(scale.dtype)[:, :, None]
+    return (grouped * scale[:, :, None]).flatten(1)
+
+
+def quantize_tokens(x: Tensor, code: EightBit) -> tuple[Tensor, Tensor]:
+    """Codes of x [..., n] with a scale a token, and the scales [..., 1] (wide).
+
+    amax = max(max |x|, 2^-96); scale = amax / limit; code = round(clamp(x * (limit / amax))).  The product with the
+    inverse, not a quotient, is what kernels compute (`trt_runtime.kernels.rms_norm`); they differ in ties at most.
+    """
+    wide = x.to(wide_dtype(x.dtype))
+    limit = LIMITS[code]
+    amax = wide.abs().amax(-1, keepdim=True).clamp(min=LEAST_AMAX)
+    steps = (wide * (limit / amax)).clamp(-limit, limit)
+    return to_codes(steps, code), amax / limit
+
+
+def quantize_static(x: Tensor, scale: Tensor, code: Code) -> Tensor:
+    """Codes of x with a constant scale that broadcasts against it: round(x / scale), clamped; as QuantizeLinear."""
+    wide = x.to(wide_dtype(x.dtype))
+    return to_codes(wide / scale.to(wide.dtype), code)
+
+
+def coded_product(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of codes [..., in] and codes [out, in], in `dtype`.
+
+    x_scale: broadcasts against [..., 1]; scale: [out, 1].  Codes are summed in fp64, which is exact for int8 and for
+    fp8 (products have 8 bits and lie in 2^-18 .. 2^18); the scales are multiplied wide.
+    """
+    wide = wide_dtype(dtype)
+    total = F.linear(x.to(torch.float64), weight.to(torch.float64))
+    return (total.to(wide) * (x_scale.to(wide) * scale.to(wide).flatten())).to(dtype)
+
+
+def quantize_cache(x: Tensor, scale: Tensor, code: EightBit) -> Tensor:
+    """Codes of new keys or values [batch, tokens, kv_heads, head_dim]; scale [kv_heads]."""
+    return quantize_static(x, scale[:, None], code)
+
+
+def dequantize_cache(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """code * scale in `dtype`, of cached codes [batch, kv_heads, slots, head_dim]; scale [kv_heads]."""
+    return codes.to(dtype) * scale.to(dtype)[:, None, None]
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two int4 codes a byte, [..., n / 2] uint8: the even column in the low nibble, two's complement (as ONNX INT4)."""
+    low, high = codes[..., 0::2], codes[..., 1::2]
+    return (low & 0xF).to(torch.uint8) | ((high & 0xF).to(torch.uint8) << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`: int8 [..., 2 n]."""
+    nibbles = torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2).to(torch.int8)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles)
