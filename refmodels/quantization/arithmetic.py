@@ -98,8 +98,9 @@ def quantize_weight(
 def to_codes(steps: Tensor, code: Code) -> Tensor:
     """Numbers in units of their scale as codes: rounded, clamped."""
     low, high = code_range(code)
-    clamped = (steps if code == "fp8" else steps.round()).clamp(low, high)
-    return clamped.to(CODE_TYPES[code])
+    rounded: Tensor = steps if code == "fp8" else steps.round()
+    codes: Tensor = rounded.clamp(low, high).to(CODE_TYPES[code])
+    return codes
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:

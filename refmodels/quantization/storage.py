@@ -1,0 +1,254 @@
+"""Quantised weights as published checkpoints store them: compressed-tensors, GPTQ and AWQ.
+
+`decode` and `encode` are inverses.  A module X of [out, in] has, instead of X.weight:
+
+    compressed-tensors   weight_packed int32 [out, in * bits / 32] (or `weight` int8 / float8 [out, in]), weight_scale
+                         [out, groups], weight_zero_point int32 [out * bits / 32, groups], weight_g_idx [in],
+                         input_scale; offset binary, low bits first          (compressed_tensors: compressors/)
+    gptq                 qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32] (the zero point
+                         less one, except in "gptq_v2"), scales [groups, out], g_idx [in]   (AutoGPTQ: qlinear_cuda.py)
+    awq                  qweight int32 [in, out * 4 / 32], qzeros int32 [groups, out * 4 / 32], scales [groups, out];
+                         eight columns to a word in the order 0 2 4 6 1 3 5 7               (AutoAWQ: WQLinear_GEMM)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from refmodels.errors import LogitLockError
+from refmodels.quantization.arithmetic import QuantizedWeight
+from refmodels.quantization.formats import CODE_TYPES, Code, LinearFormat
+
+Layout = Literal["compressed-tensors", "gptq", "awq"]
+
+_BITS: Mapping[Code, int] = {"int4": 4, "int8": 8}
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_SUFFIXES: Mapping[Layout, tuple[str, ...]] = {
+    "compressed-tensors": (
+        "weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "input_scale",
+        "input_zero_point",
+    ),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How a checkpoint stores its quantised modules.
+
+    gptq_zero_offset: what GPTQ's zero points are stored less by: 1, or 0 in its second version.
+    """
+
+    layout: Layout
+    gptq_zero_offset: int = 1
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What may stand behind a module's name, instead of `weight`; `bias` is a tensor like any other."""
+        return _SUFFIXES[self.layout]
+
+    def decode(
+        self, tensors: Mapping[str, Tensor], linear: LinearFormat, shape: tuple[int, int], where: str
+    ) -> tuple[QuantizedWeight, Tensor | None]:
+        """The weight and the constant input scale of one module.
+
+        Args:
+            tensors: what is stored, by suffix.
+            linear: what config.json says of the module.
+            shape: [out, in].
+            where: how errors name the module.
+        Raises:
+            LogitLockError: a tensor missing or of the wrong shape, contents that the format does not allow, a scale
+                that is not finite.
+        """
+        out_features, in_features = shape
+        codes, zero = self._codes(tensors, linear, where)
+        _expect(codes, (out_features, in_features), f"the codes of {where}")
+        scale = self._scale(tensors, where)
+        if scale.numel() == 1:  # one for the whole matrix
+            scale = scale.reshape(1, 1).expand(out_features, 1)
+        groups = linear.groups(in_features)
+        _expect(scale, (out_features, groups), f"the scales of {where}")
+        if not bool(torch.isfinite(scale).all()):
+            raise LogitLockError(f"a scale of {where} is NaN or infinite")
+        if linear.symmetric:
+            if zero is not None and bool((zero != 0).any()):
+                raise LogitLockError(f"{where} has zero points, but the config says that it is symmetric")
+            zero = None
+        elif zero is None:
+            raise LogitLockError(f"{where} lacks the zero points that an asymmetric format has")
+        else:
+            _expect(zero, (out_features, groups), f"the zero points of {where}")
+        order = self._order(tensors, linear, in_features, where)
+        if order is not None:
+            codes = codes[:, order]
+        input_scale = None
+        if linear.input is not None and linear.input_scale == "tensor":
+            input_scale = _get(tensors, "input_scale", where).reshape(())
+        return QuantizedWeight(codes=codes, scale=scale, zero=zero, order=order), input_scale
+
+    def encode(
+        self, weight: QuantizedWeight, linear: LinearFormat, *, input_scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What to store of one module, by suffix; the inverse of `decode`.
+
+        Raises:
+            LogitLockError: the layout has no place for such a format.
+        """
+        codes, zero = weight.codes, weight.zero
+        index: Tensor | None = None
+        if weight.order is not None:
+            columns = torch.arange(codes.shape[1]) // (linear.group or codes.shape[1])
+            index = torch.empty_like(columns)
+            index[weight.order] = columns
+            codes = codes[:, weight.order.argsort()]
+        if self.layout == "compressed-tensors":
+            return _to_compressed(codes, weight.scale, zero, index, linear, input_scale)
+        bits = _BITS.get(linear.weight)
+        if linear.input is not None or bits is None or (self.layout == "awq" and (bits != 4 or index is not None)):
+            raise LogitLockError(f"the layout {self.layout} has no place for {linear}")
+        unsigned = codes.to(torch.int32) + 2 ** (bits - 1)
+        zeros = (torch.zeros_like(weight.scale) if zero is None else zero).to(torch.int32) + 2 ** (bits - 1)
+        if self.layout == "awq":
+            return {
+                "qweight": _pack(_awq_order(unsigned.t()), 4),
+                "qzeros": _pack(_awq_order(zeros.t()), 4),
+                "scales": weight.scale.t().contiguous(),
+            }
+        group = linear.group or codes.shape[1]
+        return {
+            "qweight": _pack(unsigned, bits).t().contiguous(),
+            "qzeros": _pack(((zeros - self.gptq_zero_offset) & (2**bits - 1)).t(), bits),
+            "scales": weight.scale.t().contiguous(),
+            "g_idx": (torch.arange(codes.shape[1]) // group if index is None else index).to(torch.int32),
+        }
+
+    def _codes(self, tensors: Mapping[str, Tensor], linear: LinearFormat, where: str) -> tuple[Tensor, Tensor | None]:
+        """Codes [out, in] in the order of the input, and zero points."""
+        if self.layout == "compressed-tensors":
+            if "weight" in tensors and tensors["weight"].dtype == CODE_TYPES[linear.weight]:
+                zero = tensors.get("weight_zero_point")
+                return tensors["weight"], None if zero is None else zero.to(torch.int8)
+            bits = _packed_bits(linear, where)
+            shape = tensors.get("weight_shape")
+            columns = None if shape is None else int(shape[1])
+            codes = _unpack(_get(tensors, "weight_packed", where), bits)[:, :columns]
+            zero = tensors.get("weight_zero_point")
+            if zero is not None:
+                zero = _signed(_unpack(zero.t().contiguous(), bits).t()[: len(codes)], bits)
+            return _signed(codes, bits), zero
+        bits = _packed_bits(linear, where)
+        packed, zeros = _get(tensors, "qweight", where), _unpack(_get(tensors, "qzeros", where), bits)
+        if self.layout == "awq":
+            return (
+                _signed(_awq_order(_unpack(packed, 4), inverse=True).t(), 4),
+                _signed(_awq_order(zeros, inverse=True).t(), 4),
+            )
+        # Stored in `bits` bits, the zero point less one may have wrapped round.
+        zeros = (zeros + self.gptq_zero_offset) & (2**bits - 1) if self.gptq_zero_offset else zeros
+        return _signed(_unpack(packed.t().contiguous(), bits), bits), _signed(zeros.t(), bits)
+
+    def _scale(self, tensors: Mapping[str, Tensor], where: str) -> Tensor:
+        if self.layout == "compressed-tensors":
+            scale = _get(tensors, "weight_scale", where)
+            return scale[:, None] if scale.ndim == 1 and scale.numel() > 1 else scale
+        return _get(tensors, "scales", where).t()
+
+    def _order(
+        self, tensors: Mapping[str, Tensor], linear: LinearFormat, in_features: int, where: str
+    ) -> Tensor | None:
+        """Where the columns of each group are, if they do not lie side by side."""
+        index = tensors.get("weight_g_idx" if self.layout == "compressed-tensors" else "g_idx")
+        group = linear.group or in_features
+        if index is None or bool((index < 0).all()):  # compressed-tensors: -1 for none
+            if linear.reordered:
+                raise LogitLockError(f"{where} lacks the group index that its reordered columns need")
+            return torch.arange(in_features) if linear.reordered else None
+        _expect(index, (in_features,), f"the group index of {where}")
+        index = index.to(torch.int64)
+        if not torch.equal(index.bincount(minlength=in_features // group), torch.full((in_features // group,), group)):
+            raise LogitLockError(f"the group index of {where} does not put {group} columns into every group")
+        if not linear.reordered:
+            if not torch.equal(index, torch.arange(in_features) // group):
+                raise LogitLockError(f"{where} has columns in another order, but the config says it has none")
+            return None
+        return index.argsort(stable=True)
+
+
+def _to_compressed(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    index: Tensor | None,
+    linear: LinearFormat,
+    input_scale: Tensor | None,
+) -> dict[str, Tensor]:
+    stored: dict[str, Tensor] = {"weight_scale": scale.contiguous()}
+    if is_packed(linear):
+        bits = _BITS[linear.weight]
+        stored["weight_packed"] = _pack(codes.to(torch.int32) + 2 ** (bits - 1), bits)
+        stored["weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
+        if zero is not None:
+            stored["weight_zero_point"] = _pack((zero.to(torch.int32) + 2 ** (bits - 1)).t(), bits).t().contiguous()
+    else:
+        stored["weight"] = codes.contiguous()
+    if index is not None:
+        stored["weight_g_idx"] = index.to(torch.int32)
+    if input_scale is not None:
+        stored["input_scale"] = input_scale.reshape(1)
+    return stored
+
+
+def is_packed(linear: LinearFormat) -> bool:
+    """Whether compressed-tensors packs the codes into words ("pack-quantized"): weight-only integers."""
+    return linear.input is None and linear.weight != "fp8"
+
+
+def _packed_bits(linear: LinearFormat, where: str) -> int:
+    if linear.weight not in _BITS:
+        raise LogitLockError(f"{where} holds no {linear.weight} weight")
+    return _BITS[linear.weight]
+
+
+def _pack(values: Tensor, bits: int) -> Tensor:
+    """Unsigned `values` [rows, n] in int32 words [rows, ceil(n * bits / 32)], the first in the lowest bits."""
+    each = 32 // bits
+    values = torch.nn.functional.pad(values, (0, -values.shape[1] % each)).unflatten(1, (-1, each)).to(torch.int64)
+    words: Tensor = (values << (torch.arange(each) * bits)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    """The inverse: uint values [rows, words * 32 / bits] in int32."""
+    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
+    values: Tensor = (words[:, :, None] >> shifts) & (2**bits - 1)
+    return values.flatten(1)
+
+
+def _signed(values: Tensor, bits: int) -> Tensor:
+    """Offset binary as two's complement in int8."""
+    signed: Tensor = (values - 2 ** (bits - 1)).to(torch.int8)
+    return signed
+
+
+def _awq_order(values: Tensor, *, inverse: bool = False) -> Tensor:
+    """[rows, n] with every eight columns in AWQ's order of packing, or back."""
+    order = torch.tensor(_AWQ_ORDER)
+    return values.unflatten(1, (-1, 8))[:, :, order.argsort() if inverse else order].flatten(1)
+
+
+def _get(tensors: Mapping[str, Tensor], suffix: str, where: str) -> Tensor:
+    if suffix not in tensors:
+        raise LogitLockError(f"{where} lacks its tensor {suffix}")
+    return tensors[suffix]
+
+
+def _expect(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise LogitLockError(f"{what} have shape {list(tensor.shape)}; config.json says {list(shape)}")
