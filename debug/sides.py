@@ -147,7 +147,7 @@ def diff_sides(
     Raises:
         LogitLockError: a side that cannot be opened, sides of different models, prompts that do not fit.
     """
-    source = _source(model, (b, a))
+    source = source_of(model, (b, a))
     alone = a in (TRUTH, f"{TRUTH}:fp64", f"{TRUTH}:fp64:exact")
     sides = [
         open_side(
@@ -188,7 +188,7 @@ def trace_side(
     **options: Any,
 ) -> Path:
     """Write a trace of an executor; arguments and errors as `diff_sides`, `tokens_of` another trace to follow."""
-    source = _source(model, [text])
+    source = source_of(model, [text])
     side = open_side(text, source, **options)
     if side.executor is None:
         raise LogitLockError(f"{text} is a trace already")
@@ -211,7 +211,7 @@ def drift_side(
     **options: Any,
 ) -> DriftResult:
     """`debug.drift.drift` of an executor named by text; arguments and errors as `diff_sides`."""
-    source = _source(model, [text])
+    source = source_of(model, [text])
     side = open_side(text, source, **options)
     if side.executor is None:
         raise LogitLockError(f"{text} is a trace; drift needs an executor that runs")
@@ -237,7 +237,7 @@ def open_side(
         _same_model(text, trace.spec, source)
         _, numerics = trace_origin(Path(text))
         return Side(text=text, executor=None, trace=trace, numerics=numerics, context={"trace": Path(text).name})
-    bundle = _bundle_of(text)
+    bundle = bundle_of(text)
     context: dict[str, Any] = {"executor": text}
     longest = None
     if bundle is not None:
@@ -264,7 +264,7 @@ def open_side(
     )
 
 
-def _bundle_of(text: str) -> Bundle | None:
+def bundle_of(text: str) -> Bundle | None:
     """The bundle that a text names; its files are hashed only when its executor is opened."""
     directory = Path(text.removeprefix("tensorrt:"))
     if text.startswith("tensorrt:") or (directory / INFO_NAME).is_file():
@@ -298,7 +298,7 @@ def _same_model(text: str, spec: object, source: ModelSource) -> None:
         raise LogitLockError(f"{text} is not {kind} of {source.name}: the architecture differs in {differing}")
 
 
-def _source(model: str | None, texts: Sequence[str]) -> ModelSource:
+def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
     """The model that is compared: what `--model` says, or what a side says that it was made from."""
     if model is not None:
         return resolve(model)
@@ -308,7 +308,7 @@ def _source(model: str | None, texts: Sequence[str]) -> ModelSource:
         if text.endswith(".safetensors"):
             read_trace(Path(text))
             said, _ = trace_origin(Path(text))
-        elif (bundle := _bundle_of(text)) is not None:
+        elif (bundle := bundle_of(text)) is not None:
             said = bundle.info.model
         elif (path / "config.json").is_file():
             return resolve(path)

@@ -10,6 +10,7 @@ from torch import Tensor
 from refmodels.cache import KVCache, StepInputs
 from refmodels.errors import LogitLockError
 from refmodels.ops import select_tokens
+from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder
 
 
@@ -40,8 +41,7 @@ class Step:
         Such code appends a token to all rows in one place; ours go to each row's own slot.
         """
         spec, lengths = self.cache.spec, self.plan.cache_lengths
-        by_slot = spec.position == "alibi" or spec.position_origin == "slot" or spec.attention.window is not None
-        if by_slot and bool((lengths != lengths[0]).any()):
+        if counts_slots(spec) and bool((lengths != lengths[0]).any()):
             raise LogitLockError(
                 f"{what} cannot go on with rows of different lengths {lengths.tolist()} in a {spec.variant}, which "
                 "counts cache slots; pad the prompts on the left"
@@ -63,6 +63,11 @@ class Step:
     def logits_of(self, x: Tensor) -> Tensor:
         """The tokens that the plan asks logits of: [batch, N, width] from [batch, tokens, width]."""
         return select_tokens(x, self.plan.logit_index.to(x.device))
+
+
+def counts_slots(spec: ModelSpec) -> bool:
+    """Whether it matters to a model in which slot of the cache a token is, and not only at which position."""
+    return spec.position == "alibi" or spec.position_origin == "slot" or spec.attention.window is not None
 
 
 @dataclass(frozen=True)
