@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES, family_of, spec_from_config
 from refmodels.families.config import Family
 from refmodels.model import Decoder
+from refmodels.quantization.config import read_config
+from refmodels.quantization.reading import QuantisedReader
+from refmodels.quantization.storage import Storage
 from refmodels.records import read_json
 from refmodels.shards import StoredTensor, WeightFiles
 from refmodels.spec import ModelSpec, Numerics
@@ -43,7 +46,8 @@ _NORMALIZE_ROWS = 4096
 class ModelSource:
     """A model that has been found: its directory, its parsed config.json, and what they mean.
 
-    `name` is for people (family name, directory name or hub id).
+    `name` is for people (family name, directory name or hub id).  `storage`: how quantised modules are stored, where
+    `spec.quantization` says that there are any.
     """
 
     directory: Path
@@ -51,6 +55,7 @@ class ModelSource:
     spec: ModelSpec
     family: Family
     name: str
+    storage: Storage | None = None
 
 
 def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> ModelSource:
@@ -68,8 +73,25 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     if not where.is_file():
         raise LogitLockError(f"{directory} has no config.json; a model directory in Hugging Face layout has one")
     config = read_json(where)
-    spec = spec_from_config(config, variant=variant, where=str(where))
-    return ModelSource(directory=directory, config=config, spec=spec, family=family_of(config, str(where)), name=name)
+    spec, family = spec_from_config(config, variant=variant, where=str(where)), family_of(config, str(where))
+    quantization, storage = read_config(config, upstream_modules(spec, family), str(where)) or (None, None)
+    return ModelSource(
+        directory=directory,
+        config=config,
+        spec=replace(spec, quantization=quantization),
+        family=family,
+        name=name,
+        storage=storage,
+    )
+
+
+def upstream_modules(spec: ModelSpec, family: Family) -> dict[str, tuple[str, ...]]:
+    """For every linear layer the modules of a checkpoint whose rows make it."""
+    table = family.weights(spec)
+    return {
+        module: tuple(part.name.removesuffix(".weight") for part in table[f"{module}.weight"])
+        for module in spec.linears
+    }
 
 
 def _find(model: str | Path) -> tuple[Path, str]:
@@ -135,9 +157,23 @@ def empty_decoder(spec: ModelSpec, *, numerics: Numerics = "exact") -> Decoder:
 
 
 @lru_cache(maxsize=8)
+def empty_parameters(spec: ModelSpec) -> Mapping[str, Tensor]:
+    """Every parameter of a decoder in its order, without memory; a tied head is not among them.  Those of dtype fp32
+    have the working dtype in a model, codes and indices their own."""
+    return dict(empty_decoder(spec).named_parameters())
+
+
 def parameter_shapes(spec: ModelSpec) -> Mapping[str, torch.Size]:
     """Name and shape of every parameter of a decoder, in its order; a tied head is not among them."""
-    return {name: parameter.shape for name, parameter in empty_decoder(spec).named_parameters()}
+    return {name: parameter.shape for name, parameter in empty_parameters(spec).items()}
+
+
+def parameter_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Memory of all parameters in a working dtype, int4 codes one a byte."""
+    return sum(
+        value.numel() * (dtype if value.dtype == torch.float32 else value.dtype).itemsize
+        for value in empty_parameters(spec).values()
+    )
 
 
 class _WithoutInitialisation(TorchFunctionMode):
@@ -171,14 +207,15 @@ def tokenizer_in(directory: Path, spec: ModelSpec) -> Tokenizer:
 def stream_parameters(
     source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact", prefixes: tuple[str, ...] = ("",)
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the decoder in its order, as an own contiguous CPU tensor of `dtype`, one at a time.
+    """Every parameter of the decoder in its order, as an own contiguous CPU tensor of `dtype`, one at a time; codes of
+    quantised layers have their own dtype.
 
     `prefixes` keeps those whose name begins with one of them.  A tied head is not among them.  Names, shapes and dtypes
     of the whole checkpoint are checked before this returns, values as they are read.
 
     Raises:
-        LogitLockError: a tensor missing, left over, of the wrong shape, quantized, damaged, with NaN or Inf, or too
-            large for `dtype`.
+        LogitLockError: a tensor missing, left over, of the wrong shape, quantised where config.json does not say so,
+            damaged, with NaN or Inf, or too large for `dtype`.
     """
     if dtype not in DTYPES.values():
         raise LogitLockError(f"{dtype} is not a working dtype of the reference; use one of {', '.join(DTYPES)}")
@@ -186,28 +223,34 @@ def stream_parameters(
         raise LogitLockError(f"{source.directory}: a normalised head (NormHead) that is tied is not supported")
     files = WeightFiles(source.directory)
     table = source.family.weights(source.spec)
-    stored = match_names(files.tensors, table, source)
-    return _stream(files, table, stored, source.spec, dtype, numerics, prefixes)
+    reader = None if source.storage is None else QuantisedReader(source.spec, table, source.storage)
+    stored = match_names(files.tensors, table, source, reader)
+    return _stream(files, table, stored, source.spec, dtype, numerics, prefixes, reader)
 
 
-def match_names(tensors: Mapping[str, StoredTensor], table: WeightMap, source: ModelSource) -> dict[str, StoredTensor]:
+def match_names(
+    tensors: Mapping[str, StoredTensor], table: WeightMap, source: ModelSource, reader: QuantisedReader | None = None
+) -> dict[str, StoredTensor]:
     """The stored tensor for each name that the weight map asks for.
 
     The prefix `transformer.` (or `model.`) may be absent or too much.  Known buffers, and the head of a model that
-    ties it, are left out.
+    ties it, are left out.  `reader`: of quantised modules, whose tensors are taken as they are.
 
     Raises:
-        LogitLockError: a tensor missing, left over, stored twice, of the wrong shape, or quantized.
+        LogitLockError: a tensor missing, left over, stored twice, of the wrong shape, or quantised without a reader.
     """
     wanted = {part.name: part for parts in table.values() for part in parts}
+    if reader is not None:
+        wanted = {name: part for name, part in wanted.items() if not reader.replaces(name)}
     ignored = re.compile("|".join(source.family.ignored) or r"(?!)")
     found: dict[str, StoredTensor] = {}
     head: StoredTensor | None = None
     left_over = []
     for name, tensor in tensors.items():
         spellings = [name, *(p + name for p in _PREFIXES), *(name.removeprefix(p) for p in _PREFIXES)]
-        known = next((s for s in spellings if s in wanted or ignored.fullmatch(s)), None)
-        if known in wanted:
+        coded = next((s for s in spellings if s not in wanted and reader.owns(s)), None) if reader is not None else None
+        known = coded or next((s for s in spellings if s in wanted or ignored.fullmatch(s)), None)
+        if known is not None and (known == coded or known in wanted):
             if known in found:
                 raise LogitLockError(f"{source.directory} holds {known} twice: as {found[known].name} and as {name}")
             found[known] = tensor
@@ -222,7 +265,7 @@ def match_names(tensors: Mapping[str, StoredTensor], table: WeightMap, source: M
         raise LogitLockError(
             f"{source.directory} holds {_several(left_over)} that {source.spec.variant} has no place for"
         )
-    missing = [name for name in wanted if name not in found]
+    missing = [name for name in wanted if name not in found] + ([] if reader is None else reader.missing(found))
     if missing:
         raise LogitLockError(f"{source.directory} lacks {_several(missing)} of {source.spec.variant}")
     for name, part in wanted.items():
@@ -230,7 +273,7 @@ def match_names(tensors: Mapping[str, StoredTensor], table: WeightMap, source: M
         if tensor.dtype is None:
             raise LogitLockError(
                 f"{tensor.name} in {tensor.file} has dtype {tensor.dtype_name}; weights must be fp64, fp32, fp16 or "
-                "bf16 (quantized checkpoints are not supported yet)"
+                "bf16, where quantization_config in config.json does not say how they are quantised"
             )
         if tensor.shape != part.shape:
             raise LogitLockError(
@@ -251,9 +294,13 @@ def _stream(
     dtype: torch.dtype,
     numerics: Numerics,
     prefixes: tuple[str, ...],
+    reader: QuantisedReader | None,
 ) -> Iterator[tuple[str, Tensor]]:
     for name, shape in parameter_shapes(spec).items():
         if not name.startswith(prefixes):
+            continue
+        if reader is not None and reader.provides(name):
+            yield from reader.read(files, stored, name, dtype)
             continue
         value = torch.empty(shape, dtype=dtype)
         normalized = name == "head.weight" and spec.head_normalized

@@ -259,21 +259,27 @@ class Decoder(nn.Module):
             x = x + self.position_embed(position_ids)
         x = tap("embed", x)
         visible = attention_mask.bool()
-        cos = sin = query_scale = None
-        if self.rope_cos is not None and self.rope_sin is not None:
-            rows = rope_rows(position_ids, ntk_table, self.table_positions) if spec.uses_ntk else position_ids
-            cos, sin = F.embedding(rows, self.rope_cos), F.embedding(rows, self.rope_sin)
-        if self.logn is not None:
-            query_scale = F.embedding(position_ids, self.logn[:, None]).squeeze(-1)
+        positions = self.positions(position_ids, ntk_table)
         keys, values = [], []
         for i, block in enumerate(self.blocks):
-            x, key, value = block(
-                x, past_key[i], past_value[i], cache_lengths, visible, cos, sin, query_scale, self.alibi_slopes
-            )
+            x, key, value = block(x, past_key[i], past_value[i], cache_lengths, visible, *positions)
             keys.append(key)
             values.append(value)
         x = tap("final_norm", self.final_norm(select_tokens(x, logit_index)))
         return tap("logits", self.head(x)), keys, values
+
+    def positions(
+        self, position_ids: Tensor, ntk_table: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """What tells attention where tokens are: cos and sin [batch, tokens, rotary_dim / 2], query_scale
+        [batch, tokens] and alibi_slopes [heads], each None where the model has none."""
+        cos = sin = query_scale = None
+        if self.rope_cos is not None and self.rope_sin is not None:
+            rows = rope_rows(position_ids, ntk_table, self.table_positions) if self.spec.uses_ntk else position_ids
+            cos, sin = F.embedding(rows, self.rope_cos), F.embedding(rows, self.rope_sin)
+        if self.logn is not None:
+            query_scale = F.embedding(position_ids, self.logn[:, None]).squeeze(-1)
+        return cos, sin, query_scale, self.alibi_slopes
 
     def step(
         self,

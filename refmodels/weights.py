@@ -42,6 +42,10 @@ class Part:
             tensor = _regroup(tensor, (self.interleaved_heads, 3))
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
+    def of_rows(self, tensor: Tensor) -> Tensor:
+        """As `read`, from a tensor [out, ...] that is not transposed: codes, scales."""
+        return replace(self, transposed=False).read(tensor)
+
     @property
     def row_count(self) -> int:
         if self.rows is not None:

@@ -67,9 +67,9 @@ def remove(tensors: Tensors, *names: str) -> None:
         (lambda t: with_tensor(t, -1, float("nan")), [TENSOR, "NaN", "FILE"]),
         (lambda t: with_tensor(t, 0, float("inf")), [TENSOR, "Inf", "FILE"]),
         (lambda t: with_tensor(t, 700, -float("inf")), [TENSOR, "Inf", "FILE"]),
-        (lambda t: quantize(t, torch.int8), [TENSOR, "quantized", "FILE"]),
-        (lambda t: quantize(t, torch.uint8), [TENSOR, "quantized"]),
-        (lambda t: quantize(t, torch.float8_e4m3fn), [TENSOR, "quantized"]),
+        (lambda t: quantize(t, torch.int8), [TENSOR, "quantised", "FILE"]),
+        (lambda t: quantize(t, torch.uint8), [TENSOR, "quantised"]),
+        (lambda t: quantize(t, torch.float8_e4m3fn), [TENSOR, "quantised"]),
     ],
     ids=["missing", "two-missing", "left-over", "twice", "short", "turned", "nan", "inf", "-inf", "i8", "u8", "f8"],
 )

@@ -2,7 +2,8 @@
 
     weight      code = round(w / scale) + zero, clamped;     w ~ (code - zero) * scale
     input       code = round(x / scale), clamped;            x ~ code * scale
-    product     sum(code_x * code_w) exactly, times (scale_x * scale_w), rounded once to the working dtype
+    product     sum(code_x * code_w) exactly, times (scale_x * scale_w), rounded once to the working dtype;
+                with scales by group, the sum over groups of such products
 
 Rounding is half to even, as in ONNX's QuantizeLinear, TensorRT and CUDA's conversions.  "Wide" is fp32, or fp64 for
 fp64 (`refmodels.positions.wide_dtype`).
@@ -98,9 +99,7 @@ def quantize_weight(
 def to_codes(steps: Tensor, code: Code) -> Tensor:
     """Numbers in units of their scale as codes: rounded, clamped."""
     low, high = code_range(code)
-    rounded: Tensor = steps if code == "fp8" else steps.round()
-    codes: Tensor = rounded.clamp(low, high).to(CODE_TYPES[code])
-    return codes
+    return (steps if code == "fp8" else steps.round()).clamp(low, high).to(CODE_TYPES[code])
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
@@ -109,7 +108,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tens
     Args:
         codes: [out, in]; scale, zero: [out, groups].
     """
-    grouped = codes.to(scale.dtype).unflatten(1, (scale.shape[1], -1))
+    grouped: Tensor = codes.to(scale.dtype).unflatten(1, (scale.shape[1], -1))
     if zero is not None:
         grouped = grouped - zero.to(scale.dtype)[:, :, None]
     return (grouped * scale[:, :, None]).flatten(1)
@@ -126,6 +125,12 @@ def quantize_tokens(x: Tensor, code: EightBit) -> tuple[Tensor, Tensor]:
     amax = wide.abs().amax(-1, keepdim=True).clamp(min=LEAST_AMAX)
     steps = (wide * (limit / amax)).clamp(-limit, limit)
     return to_codes(steps, code), amax / limit
+
+
+def quantize_groups(x: Tensor, code: EightBit, groups: int) -> tuple[Tensor, Tensor]:
+    """As `quantize_tokens` for each of `groups` equal groups of columns: codes [..., n] and scales [..., groups]."""
+    codes, scale = quantize_tokens(x.unflatten(-1, (groups, -1)), code)
+    return codes.flatten(-2), scale.squeeze(-1)
 
 
 def quantize_static(x: Tensor, scale: Tensor, code: Code) -> Tensor:
@@ -153,6 +158,17 @@ def quantize_cache(x: Tensor, scale: Tensor, code: EightBit) -> Tensor:
 def dequantize_cache(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """code * scale in `dtype`, of cached codes [batch, kv_heads, slots, head_dim]; scale [kv_heads]."""
     return codes.to(dtype) * scale.to(dtype)[:, None, None]
+
+
+def grouped_product(x: Tensor, x_scale: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The product of codes [..., in] with scales [..., groups] and a weight with as many, in `dtype`.
+
+    Computed in fp64, where the codes times their scales have no rounding to speak of: this is the sum over groups of
+    exact integer products times both scales.
+    """
+    columns: Tensor = x.to(torch.float64).unflatten(-1, (x_scale.shape[-1], -1)) * x_scale.to(torch.float64)[..., None]
+    rows = dequantize(weight.codes, weight.scale.to(torch.float64), weight.zero)
+    return F.linear(columns.flatten(-2), rows).to(wide_dtype(dtype)).to(dtype)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

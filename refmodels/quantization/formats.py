@@ -21,6 +21,8 @@ Code = Literal["int8", "int4", "fp8"]
 
 EightBit = Literal["int8", "fp8"]
 
+InputScale = Literal["tensor", "token", "group"]
+
 LIMITS: Mapping[Code, float] = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 """The largest code that a symmetric scale maps to.  The lowest of int4 and int8, one further down, may occur too."""
 
@@ -37,7 +39,8 @@ class LinearFormat:
         group: input columns that share a scale; None: one scale a row (per output channel).
         symmetric: False adds a zero point to every scale; integer weights without `input` only.
         input: the input is quantised as well, and the product is taken of codes.
-        input_scale: one for all inputs, found by calibration ("tensor"), or one a token, found as it comes ("token").
+        input_scale: one for all inputs, found by calibration ("tensor"); or found as they come, one a token ("token"),
+            or one a token and group of columns ("group"), which is what ONNX Runtime's fast CPU kernel does.
         reordered: codes are stored in another order of columns than the input has (GPTQ's act-order).
     Raises:
         LogitLockError: a combination that nothing computes.
@@ -47,13 +50,16 @@ class LinearFormat:
     group: int | None = None
     symmetric: bool = True
     input: EightBit | None = None
-    input_scale: Literal["tensor", "token"] = "token"
+    input_scale: InputScale = "token"
     reordered: bool = False
 
     def __post_init__(self) -> None:
         if self.group is not None and self.group < 1:
             raise LogitLockError(f"a group of {self.group} columns: it must be at least 1, or None for a whole row")
-        if self.input is not None and (self.weight != self.input or self.group is not None or not self.symmetric):
+        if self.input is not None and self.input_scale == "group":
+            if self.input != "int8" or self.weight == "fp8" or self.group is None:
+                raise LogitLockError("inputs with a scale a group are int8, and so are the weights, or int4, in groups")
+        elif self.input is not None and (self.weight != self.input or self.group is not None or not self.symmetric):
             raise LogitLockError(
                 f"{self.input} inputs need symmetric {self.input} weights with one scale an output channel, not "
                 f"{self.weight}" + ("" if self.group is None else f" in groups of {self.group}")
@@ -129,7 +135,9 @@ def describe_format(linear: LinearFormat) -> str:
     if not linear.symmetric:
         text += " with zero points"
     if linear.input is not None:
-        text += f", {linear.input} inputs by {linear.input_scale}"
+        text += (
+            f", {linear.input} inputs by {'token and group' if linear.input_scale == 'group' else linear.input_scale}"
+        )
     return text
 
 

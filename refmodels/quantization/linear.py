@@ -10,6 +10,8 @@ from refmodels.quantization.arithmetic import (
     QuantizedWeight,
     coded_product,
     dequantize,
+    grouped_product,
+    quantize_groups,
     quantize_static,
     quantize_tokens,
 )
@@ -49,6 +51,10 @@ class QuantizedLinear(nn.Module):
             x = x[..., self.order]
         if self.format.input is None:
             return F.linear(x, dequantize(self.weight, self.scale, self.zero), self.bias)
+        if self.format.input_scale == "group":
+            codes, x_scale = quantize_groups(x, self.format.input, self.scale.shape[1])
+            y = grouped_product(codes, x_scale, self.quantized, x.dtype)
+            return y if self.bias is None else y + self.bias
         if self.input_scale is None:
             codes, x_scale = quantize_tokens(x, self.format.input)
         else:

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +52,16 @@ class Storage:
     def suffixes(self) -> tuple[str, ...]:
         """What may stand behind a module's name, instead of `weight`; `bias` is a tensor like any other."""
         return _SUFFIXES[self.layout]
+
+    def required(self, linear: LinearFormat, has: Callable[[str], bool]) -> list[str]:
+        """Suffixes that a module of this format must have; `has` says which ones it does."""
+        if self.layout != "compressed-tensors":
+            return ["qweight", "qzeros", "scales", *(["g_idx"] if linear.reordered else [])]
+        codes = "weight" if has("weight") or not is_packed(linear) else "weight_packed"
+        needed = [codes, "weight_scale"]
+        needed += ["weight_zero_point"] if not linear.symmetric else []
+        needed += ["input_scale"] if linear.input is not None and linear.input_scale == "tensor" else []
+        return needed + (["weight_g_idx"] if linear.reordered else [])
 
     def decode(
         self, tensors: Mapping[str, Tensor], linear: LinearFormat, shape: tuple[int, int], where: str
@@ -206,8 +216,8 @@ def _to_compressed(
 
 
 def is_packed(linear: LinearFormat) -> bool:
-    """Whether compressed-tensors packs the codes into words ("pack-quantized"): weight-only integers."""
-    return linear.input is None and linear.weight != "fp8"
+    """Whether compressed-tensors packs the codes into words ("pack-quantized"): int4, and weight-only int8."""
+    return linear.weight == "int4" or (linear.weight == "int8" and linear.input is None)
 
 
 def _packed_bits(linear: LinearFormat, where: str) -> int:
@@ -233,14 +243,16 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
 
 def _signed(values: Tensor, bits: int) -> Tensor:
     """Offset binary as two's complement in int8."""
-    signed: Tensor = (values - 2 ** (bits - 1)).to(torch.int8)
-    return signed
+    centre: int = 2 ** (bits - 1)
+    signed: Tensor = values - centre
+    return signed.to(torch.int8)
 
 
 def _awq_order(values: Tensor, *, inverse: bool = False) -> Tensor:
     """[rows, n] with every eight columns in AWQ's order of packing, or back."""
     order = torch.tensor(_AWQ_ORDER)
-    return values.unflatten(1, (-1, 8))[:, :, order.argsort() if inverse else order].flatten(1)
+    eights: Tensor = values.unflatten(1, (-1, 8))
+    return eights[:, :, order.argsort() if inverse else order].flatten(1)
 
 
 def _get(tensors: Mapping[str, Tensor], suffix: str, where: str) -> Tensor:
