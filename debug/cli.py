@@ -64,6 +64,9 @@ VERBS = {
     "bisect": Verb(
         "debug.cli", "bisect", "Find the fewest linear layers that must stay in fp32 to keep within a KL budget."
     ),
+    "eval": Verb(
+        "debug.evaluate.cli", "evaluate", "Measure what models can do, and what an engine loses against another one."
+    ),
     "inspect": Verb("trt_runtime.cli", "inspect", "Show what is in a bundle."),
     "models": Verb(
         "refmodels.cli", "models", "List the model families, the published models they cover, and the bundled toys."

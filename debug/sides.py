@@ -111,12 +111,17 @@ def diff_bundle(
         LogitLockError: no or a damaged bundle or model, a bundle of another model or checkpoint, a prompt too short or
             too long.
     """
-    opened = read_bundle(bundle, verify_hashes=False)  # they are verified when the executor is opened
-    tensorrt = engine == "tensorrt" or (engine == "auto" and serves_tensorrt(opened))
-    text = f"tensorrt:{bundle}" if tensorrt else str(bundle)
+    text = bundle_side(bundle, engine)
     return diff_sides(
         TRUTH, text, model=model, prompts=prompts, steps=steps, seed=seed, emulate_rounding=emulate_rounding, cut=cut
     )  # fmt: skip
+
+
+def bundle_side(bundle: Path, engine: EngineChoice = "auto") -> str:
+    """A bundle as a side, with the engine that is asked for; errors as `read_bundle`."""
+    opened = read_bundle(bundle, verify_hashes=False)  # they are verified when the executor is opened
+    tensorrt = engine == "tensorrt" or (engine == "auto" and serves_tensorrt(opened))
+    return f"tensorrt:{bundle}" if tensorrt else str(bundle)
 
 
 def diff_sides(
@@ -237,7 +242,7 @@ def open_side(
         _same_model(text, trace.spec, source)
         _, numerics = trace_origin(Path(text))
         return Side(text=text, executor=None, trace=trace, numerics=numerics, context={"trace": Path(text).name})
-    bundle = bundle_of(text)
+    bundle = _bundle_of(text)
     context: dict[str, Any] = {"executor": text}
     longest = None
     if bundle is not None:
@@ -264,7 +269,7 @@ def open_side(
     )
 
 
-def bundle_of(text: str) -> Bundle | None:
+def _bundle_of(text: str) -> Bundle | None:
     """The bundle that a text names; its files are hashed only when its executor is opened."""
     directory = Path(text.removeprefix("tensorrt:"))
     if text.startswith("tensorrt:") or (directory / INFO_NAME).is_file():
@@ -308,7 +313,7 @@ def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
         if text.endswith(".safetensors"):
             read_trace(Path(text))
             said, _ = trace_origin(Path(text))
-        elif (bundle := bundle_of(text)) is not None:
+        elif (bundle := _bundle_of(text)) is not None:
             said = bundle.info.model
         elif (path / "config.json").is_file():
             return resolve(path)

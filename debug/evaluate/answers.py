@@ -1,0 +1,84 @@
+"""Greedy answers of an engine to many prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from debug.evaluate.questions import Task
+from debug.evaluate.rouge import available, rouge
+from debug.executors.step import counts_slots
+from refmodels.tokenizer import Tokenizer
+from trt_runtime.engine import Engine, TorchEngine
+from trt_runtime.generate import GenerationConfig, GenerationResult, generate
+
+Advance = Callable[[int], None]
+"""Called with how many more examples are done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model said to a task: whether each answer is right, and the means of ROUGE where that is measured."""
+
+    right: list[bool]
+    rouge: dict[str, float] | None
+
+
+def rows_at_once(engine: Engine, batch_size: int) -> int:
+    """Rows of different lengths that an engine can decode together.
+
+    Code that appends a token to all rows in one place cannot, if the model counts slots (see `debug.executors.step`).
+    """
+    ours = isinstance(engine, TorchEngine) or hasattr(engine, "bundle")
+    return batch_size if ours or not counts_slots(engine.spec) else 1
+
+
+def continue_prompts(
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    batch_size: int,
+    advance: Advance = lambda count: None,
+) -> list[GenerationResult]:
+    """`trt_runtime.generate` of any number of prompts, in batches of like length, which waste least on padding.
+
+    Raises:
+        LogitLockError: as `generate`.
+    """
+    size = rows_at_once(engine, batch_size)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: dict[int, GenerationResult] = {}
+    for start in range(0, len(order), size):
+        chunk = order[start : start + size]
+        results = generate(engine, tokenizer, [prompts[i] for i in chunk], config)
+        found |= dict(zip(chunk, results, strict=True))
+        advance(len(chunk))
+    return [found[i] for i in range(len(prompts))]
+
+
+def answer_task(
+    engine: Engine, tokenizer: Tokenizer, task: Task, *, batch_size: int, advance: Advance = lambda count: None
+) -> Answers:
+    """Let an engine answer a task, greedily; errors as `continue_prompts`."""
+    config = GenerationConfig(max_new_tokens=task.max_new_tokens, stop_ids=task.stop_ids)
+    results = continue_prompts(
+        engine,
+        tokenizer,
+        [question.prompt for question in task.questions],
+        config,
+        batch_size=batch_size,
+        advance=advance,
+    )
+    pairs = list(zip(results, task.questions, strict=True))
+    if task.exact_tokens:
+        right = [
+            result.finish_reason == "stop_id" and result.token_ids[:-1] == question.answer for result, question in pairs
+        ]
+    else:
+        right = [result.text.strip() == question.answer_text.strip() for result, question in pairs]
+    measured = None
+    if task.summary and available():
+        measured = rouge([result.text for result, _ in pairs], [question.answer_text for _, question in pairs])
+    return Answers(right=right, rouge=measured)

@@ -1,0 +1,170 @@
+"""The verb `eval`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+def evaluate(
+    sides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SIDE...", help="What to evaluate, side by side; forms below."),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Bundle to evaluate: one more side, on TensorRT if that runs here."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="SIDE", help="Compare with this side: KL, top-1, and accuracy lost on the same examples."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="What the sides were made from, before any quantisation: family name, directory or hub id.",
+            show_default="what a side says of itself",
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK|FILE.jsonl",
+            help='A toy\'s task, or lines of {"prompt": …, "answer": …}; may be repeated.',
+            show_default="all of a toy",
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="UTF-8 text for perplexity; may be repeated.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Examples a task.")] = 200,
+    seed: Annotated[int, typer.Option(help="Which examples of a toy's tasks.")] = 1,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of text a forward.", show_default="the model's positions, up to 1024"),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens from one window to the next: each token is scored once, with window - stride before it.",
+            show_default="half the window",
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BATCHxPROMPTxNEW", help="What to time, in tokens; may be repeated.", show_default="1x128x32"
+        ),
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time prefill and decode.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time, but for what is timed.")] = 64,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompts of files into the model's chat format.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer to a prompt of a file.")] = 128,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(metavar="POINTS", help="Exit code 1 if a side loses more points of accuracy (mean of the tasks)."),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="NATS", help="Exit code 1 if a side's mean KL is larger.")
+    ] = None,
+    emulate_rounding: Annotated[
+        bool, typer.Option(help="Round every node of a half-precision graph to its dtype on the CPU (never timed).")
+    ] = True,
+    name_map: Annotated[
+        Path | None, typer.Option("--map", help="JSON: which values of an ONNX file are which taps (see diff).")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code in a Hugging Face directory.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Of reference, kernels and hf: cpu or cuda.", show_default="cpu")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the tables as Markdown.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Measure what models can do, and what an engine loses against another one.
+
+    Task accuracy with 95 % intervals (Wilson), perplexity and bits per byte of texts, ROUGE of summaries, tokens per
+    second warm.  With --against also KL (fp64) and top-1 agreement on the same tokens, and the accuracy that is lost on
+    the same examples, whose interval is much narrower than those of two accuracies.
+
+    Models that were trained as a bundled toy bring their tasks; any other gets --text, --tasks FILE.jsonl and speed.
+    The reference is the model of --model as it is: for a quantised bundle, what quantisation costs.
+
+    SIDE, --against:
+
+    {forms}
+
+    (the last two cannot be evaluated if they are recordings.)  `reference` is fp64; for a model too large for that,
+    write reference:bf16.
+
+    Exit code 0: measured; 1: a side is over --max-loss or --max-kl; 2: bad input.
+
+    Example: logitlock eval --bundle engines/qwen-int4 --against reference --max-loss 2
+
+    Example: logitlock eval engines/my-qwen2 hf:bf16 --model ./my-qwen2 --against hf:fp32 --text wiki.txt --no-speed
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from debug.evaluate.run import evaluate as run
+    from debug.evaluate.speed import DEFAULT_SHAPES, parse_shape
+    from debug.evaluate.tables import markdown as page
+    from debug.evaluate.tables import print_evaluation
+    from debug.sides import bundle_side
+    from refmodels.errors import LogitLockError
+
+    named = [*([] if bundle is None else [bundle_side(bundle)]), *(sides or ())]
+    shapes = [parse_shape(each) for each in shape] if shape else DEFAULT_SHAPES
+    if against is None and (max_loss is not None or max_kl is not None):
+        raise LogitLockError("--max-loss and --max-kl are for a comparison; name the other side with --against")
+    if markdown is not None and not markdown.parent.is_dir():
+        raise LogitLockError(f"--markdown {markdown} cannot be written: there is no directory {markdown.parent}")
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=json_output or not console.is_terminal) as bar:
+        shown = bar.add_task("evaluate", total=None)
+        result = run(
+            named,
+            model=model,
+            against=against,
+            tasks=tasks or (),
+            texts=text or (),
+            limit=limit,
+            seed=seed,
+            window=window,
+            stride=stride,
+            shapes=shapes if speed else (),
+            batch_size=batch_size,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            name_map=name_map,
+            emulate_rounding=emulate_rounding,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            progress=lambda what, done, total: bar.update(shown, description=what, completed=done, total=total or None),
+        )
+    if max_loss is not None and all(side.loss is None for side in result.sides):
+        raise LogitLockError("--max-loss needs tasks, and none was measured; give --tasks FILE.jsonl")
+    if max_kl is not None and all(side.agreement is None for side in result.sides):
+        raise LogitLockError("--max-kl needs tokens to compare on; give --tasks or --text")
+    exceeded = result.exceeded(max_loss=max_loss, max_kl=max_kl)
+    if markdown is not None:
+        markdown.write_text(page(result, command=shlex.join(["logitlock", *sys.argv[1:]])), encoding="utf-8")
+    if json_output:
+        print(json.dumps(result.to_json() | {"exceeded": exceeded}, ensure_ascii=False, allow_nan=False))
+    else:
+        print_evaluation(result)
+        for sentence in exceeded:
+            print(f"OVER BUDGET: {sentence}")
+    if exceeded:
+        raise typer.Exit(1)

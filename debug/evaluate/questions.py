@@ -1,0 +1,183 @@
+"""Tasks: prompts with the answers that are expected, of the bundled toys or of a JSONL file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from refmodels.checkpoint import ModelSource
+from refmodels.errors import LogitLockError
+from refmodels.tokenizer import Tokenizer
+from refmodels.toys import TOYS, toy_path
+from refmodels.toys.tasks import TASKS, examples, held_out_size
+from refmodels.toys.vocabulary import END_ID
+from trt_runtime.cli import prompt_ids, stop_ids_in
+
+SUMMARIES = ("summary",)
+"""The toys' tasks whose answers are texts, for which ROUGE means something."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One example: token ids and text of the prompt, and of the answer that is expected (without an end token)."""
+
+    prompt: list[int]
+    answer: list[int]
+    prompt_text: str
+    answer_text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Questions of one kind.
+
+    Attributes:
+        exact_tokens: an answer is right if it is the expected tokens and then a stop id; otherwise if it is the
+            expected text, but for spaces around it.
+        summary: ROUGE is measured as well.
+        stop_ids: end an answer.
+        max_new_tokens: of an answer.
+    """
+
+    name: str
+    questions: Sequence[Question]
+    exact_tokens: bool
+    summary: bool
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+def has_toy_tasks(directory: Path) -> bool:
+    """Whether a model was made from a bundled toy: its tokenizer is one of theirs, which only their tasks need."""
+    path = directory / "tokenizer.json"
+    return path.is_file() and any(path.read_bytes() == (toy_path(toy) / path.name).read_bytes() for toy in TOYS)
+
+
+def toy_task(name: str, tokenizer: Tokenizer, *, limit: int, seed: int) -> Task:
+    """A task of the bundled toys: held-out examples, the same ones to every model.
+
+    Args:
+        name: one of `refmodels.toys.tasks.TASKS`.
+        limit: examples; a finite task has no more than its held-out pairs.
+        seed: which examples.
+    """
+    rows = examples(name, split="held_out", count=min(limit, held_out_size(name) or limit), seed=seed)
+    questions = [
+        Question(
+            prompt=tokenizer.encode(row.prompt),
+            answer=tokenizer.encode(row.answer, add_special=False),
+            prompt_text=row.prompt,
+            answer_text=row.answer,
+        )
+        for row in rows
+    ]
+    return Task(
+        name=name,
+        questions=questions,
+        exact_tokens=True,
+        summary=name in SUMMARIES,
+        stop_ids=(END_ID,),
+        max_new_tokens=max(len(question.answer) for question in questions) + 1,
+    )
+
+
+def file_task(
+    path: Path, source: ModelSource, tokenizer: Tokenizer, *, limit: int, chat: bool, max_new_tokens: int
+) -> Task:
+    """A task of a JSONL file: one object a line with the texts "prompt" and "answer"; other keys are not read.
+
+    Args:
+        limit: at most so many lines, the first.
+        chat: put each prompt into the model's chat format.
+        max_new_tokens: of an answer.
+    Raises:
+        LogitLockError: a file that cannot be read, a line that is not such an object (with its number), no line, or a
+            chat with a model that has no format.
+    """
+    questions: list[Question] = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip() or len(questions) == limit:
+            continue
+        prompt, answer = _row(line, f"{path}, line {number}")
+        questions.append(
+            Question(
+                prompt=prompt_ids(prompt, source.spec, tokenizer, chat=chat),
+                answer=tokenizer.encode(answer, add_special=False),
+                prompt_text=prompt,
+                answer_text=answer,
+            )
+        )
+    if not questions:
+        raise LogitLockError(f"{path} has no line")
+    return Task(
+        name=path.stem,
+        questions=questions,
+        exact_tokens=False,
+        summary=True,
+        stop_ids=stop_ids_in(source.directory, source.spec, tokenizer, chat=chat),
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def find_tasks(
+    names: Sequence[str],
+    source: ModelSource,
+    tokenizer: Tokenizer | None,
+    *,
+    limit: int,
+    seed: int,
+    chat: bool = False,
+    max_new_tokens: int = 128,
+) -> list[Task]:
+    """The tasks that are asked for; without any, all of a toy, and none of another model.
+
+    Args:
+        names: tasks of the toys, or JSONL files.
+        tokenizer: None: the model has none.
+    Raises:
+        LogitLockError: as `file_task`; an unknown name, a toy's task for another model, two files of one name, or no
+            tokenizer.
+    """
+    toy = has_toy_tasks(source.directory)
+    if not names:
+        names = TASKS if toy else ()
+    found: list[Task] = []
+    for name in names:
+        if tokenizer is None:
+            raise LogitLockError(f"{source.name} has no tokenizer, and tasks are texts")
+        if name in TASKS:
+            if not toy:
+                raise LogitLockError(f"{name} is a task of the bundled toys, and {source.name} is none of them")
+            found.append(toy_task(name, tokenizer, limit=limit, seed=seed))
+        elif Path(name).is_file() or name.endswith(".jsonl"):
+            found.append(
+                file_task(Path(name), source, tokenizer, limit=limit, chat=chat, max_new_tokens=max_new_tokens)
+            )
+        else:
+            raise LogitLockError(f"there is no task {name!r}; give a JSONL file or one of {', '.join(TASKS)}")
+    twice = [task.name for task in found if [other.name for other in found].count(task.name) > 1]
+    if twice:
+        raise LogitLockError(f"two tasks are called {twice[0]!r}; give the files different names")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """A file as UTF-8; a `LogitLockError` where it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LogitLockError(f"{path} cannot be read: {error}") from error
+
+
+def _row(line: str, where: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LogitLockError(f"{where} is not JSON: {error}") from None
+    found = [row.get(key) if isinstance(row, dict) else None for key in ("prompt", "answer")]
+    prompt, answer = found
+    if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt or not answer:
+        raise LogitLockError(f'{where} must be an object with the texts "prompt" and "answer", neither of them empty')
+    return prompt, answer

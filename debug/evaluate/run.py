@@ -1,0 +1,314 @@
+"""An evaluation from beginning to end: sides, tasks and texts, opened and checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from debug.compare import spec_difference
+from debug.evaluate.answers import Advance, Answers, answer_task
+from debug.evaluate.passages import DEFAULT_WINDOW, Passage, task_passages, text_windows
+from debug.evaluate.questions import Task, find_tasks, read_text
+from debug.evaluate.results import Agreement, EvaluationResult, SideResult, TaskResult, TextResult
+from debug.evaluate.rouge import available
+from debug.evaluate.scoring import PassageScore, score
+from debug.evaluate.speed import DEFAULT_SHAPES, Shape, measure_speed
+from debug.evaluate.statistics import accuracy, loss, mean_loss
+from debug.executors.open import open_executor
+from debug.sides import source_of
+from refmodels.checkpoint import ModelSource, load_tokenizer_for
+from refmodels.errors import LogitLockError
+from refmodels.tokenizer import Tokenizer
+from trt_runtime.describe import describe
+from trt_runtime.engine import Engine, TorchEngine
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much it is in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text to be scored: its windows, how many of their tokens are scored, and its bytes of UTF-8."""
+
+    windows: list[Passage]
+    tokens: int
+    bytes: int
+
+
+def evaluate(
+    sides: Sequence[str],
+    *,
+    model: str | None = None,
+    against: str | None = None,
+    tasks: Sequence[str] = (),
+    texts: Sequence[Path | str] = (),
+    limit: int = 200,
+    compared: int | None = None,
+    seed: int = 1,
+    window: int | None = None,
+    stride: int | None = None,
+    shapes: Sequence[Shape] = DEFAULT_SHAPES,
+    batch_size: int = 64,
+    chat: bool = False,
+    max_new_tokens: int = 128,
+    name_map: Path | None = None,
+    emulate_rounding: bool = True,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Measure what models can do, and what they lose against another one.
+
+    All sides get the same examples and the same tokens.  One side is in memory at a time, and `against`.
+
+    Args:
+        sides: forms of `debug.executors.open.forms_help`, but no recordings.
+        model: what they were made from, unquantised: `reference` and `hf` without a directory are this; None: what a
+            side says of itself.
+        against: the side to compare with.
+        tasks: tasks of the bundled toys, or JSONL files (see `debug.evaluate.questions`); none: all of a toy.
+        texts: files of UTF-8 text for perplexity.
+        limit: examples a task.
+        compared: of these, how many are also read by both models for KL and top-1; None: all.
+        seed: of the examples, and of the tokens that are timed.
+        window, stride: of texts (see `debug.evaluate.passages`); None: the model's positions up to 1024, and half of
+            the window.
+        shapes: what is timed.
+        batch_size: rows at a time.
+        chat, max_new_tokens: of JSONL tasks.
+        name_map, emulate_rounding, trust_remote_code, device: see `debug.executors.open.open_executor`.
+    Raises:
+        LogitLockError: nothing to measure, a side that cannot be opened or is of another architecture, a task or text
+            that cannot be read or is too long, or logits that are NaN or infinite.
+    """
+    if not sides:
+        raise LogitLockError("say what to evaluate: --bundle DIR, or one or more sides")
+    source = source_of(model, [*sides, *([] if against is None else [against])])
+    tokenizer = _tokenizer(source)
+    found_tasks = find_tasks(tasks, source, tokenizer, limit=limit, seed=seed, chat=chat, max_new_tokens=max_new_tokens)
+    window = min(source.spec.max_positions, DEFAULT_WINDOW) if window is None else window
+    stride = max(1, window // 2) if stride is None else stride
+    found_texts = {
+        str(path): _text(read_text(Path(path)), source, tokenizer, window=window, stride=stride) for path in texts
+    }
+    if not (found_tasks or found_texts or shapes):
+        raise LogitLockError("there is nothing to measure: give --tasks or --text, or do not switch the speed off")
+    if tokenizer is None:
+        assert not found_tasks and not found_texts
+
+    def opened(text: str) -> Engine:
+        if text.endswith(".safetensors"):
+            raise LogitLockError(f"{text} is a recording; an evaluation needs an executor that runs")
+        engine = open_executor(
+            text,
+            source=source,
+            map=name_map,
+            emulate_rounding=emulate_rounding,
+            trust_remote_code=trust_remote_code,
+            decode=True,
+            device=device,
+        )
+        _check_executor(text, engine, source)
+        return engine
+
+    run = _Run(
+        tokenizer=tokenizer,
+        tasks=found_tasks,
+        texts=found_texts,
+        compared=compared,
+        shapes=shapes,
+        batch_size=batch_size,
+        progress=progress or (lambda what, done, total: None),
+    )
+    other = other_result = other_answers = None
+    with torch.inference_mode():
+        if against is not None:
+            other = opened(against)
+            other_result, other_answers = run.measure(against, other, None, None)
+        results = []
+        for text in sides:
+            engine = opened(text)
+            results.append(run.measure(text, engine, other, other_answers)[0])
+            del engine
+    notes = []
+    if any(task.summary for task in found_tasks) and not available():
+        notes.append("ROUGE is left out: it needs rouge-score (pip install 'logitlock[eval]')")
+    return EvaluationResult(
+        model=source.name,
+        sides=results,
+        against=other_result,
+        settings={
+            "limit": limit,
+            "compared": compared,
+            "seed": seed,
+            "window": window,
+            "stride": stride,
+            "batch_size": batch_size,
+            "chat": chat,
+            "emulate_rounding": emulate_rounding,
+            "threads": torch.get_num_threads(),
+        },
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What is measured of every side."""
+
+    tokenizer: Tokenizer | None
+    tasks: Sequence[Task]
+    texts: dict[str, Text]
+    compared: int | None
+    shapes: Sequence[Shape]
+    batch_size: int
+    progress: Progress
+
+    def measure(
+        self, text: str, engine: Engine, other: Engine | None, other_answers: dict[str, Answers] | None
+    ) -> tuple[SideResult, dict[str, Answers]]:
+        """Everything of one side; what it lost if there is an `other`."""
+        result = SideResult(side=text, engine=engine.arithmetic, weight_bytes=weight_bytes(engine))
+        answers = {}
+        seen: list[PassageScore] = []
+        for task in self.tasks:
+            assert self.tokenizer is not None
+            name = f"{text}: {task.name}"
+            answers[task.name] = given = answer_task(
+                engine,
+                self.tokenizer,
+                task,
+                batch_size=self.batch_size,
+                advance=self._advance(name, len(task.questions)),
+            )
+            agreement = None
+            if other is not None:
+                agreement = self._compare_answers(f"{name}, tokens", task, engine, other, seen)
+            result.tasks[task.name] = TaskResult(
+                count=len(given.right),
+                correct=sum(given.right),
+                accuracy=accuracy(sum(given.right), len(given.right)),
+                loss=None if other_answers is None else loss(other_answers[task.name].right, given.right),
+                rouge=given.rouge,
+                agreement=agreement,
+            )
+        for path, scored in self.texts.items():
+            result.texts[path] = self._score_text(f"{text}: {path}", scored, engine, other, seen)
+        for shape in self.shapes:
+            self.progress(f"{text}: speed", 0, 0)
+            result.speeds.append(measure_speed(engine, shape))
+        if self.tasks:
+            result.accuracy = sum(each.accuracy.value for each in result.tasks.values()) / len(self.tasks)
+        if self.tasks and other_answers is not None:
+            result.loss = mean_loss([(other_answers[name].right, given.right) for name, given in answers.items()])
+        if seen:
+            result.agreement = _agreement(seen)
+        return result, answers
+
+    def _compare_answers(
+        self, name: str, task: Task, engine: Engine, other: Engine, seen: list[PassageScore]
+    ) -> Agreement:
+        """Over the answers' tokens; every token goes to `seen`."""
+        passages = task_passages(task)[: self.compared]
+        scores = score(
+            engine, passages, against=other, batch_size=self.batch_size, advance=self._advance(name, len(passages))
+        )
+        seen += scores
+        return _agreement([_from(each, passage) for each, passage in zip(scores, passages, strict=True)])
+
+    def _score_text(
+        self, name: str, text: Text, engine: Engine, other: Engine | None, seen: list[PassageScore]
+    ) -> TextResult:
+        scores = score(
+            engine,
+            text.windows,
+            against=other,
+            batch_size=self.batch_size,
+            advance=self._advance(name, len(text.windows)),
+        )
+        scored = [_from(each, passage) for each, passage in zip(scores, text.windows, strict=True)]
+        seen += scored if other is not None else []
+        nats = -float(torch.cat([each.log_probability for each in scored]).sum())
+        return TextResult(
+            tokens=text.tokens,
+            bytes=text.bytes,
+            perplexity=math.exp(nats / text.tokens),
+            bits_per_byte=nats / math.log(2) / text.bytes,
+            agreement=None if other is None else _agreement(scored),
+        )
+
+    def _advance(self, name: str, total: int) -> Advance:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(name, done, total)
+
+        self.progress(name, 0, total)
+        return advance
+
+
+def weight_bytes(engine: Engine) -> int | None:
+    """Bytes of an engine's weights as they are stored in it: a bundle's initializers, or a PyTorch model's tensors."""
+    bundle = getattr(engine, "bundle", None)
+    if bundle is not None:
+        return sum(int(weight["bytes"]) for weight in describe(bundle)["weights"])
+    module = engine.decoder if isinstance(engine, TorchEngine) else getattr(engine, "model", None)
+    if not isinstance(module, torch.nn.Module):
+        return None
+    return sum(tensor.nbytes for tensor in {id(p): p for p in (*module.parameters(), *module.buffers())}.values())
+
+
+def _check_executor(text: str, engine: Engine, source: ModelSource) -> None:
+    """Refuse what does not run, and what has another architecture than the model; it may be quantised."""
+    if hasattr(engine, "prompts"):
+        raise LogitLockError(f"{text} is a recording; an evaluation needs an executor that runs")
+    ours, theirs = (replace(spec, quantization=None) for spec in (source.spec, engine.spec))
+    if ours != theirs:
+        raise LogitLockError(
+            f"{text} is not made from {source.name}: the architecture differs in {spec_difference(ours, theirs)}"
+        )
+
+
+def _text(content: str, source: ModelSource, tokenizer: Tokenizer | None, *, window: int, stride: int) -> Text:
+    if tokenizer is None:
+        raise LogitLockError(f"{source.name} has no tokenizer, and perplexity needs one")
+    ids = tokenizer.encode(content, add_special=False, parse_special=False)
+    windows = text_windows(ids, prefix=tokenizer.prefix, window=window, stride=stride)
+    return Text(
+        windows=windows,
+        tokens=sum(len(passage.ids) - passage.first for passage in windows),
+        bytes=len(content.encode()),
+    )
+
+
+def _from(scores: PassageScore, passage: Passage) -> PassageScore:
+    """Only the tokens that are scored."""
+    part = slice(passage.first - 1, None)
+    return PassageScore(
+        log_probability=scores.log_probability[part],
+        greedy=scores.greedy[part],
+        kl=None if scores.kl is None else scores.kl[part],
+        same_top=None if scores.same_top is None else scores.same_top[part],
+    )
+
+
+def _agreement(scores: Sequence[PassageScore]) -> Agreement:
+    def whole(columns: Sequence[Tensor | None]) -> Tensor:
+        return torch.cat([column for column in columns if column is not None])
+
+    return Agreement.of(whole([each.kl for each in scores]), whole([each.same_top for each in scores]))
+
+
+def _tokenizer(source: ModelSource) -> Tokenizer | None:
+    try:
+        return load_tokenizer_for(source)
+    except LogitLockError:
+        # Only the speed can be measured then; whatever needs text says so.
+        return None

@@ -1,0 +1,109 @@
+"""Tokens per second, of reading a prompt and of writing after it, each by itself."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from debug.prompts import random_prompts
+from refmodels.errors import LogitLockError
+from trt_runtime.engine import Engine
+from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+
+_REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What is timed: `batch` rows, a prompt of `prompt` tokens, then `new` greedy tokens."""
+
+    batch: int
+    prompt: int
+    new: int
+
+
+DEFAULT_SHAPES = (Shape(batch=1, prompt=128, new=32),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """The median of a few runs after one that is not counted.
+
+    prefill_tokens_per_second: prompt tokens of all rows, until the first new token is known.  decode_tokens_per_second:
+    new tokens of all rows after it.  rounding_emulated is never timed: it says that the engine that was evaluated
+    imitates rounding, and that what was timed is the same graph without that.
+    """
+
+    shape: Shape
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    rounding_emulated: bool
+
+
+def parse_shape(text: str) -> Shape:
+    """A `Shape` from BATCHxPROMPTxNEW, as 1x128x32.
+
+    Raises:
+        LogitLockError: something else, or a zero.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise LogitLockError(f"{text!r} is no shape; write BATCHxPROMPTxNEW in tokens, such as 1x128x32")
+    batch, prompt, new = map(int, match.groups())
+    return Shape(batch=batch, prompt=prompt, new=new)
+
+
+def measure_speed(engine: Engine, shape: Shape, *, seed: int = 0) -> Speed:
+    """Time an engine on random tokens.
+
+    Raises:
+        LogitLockError: a shape that the engine does not serve.
+    """
+    emulated = isinstance(engine, OnnxRuntimeEngine) and engine.emulate_rounding
+    if emulated:
+        assert isinstance(engine, OnnxRuntimeEngine)
+        engine = OnnxRuntimeEngine(engine.bundle, threads=engine.threads)
+    run = _runner(engine, shape, seed)
+    run()
+    times = [run() for _ in range(_REPEATS)]
+    prefill, decode = (median(part) for part in zip(*times, strict=True))
+    return Speed(
+        shape=shape,
+        prefill_tokens_per_second=shape.batch * shape.prompt / prefill,
+        decode_tokens_per_second=shape.batch * shape.new / decode,
+        rounding_emulated=emulated,
+    )
+
+
+def _runner(engine: Engine, shape: Shape, seed: int) -> Callable[[], tuple[float, float]]:
+    """One run: seconds of the prefill and of all decode steps."""
+    capacity = shape.prompt + shape.new
+    if shape.prompt + shape.new > engine.max_positions:
+        raise LogitLockError(
+            f"timing {shape.prompt} + {shape.new} tokens needs more than the {engine.max_positions} positions of "
+            f"{engine.spec.variant}; give a smaller --shape"
+        )
+    ids = random_prompts(engine.spec.vocab_size, (shape.prompt,) * shape.batch, seed).ids
+
+    def run() -> tuple[float, float]:
+        cache = engine.new_cache(batch=shape.batch, capacity=capacity)
+        began = time.perf_counter()
+        token = engine.prefill(ids, cache, last_logits_only=True)[:, -1].argmax(-1)
+        token.cpu()
+        first = time.perf_counter()
+        for _ in range(shape.new):
+            token = engine.decode(token, cache)[:, -1].argmax(-1)
+        # Waits for a GPU, which a loop that keeps its tokens there does not.
+        token.cpu()
+        return first - began, time.perf_counter() - first
+
+    def without_grad() -> tuple[float, float]:
+        with torch.inference_mode():
+            return run()
+
+    return without_grad
