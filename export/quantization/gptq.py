@@ -1,0 +1,200 @@
+"""GPTQ: round column by column and let the columns not yet rounded make up for the error.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv:2210.17323.
+With H = 2/n X^T X of the inputs X [n, in], the output error of a layer is tr((W - Q) H (W - Q)^T).  Rounding column i
+costs e = (w_i - q_i) / U_ii, and the best change of the columns after it is -e U_i,: where U^T U = H^-1, U upper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from export.quantization.observers import tokens_of
+from refmodels.errors import LogitLockError
+from refmodels.quantization.arithmetic import QuantizedWeight, dequantize, to_codes, weight_scale
+from refmodels.quantization.formats import CODE_TYPES, Code, LinearFormat
+
+
+class Hessian:
+    """H = 2/n X^T X of a layer's inputs, streaming: [width, width], fp32 (fp64 for fp64 inputs).
+
+    Attributes:
+        tokens: n.
+    """
+
+    def __init__(self, name: str, width: int) -> None:
+        self.name, self.width, self.tokens = name, width, 0
+        self._sum: Tensor | None = None
+
+    def observe(self, x: Tensor) -> None:
+        """x: [..., width].  Raises LogitLockError: another width, NaN or infinity; the layer is named."""
+        tokens = tokens_of(x, self.name, self.width)
+        self.tokens += len(tokens)
+        if self._sum is None:
+            self._sum = tokens.t() @ tokens
+        else:
+            self._sum.addmm_(tokens.t(), tokens)
+
+    def merge(self, other: Hessian) -> None:
+        """Raises LogitLockError: of another layer or width."""
+        if (other.name, other.width) != (self.name, self.width):
+            raise LogitLockError(f"Hessians of {self.name} and {other.name} cannot be merged")
+        self.tokens += other.tokens
+        if other._sum is not None:
+            self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum.to(self._sum.device)
+
+    @property
+    def matrix(self) -> Tensor:
+        """Raises LogitLockError: no token was observed."""
+        if self._sum is None or not self.tokens:
+            raise LogitLockError(f"the input of {self.name} was never observed; GPTQ needs at least one token")
+        return self._sum * (2 / self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqResult:
+    """error: tr((W - Q) H (W - Q)^T); relative_error: that over tr(W H W^T)."""
+
+    weight: QuantizedWeight
+    error: float
+    relative_error: float
+
+
+def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T): the layer's squared output error, summed over outputs, twice the mean over tokens.
+
+    Args:
+        weight, quantized: [out, in], floats; hessian: [in, in].
+    """
+    wide = hessian.dtype
+    difference = weight.to(wide) - quantized.to(wide)
+    return float(((difference @ hessian) * difference).sum(dtype=torch.float64))
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    linear: LinearFormat,
+    *,
+    act_order: bool = False,
+    damping: float = 0.01,
+    block: int = 128,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    scale_dtype: torch.dtype | None = None,
+) -> GptqResult:
+    """Codes of a weight that minimise its output error on the inputs that made the Hessian.
+
+    Scales of a group are those of its columns as they are when rounding reaches them, errors made up for included, as
+    in the paper.  With `act_order` columns are rounded by descending H_ii, and the scales of all groups come from the
+    original weight ("static groups"): each column keeps its place and its group, so that the checkpoint needs no order
+    of columns and kernels need no gather.  Scales that follow the order would form groups of scattered columns.
+
+    Columns whose input was always zero have no influence on the error; they are rounded to nearest.
+
+    Args:
+        weight: [out, in], any float dtype; the loop runs in fp32 (fp64 for fp64), factorisation in fp64.
+        hessian: [in, in], as `Hessian.matrix`, on the device of the weight.
+        act_order: the activation order heuristic of the authors' code, with static groups.
+        damping: multiple of the mean of diag(H) that is added to the diagonal.
+        block: columns between updates of the rest of the weight ("lazy batch updates").
+        scale, zero: [out, groups], given instead of found (a clipped scale, for example).
+        scale_dtype: scales are rounded to it before codes are chosen: what a checkpoint of that dtype will hold.
+    Returns: the weight; its error and the error relative to tr(W H W^T), with the undamped H.
+    Raises:
+        LogitLockError: a Hessian of another shape, a format with stored order, a weight that is not finite, damping
+            that is not positive, or groups that do not divide the columns.
+    """
+    columns = weight.shape[1]
+    if hessian.shape != (columns, columns):
+        raise LogitLockError(f"a weight with {columns} columns and a Hessian of shape {list(hessian.shape)}")
+    if linear.reordered:
+        raise LogitLockError("GPTQ leaves codes in their columns (static groups): its format must not be reordered")
+    if damping <= 0 or block < 1:
+        raise LogitLockError(f"damping {damping} and block {block} must be positive")
+    if not bool(torch.isfinite(weight).all()):
+        raise LogitLockError("a weight to be quantised holds NaN or infinity")
+    wide = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
+    original = weight.to(wide)
+    group = columns // linear.groups(columns)
+    if scale is None and (act_order or group == columns):
+        scale, zero = weight_scale(original, linear)
+    elif scale is None:
+        # A group must not straddle blocks: its columns are up to date when its first one is reached.
+        block = block if block % group == 0 or group % block == 0 else group
+    static = scale is not None
+    if scale is None:
+        scale = original.new_empty(len(original), columns // group)
+        zero = None if linear.symmetric else torch.empty_like(scale, dtype=torch.int8)
+    scale = _stored(scale.to(wide), scale_dtype)
+
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
+    factor = _inverse_factor(hessian, damping, order).to(wide)
+    state = original.clone() if order is None else original[:, order]
+    groups = torch.arange(columns) // group
+    group_of = (groups if order is None else groups[order.cpu()]).tolist()
+    codes = torch.empty_like(state, dtype=CODE_TYPES[linear.weight])
+    group_format = dataclasses.replace(linear, group=None)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        part, inverse = state[:, start:stop], factor[start:stop, start:stop]
+        errors = torch.empty_like(part)
+        for i in range(stop - start):
+            c = start + i
+            g = slice(group_of[c], group_of[c] + 1)
+            if not static and c % group == 0:
+                found, offset = weight_scale(state[:, c : c + group], group_format)
+                scale[:, g] = _stored(found, scale_dtype)
+                if zero is not None and offset is not None:
+                    zero[:, g] = offset
+            column, offset = part[:, i : i + 1], None if zero is None else zero[:, g]
+            codes[:, c : c + 1] = code = _nearest(column, scale[:, g], offset, linear.weight)
+            errors[:, i : i + 1] = error = (column - dequantize(code, scale[:, g], offset)) / inverse[i, i]
+            part[:, i:] -= error * inverse[i, i:]
+        state[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+
+    if order is not None:
+        # As bytes: float8 cannot be indexed everywhere.
+        codes = codes.view(torch.int8)[:, order.argsort()].view(codes.dtype)
+    result = QuantizedWeight(codes=codes, scale=scale, zero=zero)
+    total = layer_error(original, result.dequantized(), hessian)
+    whole = layer_error(original, torch.zeros_like(original), hessian)
+    return GptqResult(weight=result, error=total, relative_error=total / whole if whole else 0.0)
+
+
+def _nearest(column: Tensor, scale: Tensor, zero: Tensor | None, code: Code) -> Tensor:
+    """As `quantize_weight`, which looks at every number for NaN first: a synchronisation a column on a GPU."""
+    steps = column / scale
+    return to_codes(steps if zero is None else steps.round() + zero, code)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return scale if dtype is None else scale.to(dtype).to(scale.dtype)
+
+
+def _inverse_factor(hessian: Tensor, damping: float, order: Tensor | None) -> Tensor:
+    """U, upper triangular, with U^T U = (H + damping * mean(diag H) I)^-1; fp64 [in, in], columns in `order`.
+
+    With J the reversal of rows, J H J = L L^T gives H = (J L J)(J L J)^T, and U = (J L J)^-1: one factorisation and one
+    triangular inverse, where the authors' code takes an inverse and two factorisations.
+    """
+    damped = hessian.to(torch.float64, copy=True)
+    diagonal = damped.diagonal()
+    mean = diagonal.mean() if bool(diagonal.any()) else diagonal.new_ones(())
+    # A channel that was always zero has no other entry in its row: it is rounded to nearest and moves no other column.
+    diagonal[diagonal == 0] = mean
+    diagonal += damping * mean
+    if order is not None:
+        damped = damped[order][:, order]
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if bool(failed):
+        raise LogitLockError(
+            f"the Hessian is not positive definite with damping {damping:g}; use more damping or more calibration data"
+        )
+    identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return factor
