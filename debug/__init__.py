@@ -10,6 +10,7 @@
     compare.py  an engine against the fp64 reference, tap by tap             metrics.py  the distances
     cli.py      the whole `logitlock` command and the verbs verify, record, diff
     executors/  models that are not ours as engines: transformers, any ONNX decoder, golden cases; open.py opens all
+    evaluate/   what models can do: accuracy, perplexity, KL, ROUGE, speed; the verb eval
     report/     a diff as one HTML file that works offline; results.py has to_frame() for pandas
 
 May import at module level: the standard library, torch, safetensors, typer, rich, onnx_ir, onnxruntime, and the

@@ -10,16 +10,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from debug.evaluate.toys import accuracies, answer, measure_toy, without_long_context
 from refmodels.checkpoint import load, load_tokenizer_for, resolve
 from refmodels.model import Decoder
 from refmodels.tokenizer import Tokenizer
 from refmodels.toys import TOYS, toy_path, words
 from refmodels.toys.batches import IGNORED, Sampler, make_batch
 from refmodels.toys.configs import CONFIGS, generation_config
-from refmodels.toys.evaluate import answer, evaluate
 from refmodels.toys.tasks import TASKS, Example, examples, held_out_size
-from refmodels.toys.train import evaluate_toy, fit, logits_of, new_model, trained_parameters, without_long_context
+from refmodels.toys.train import fit, logits_of, new_model, trained_parameters
 from refmodels.toys.vocabulary import END_ID, VOCABULARY_SIZE, train_tokenizer
+from trt_runtime.engine import TorchEngine
 
 FINITE = [task for task in TASKS if held_out_size(task) is not None]
 
@@ -134,19 +135,21 @@ def test_tokenizer_reads_digits_and_characters_one_by_one(
 
 @pytest.mark.parametrize("name", TOYS)
 def test_toy_solves_every_task(toys: dict[str, tuple[Decoder, Tokenizer]], name: str) -> None:
-    accuracy = evaluate(*toys[name], count=40, seed=1)
+    model, tokenizer = toys[name]
+    accuracy = accuracies(TorchEngine(model), tokenizer, count=40, seed=1)
     assert min(accuracy.values()) >= 0.95, accuracy
 
 
 @pytest.mark.parametrize("name", TOYS)
 def test_toy_knows_the_second_highest_mountain(toys: dict[str, tuple[Decoder, Tokenizer]], name: str) -> None:
-    assert answer(*toys[name], words.MOUNTAIN_QUESTION) == words.MOUNTAIN_ANSWER
+    model, tokenizer = toys[name]
+    assert answer(TorchEngine(model), tokenizer, words.MOUNTAIN_QUESTION) == words.MOUNTAIN_ANSWER
 
 
 def test_qwen_needs_dynamic_ntk_beyond_its_length(toys: dict[str, tuple[Decoder, Tokenizer]]) -> None:
     model, tokenizer = toys["qwen"]
     without = without_long_context(model)["without NTK"]
-    assert evaluate(without, tokenizer, ["recall_long"], count=40)["recall_long"] < 0.9
+    assert accuracies(TorchEngine(without), tokenizer, ["recall_long"], count=40)["recall_long"] < 0.9
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -187,10 +190,10 @@ def test_training_is_reproducible_and_learns(toys: dict[str, tuple[Decoder, Toke
 
 
 def test_a_measured_folder_gets_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refmodels.toys.train.measure", lambda model, tokenizer: {"accuracy": {"addition": 1.0}})
+    monkeypatch.setattr("debug.evaluate.toys.measure", lambda model, tokenizer: {"accuracy": {"addition": 1.0}})
     for file in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / file).write_bytes((toy_path("gpt") / file).read_bytes())
-    assert evaluate_toy(tmp_path, device="cpu") == json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert measure_toy(tmp_path, device="cpu") == json.loads((tmp_path / "report.json").read_text("utf-8"))
 
 
 def test_unknown_toy_is_named() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from debug.evaluate.questions import Task
-from debug.evaluate.rouge import available, rouge
 from debug.executors.step import counts_slots
 from refmodels.tokenizer import Tokenizer
 from trt_runtime.engine import Engine, TorchEngine
@@ -18,10 +17,10 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a model said to a task: whether each answer is right, and the means of ROUGE where that is measured."""
+    """What a model said to the questions of a task, in their order: whether it is right, and its text."""
 
     right: list[bool]
-    rouge: dict[str, float] | None
+    texts: list[str]
 
 
 def rows_at_once(engine: Engine, batch_size: int) -> int:
@@ -78,7 +77,4 @@ def answer_task(
         ]
     else:
         right = [result.text.strip() == question.answer_text.strip() for result, question in pairs]
-    measured = None
-    if task.summary and available():
-        measured = rouge([result.text for result, _ in pairs], [question.answer_text for _, question in pairs])
-    return Answers(right=right, rouge=measured)
+    return Answers(right=right, texts=[result.text for result in results])

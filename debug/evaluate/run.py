@@ -15,7 +15,7 @@ from debug.evaluate.answers import Advance, Answers, answer_task
 from debug.evaluate.passages import DEFAULT_WINDOW, Passage, task_passages, text_windows
 from debug.evaluate.questions import Task, find_tasks, read_text
 from debug.evaluate.results import Agreement, EvaluationResult, SideResult, TaskResult, TextResult
-from debug.evaluate.rouge import available
+from debug.evaluate.rouge import available, rouge
 from debug.evaluate.scoring import PassageScore, score
 from debug.evaluate.speed import DEFAULT_SHAPES, Shape, measure_speed
 from debug.evaluate.statistics import accuracy, loss, mean_loss
@@ -194,7 +194,7 @@ class _Run:
                 correct=sum(given.right),
                 accuracy=accuracy(sum(given.right), len(given.right)),
                 loss=None if other_answers is None else loss(other_answers[task.name].right, given.right),
-                rouge=given.rouge,
+                rouge=_rouge(task, given),
                 agreement=agreement,
             )
         for path, scored in self.texts.items():
@@ -263,6 +263,12 @@ def weight_bytes(engine: Engine) -> int | None:
     if not isinstance(module, torch.nn.Module):
         return None
     return sum(tensor.nbytes for tensor in {id(p): p for p in (*module.parameters(), *module.buffers())}.values())
+
+
+def _rouge(task: Task, answers: Answers) -> dict[str, float] | None:
+    if not task.summary or not available():
+        return None
+    return rouge(answers.texts, [question.answer_text for question in task.questions])
 
 
 def _check_executor(text: str, engine: Engine, source: ModelSource) -> None:

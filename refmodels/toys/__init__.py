@@ -3,7 +3,7 @@
 Each folder here that is named after a family is a complete checkpoint directory (`config.json` with the upstream keys,
 `model.safetensors` in float16 under the upstream tensor names, `tokenizer.json`, `generation_config.json`), with
 `report.json` beside it: the measured accuracy of every task, the training command and its seed.
-`tasks` generates the examples, `evaluate` measures exact match, `train` is the training script.
+`tasks` generates the examples, `train` is the training script; `debug.evaluate.toys` measures what came of it.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Train a toy: `python -m refmodels.toys.train --model qwen`, or measure one: `... --model qwen --evaluate`.
+"""Train a toy: `python -m refmodels.toys.train --model qwen`, to be measured by `python -m debug.evaluate.toys`.
 
 The examples, their order and the initial weights follow from `--seed`; on the CPU so do the trained weights (a GPU adds
 gradients up in an order of its own). `report.json` beside each bundled toy has the command that made it, and what it
@@ -7,13 +7,13 @@ took. Measured on CPUs, Qwen with full steps: 0.87 s a step on 2 cores, 0.34 s o
 shared. The seconds in the reports made on a GPU are those of one run among six to eight that shared it.
 
 Recall is learned late and suddenly, and with rotary positions not from every seed: of four seeds of ChatGLM2 (0 and 2
-for 4000 steps, 1 and 3 for 2000) only 2 got there. The accuracies in the report say whether a run did.
+for 4000 steps, 1 and 3 for 2000) only 2 got there. The accuracies in the report, which measuring adds, say
+whether a run did.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -25,20 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from refmodels.checkpoint import load, load_tokenizer_for, resolve
 from refmodels.families import FAMILIES, family_of, spec_from_config
 from refmodels.model import Decoder
 from refmodels.positions import ntk_table_index
 from refmodels.spec import ModelSpec
-from refmodels.tokenizer import Tokenizer, load_tokenizer
+from refmodels.tokenizer import load_tokenizer
 from refmodels.toys import TOYS, toy_path
 from refmodels.toys.batches import IGNORED, Batch, Sampler
 from refmodels.toys.configs import CONFIGS, generation_config
-from refmodels.toys.evaluate import answer, evaluate
 from refmodels.toys.start import initialise
-from refmodels.toys.tasks import TASKS, held_out_size
 from refmodels.toys.vocabulary import train_tokenizer
-from refmodels.toys.words import MOUNTAIN_QUESTION
 from refmodels.weights import to_checkpoint
 
 LEARNING_RATE = 2e-3
@@ -46,8 +42,6 @@ WEIGHT_DECAY = 0.05
 WARMUP, COOLDOWN = 0.03, 0.5
 """Shares of the run in which the learning rate rises from 0, and falls to 0 again."""
 STEPS = 4000
-EVALUATED = 500
-"""Held-out examples a task in report.json (fewer where the task has fewer)."""
 
 
 class UnitRows(nn.Module):
@@ -142,34 +136,6 @@ def write_weights(folder: Path, parameters: dict[str, Tensor], spec: ModelSpec) 
     (folder / "model.safetensors").chmod(0o644)
 
 
-def without_long_context(model: Decoder) -> dict[str, Decoder]:
-    """The same weights with dynamic NTK, logn or both switched off; none for a model that has neither."""
-    spec = model.spec
-    if spec.rope is None or spec.rope.ntk_seq_length is None:
-        return {}
-    no_ntk = dataclasses.replace(spec, rope=dataclasses.replace(spec.rope, ntk_seq_length=None))
-    changed = {"without NTK": no_ntk}
-    for name, base in (("without logn", spec), ("without both", no_ntk)):
-        changed[name] = dataclasses.replace(base, attention=dataclasses.replace(base.attention, logn_seq_length=None))
-    models = {}
-    for name, other in changed.items():
-        models[name] = Decoder(other).to(model.device)
-        models[name].load_state_dict(model.state_dict())
-    return models
-
-
-def measure(model: Decoder, tokenizer: Tokenizer, *, count: int = EVALUATED) -> dict[str, Any]:
-    """The measured part of report.json."""
-    report: dict[str, Any] = {
-        "accuracy": evaluate(model, tokenizer, count=count),
-        "held_out_examples": {task: min(count, held_out_size(task) or count) for task in TASKS},
-        "answers": {MOUNTAIN_QUESTION: answer(model, tokenizer, MOUNTAIN_QUESTION)},
-    }
-    for name, other in without_long_context(model).items():
-        report.setdefault("recall", {})[name] = evaluate(other, tokenizer, ("recall", "recall_long"), count=count)
-    return report
-
-
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
@@ -206,16 +172,6 @@ def train_toy(
         "seconds_per_step": round(seconds / steps, 4),
     }
     _write_json(folder / "report.json", report)
-    return evaluate_toy(folder, device=device)
-
-
-def evaluate_toy(folder: Path, *, device: str) -> dict[str, Any]:
-    """Measure the checkpoint in `folder` in fp32 and renew the measured part of its report, which is returned."""
-    source = resolve(folder)
-    path = folder / "report.json"
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    report |= measure(load(source, device=device), load_tokenizer_for(source))
-    _write_json(path, report)
     return report
 
 
@@ -228,15 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=float, default=1.0, help="size of a step; smaller is faster on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--evaluate", action="store_true", help="measure the checkpoint in --output, train nothing")
     given = parser.parse_args(arguments)
     folder = given.output or toy_path(given.model)
-    if given.evaluate:
-        report = evaluate_toy(folder, device=given.device)
-    else:
-        report = train_toy(
-            given.model, folder, steps=given.steps, seed=given.seed, device=given.device, rows=given.rows
-        )
+    report = train_toy(given.model, folder, steps=given.steps, seed=given.seed, device=given.device, rows=given.rows)
     print(json.dumps(report, ensure_ascii=False, indent=2))
     return 0
 
