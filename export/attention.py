@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from export.bodies import WIDE, ints
+from export.bodies import CODE_ELEMENTS, WIDE, ints
 from refmodels.spec import ModelSpec, Numerics
 
 LOWEST = -3.4028234663852886e38
@@ -14,9 +14,9 @@ def attention_body(spec: ModelSpec, dtype: int, numerics: Numerics) -> list[str]
     arithmetic = "exact" if exact else spec.attention.upstream_arithmetic
     return [
         *query_key_value(spec, dtype, numerics),
-        "key = TensorScatter <axis = 2> (past_key, new_key, cache_lengths)",
-        "value = TensorScatter <axis = 2> (past_value, new_value, cache_lengths)",
+        *_cache_write(spec),
         *live_slots(),
+        *_cache_read(spec, exact=exact),
         *mask(spec),
         *(
             _wide_attention(spec, dtype, exact=exact)
@@ -133,6 +133,33 @@ def _rotation_in_working_dtype(spec: ModelSpec) -> list[str]:
     ]
 
 
+def _cache_write(spec: ModelSpec) -> list[str]:
+    """`key` and `value`: the caches with the new slots; a quantised one gets codes (`quantize_cache`)."""
+    lines = []
+    for part in ("key", "value"):
+        new = f"new_{part}"
+        if spec.cache_code is not None:
+            lines += [
+                f"{part}_scale_wide = Cast <to = {WIDE}> ({part}_scale)",
+                f"{new}_wide = Cast <to = {WIDE}> ({new})",
+                f"{new}_codes = QuantizeLinear <axis = 1, output_dtype = {CODE_ELEMENTS[spec.cache_code]}> "
+                f"({new}_wide, {part}_scale_wide)",
+            ]
+            new += "_codes"
+        lines.append(f"{part} = TensorScatter <axis = 2> (past_{part}, {new}, cache_lengths)")
+    return lines
+
+
+def _cache_read(spec: ModelSpec, *, exact: bool) -> list[str]:
+    """`live_key_number` and `live_value_number`: the live slots of a quantised cache, as numbers."""
+    if spec.cache_code is None:
+        return []
+    scale = "scale_wide" if exact else "scale"
+    return [
+        f"live_{part}_number = DequantizeLinear <axis = 1> (live_{part}, {part}_{scale})" for part in ("key", "value")
+    ]
+
+
 def live_slots() -> list[str]:
     """`live_key`, `live_value` [B, kv_heads, T, D]: the slots that hold something."""
     return [
@@ -239,12 +266,18 @@ def alibi_bias(spec: ModelSpec, *, relative: bool) -> list[str]:
     ]
 
 
+def _live(spec: ModelSpec) -> tuple[str, str]:
+    number = "" if spec.cache_code is None else "_number"
+    return f"live_key{number}", f"live_value{number}"
+
+
 def _wide_attention(spec: ModelSpec, dtype: int, *, exact: bool) -> list[str]:
     """Scores, softmax and context in fp32, one rounding at the end: exact numerics, and torch's SDPA."""
+    live_key, live_value = _live(spec)
     lines = [
         f"query_wide = Cast <to = {WIDE}> (query)",
-        f"key_wide = Cast <to = {WIDE}> (live_key)",
-        f"value_wide = Cast <to = {WIDE}> (live_value)",
+        f"key_wide = Cast <to = {WIDE}> ({live_key})",
+        f"value_wide = Cast <to = {WIDE}> ({live_value})",
         *grouped_scores(spec, "query_wide", "key_wide", "products"),
         "scores = Mul (products, scale_number)",
         *alibi_bias(spec, relative=exact),
@@ -269,8 +302,9 @@ def _eager_attention(spec: ModelSpec, dtype: int, *, divide: bool, upcast: bool)
 
     `upcast` computes the scores in fp32 and does not round them.
     """
-    query, key, score_type = ("query_wide", "key_wide", WIDE) if upcast else ("query", "live_key", dtype)
-    widening = [f"query_wide = Cast <to = {WIDE}> (query)", f"key_wide = Cast <to = {WIDE}> (live_key)"]
+    live_key, live_value = _live(spec)
+    query, key, score_type = ("query_wide", "key_wide", WIDE) if upcast else ("query", live_key, dtype)
+    widening = [f"query_wide = Cast <to = {WIDE}> (query)", f"key_wide = Cast <to = {WIDE}> ({live_key})"]
     if divide:
         scaling = ["one_float = Constant <value_float = 1.0> ()", "divisor = Div (one_float, scale_number)"]
         scaling.append("scores_wide = Div (products_wide, divisor)")
@@ -295,6 +329,6 @@ def _eager_attention(spec: ModelSpec, dtype: int, *, divide: bool, upcast: bool)
         "weights_wide = Softmax <axis = -1> (masked)",
         "weights_seen = Mul (weights_wide, sees_any)",
         f"weights = Cast <to = {dtype}> (weights_seen)",
-        *grouped_context(spec, "weights", "live_value"),
+        *grouped_context(spec, "weights", live_value),
         *context_rows(spec, "context_by_head", "context"),
     ]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
 import onnx.parser
 
+from refmodels.quantization.formats import Code
+
 DOMAIN = "refmodels"
 OPSET = 24
 WIDE = onnx.TensorProto.FLOAT
+CODE_ELEMENTS: Mapping[Code, int] = {
+    "int8": onnx.TensorProto.INT8,
+    "int4": onnx.TensorProto.INT4,
+    "fp8": onnx.TensorProto.FLOAT8E4M3FN,
+}
 PLUGIN = 'plugin_namespace: string = "refmodels", plugin_version: string = "1"'
 
 

@@ -18,7 +18,15 @@ from export.graph import Graph, build_graph
 from export.options import build_options
 from export.precision_plan import parameters_of, read_plan
 from export.weights import DATA_NAME, RANDOM_HASH, WeightWriter, random_parameters
-from refmodels.checkpoint import DTYPES, ModelSource, checkpoint_hash, parameter_shapes, resolve, stream_parameters
+from refmodels.checkpoint import (
+    COMPANION_FILES,
+    DTYPES,
+    ModelSource,
+    checkpoint_hash,
+    parameter_shapes,
+    resolve,
+    stream_parameters,
+)
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap_names
@@ -35,19 +43,6 @@ from trt_runtime.bundle import (
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 ATTENTION_MODES: tuple[AttentionMode, ...] = ("plugin", "decomposed", "native")
 NUMERICS: tuple[Numerics, ...] = ("exact", "upstream")
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "qwen.tiktoken",
-    "tokenizer.model",
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
 
 
 def default_output(model: str | Path, precision: str) -> Path:
@@ -146,7 +141,7 @@ def export_model(
     )
     with write_bundle(target, overwrite=overwrite) as draft, ThreadPoolExecutor(1) as pool:
         identity = None if random_weights else pool.submit(checkpoint_hash, source)
-        draft.copy(path for name in _COPIED if (path := source.directory / name).is_file())
+        draft.copy(path for name in ("config.json", *COMPANION_FILES) if (path := source.directory / name).is_file())
         if random_weights:
             tensors = random_parameters(spec, dtype=DTYPES[precision])
         else:
@@ -200,7 +195,7 @@ def _write_model(
     with (directory / DATA_NAME).open("wb") as stream:
         writer = WeightWriter(stream, progress=report)
         for name, tensor in tensors:
-            initializers.append(writer.add(name, tensor, transposed=graph.parameters[name]))
+            initializers.append(writer.add(name, tensor, layout=graph.parameters[name]))
         for name, table in graph.tables.items():
             initializers.append(writer.add(name, table))
     written = {initializer.name for initializer in initializers}

@@ -15,6 +15,7 @@ import onnx
 from export.attention import attention_body
 from export.bodies import PLUGIN, WIDE, ints, make_function
 from export.native import native_attention_body, native_functions
+from refmodels.quantization.arithmetic import LEAST_AMAX
 from refmodels.spec import ModelSpec, Numerics
 from trt_runtime.bundle import AttentionMode, Precision
 
@@ -23,6 +24,9 @@ ELEMENT_TYPES: Mapping[Precision, int] = {
     "fp16": onnx.TensorProto.FLOAT16,
     "bf16": onnx.TensorProto.BFLOAT16,
 }
+
+CACHE_SCALES = ("key_scale", "value_scale")
+"""Inputs of a CachedAttention node with a quantised cache, [kv_heads] each."""
 
 
 def make_functions(
@@ -36,7 +40,7 @@ def make_functions(
     if native:
         functions += native_functions(spec, dtype)
     if spec.norm.kind == "rms":
-        functions.append(_rms_norm(spec, dtype))
+        functions += [_rms_norm(spec, dtype), _rms_norm_quant(spec, dtype)]
     return {f.name: f for f in functions}
 
 
@@ -49,6 +53,8 @@ def attention_inputs(spec: ModelSpec) -> tuple[str, ...]:
         names.append("query_scale")
     if spec.position == "alibi":
         names.append("alibi_slopes")
+    if spec.cache_code is not None:
+        names += CACHE_SCALES
     return tuple(names)
 
 
@@ -73,7 +79,35 @@ def inline(function: onnx.FunctionProto, call: onnx.NodeProto) -> list[onnx.Node
     return nodes
 
 
+_NORM_ATTRIBUTES = "epsilon: float = 1e-6, weight_in_float: int = 0"
+
+
 def _rms_norm(spec: ModelSpec, dtype: int) -> onnx.FunctionProto:
+    attributes = f"{_NORM_ATTRIBUTES}, {PLUGIN}"
+    return make_function("FusedRmsNorm", ("x", "weight"), ("y",), _norm_lines(spec, dtype), attributes=attributes)
+
+
+def _rms_norm_quant(spec: ModelSpec, dtype: int) -> onnx.FunctionProto:
+    """The norm, and its result by token in codes, as `refmodels.quantization.arithmetic.quantize_tokens`."""
+    body = [
+        *_norm_lines(spec, dtype),
+        f"result = Cast <to = {WIDE}> (y)",
+        "size = Abs (result)",
+        "largest = ReduceMax (size, last)",
+        f"least = Constant <value_float = {LEAST_AMAX!r}> ()",
+        "amax = Max (largest, least)",
+        "limit_number = Constant <value_float: float = @limit> ()",
+        "inverse = Div (limit_number, amax)",
+        "steps = Mul (result, inverse)",
+        "one = Constant <value_float = 1.0> ()",
+        "codes = QuantizeLinear <output_dtype: int = @code> (steps, one)",
+        "scales = Div (amax, limit_number)",
+    ]
+    attributes = f"{_NORM_ATTRIBUTES}, code: int = 3, limit: float = 127.0, {PLUGIN}"
+    return make_function("FusedRmsNormQuant", ("x", "weight"), ("y", "codes", "scales"), body, attributes=attributes)
+
+
+def _norm_lines(spec: ModelSpec, dtype: int) -> list[str]:
     body = [
         f"wide = Cast <to = {WIDE}> (x)",
         "two = Constant <value_float = 2.0> ()",
@@ -93,8 +127,7 @@ def _rms_norm(spec: ModelSpec, dtype: int) -> onnx.FunctionProto:
         ]
     else:
         body += [f"rounded = Cast <to = {dtype}> (normed)", "y = Mul (rounded, weight)"]
-    attributes = f"epsilon: float = 1e-6, weight_in_float: int = 0, {PLUGIN}"
-    return make_function("FusedRmsNorm", ("x", "weight"), ("y",), body, attributes=attributes)
+    return body
 
 
 def _gelu_new(dtype: int) -> onnx.FunctionProto:

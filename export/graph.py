@@ -18,12 +18,17 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
 import refmodels.model
-from export.bodies import DOMAIN, OPSET
-from export.functions import ELEMENT_TYPES, attention_inputs, inline, make_functions
+from export import quantized
+from export.bodies import CODE_ELEMENTS, DOMAIN, OPSET
+from export.functions import CACHE_SCALES, ELEMENT_TYPES, attention_inputs, inline, make_functions
+from export.weights import Layout
 from refmodels.checkpoint import DTYPES, empty_decoder
+from refmodels.errors import LogitLockError
 from refmodels.model import gelu_new
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.positions import build_tables
+from refmodels.quantization.formats import LIMITS
+from refmodels.quantization.linear import QuantizedLinear
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import is_cache_tap, tap, tap_names
 from trt_runtime.bundle import AttentionMode, Precision
@@ -45,12 +50,12 @@ _INPUT_SHAPES: Mapping[str, tuple[str, ...]] = {
 class Graph:
     """An ONNX model that still lacks its initializers, and what they must be.
 
-    model: complete but for `graph.initializer`.  parameters: names of `Decoder` parameters; True: stored transposed,
-    [in, out].  tables: position tables, stored as they are.
+    model: complete but for `graph.initializer`.  parameters: names of `Decoder` parameters, and how they are stored.
+    tables: position tables, stored as they are.
     """
 
     model: onnx.ModelProto
-    parameters: dict[str, bool]
+    parameters: dict[str, Layout]
     tables: dict[str, Tensor]
 
 
@@ -71,8 +76,13 @@ def build_graph(
         attention: "plugin" keeps `refmodels::*` nodes with their function bodies, "decomposed" puts the bodies in
             their place, "native" bodies that use TensorRT's own operators for attention.
         max_positions: the longest cache that the position tables serve; None: what the model allows.
-        float32: taps of linear layers that compute in fp32, with weights in fp32 (see `export.precision_plan`).
+        float32: taps of linear layers that compute in fp32, with weights (or their scales) in fp32 (see
+            `export.precision_plan`).
+    Raises:
+        LogitLockError: attention "native" for a quantised cache, which TensorRT's operators do not have.
     """
+    if attention == "native" and spec.cache_code is not None:
+        raise LogitLockError(f"--attention native has no {spec.cache_code} cache; use --attention plugin or decomposed")
     decoder = empty_decoder(spec, numerics=numerics)
     positions = max_positions or spec.max_positions
     built = build_tables(spec, positions=positions, numerics=numerics, dtype=DTYPES[precision])
@@ -83,7 +93,7 @@ def build_graph(
             # As a buffer the table becomes a node of the trace instead of a constant in it.
             delattr(decoder, name)
             decoder.register_buffer(name, table, persistent=False)
-    lowering = _Lowering(decoder, spec, precision, numerics, attention, frozenset(float32))
+    lowering = Lowering(decoder, spec, precision, numerics, attention, frozenset(float32))
     return lowering.run(_Tracer(autowrap_functions=_LEAF_FUNCTIONS).trace(decoder))
 
 
@@ -91,11 +101,16 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (nn.Linear, nn.Embedding, nn.LayerNorm))
+        return isinstance(m, (nn.Linear, nn.Embedding, nn.LayerNorm, QuantizedLinear))
 
 
 @dataclass
-class _Lowering:
+class Lowering:
+    """The trace on its way to a graph; rules add nodes to it.
+
+    coded: for values that a norm has quantised as well, the names of their codes and scales.
+    """
+
     decoder: refmodels.model.Decoder
     spec: ModelSpec
     precision: Precision
@@ -104,13 +119,16 @@ class _Lowering:
     float32: frozenset[str]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)
-    parameters: dict[str, bool] = field(default_factory=dict)
+    parameters: dict[str, Layout] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
     values: dict[fx.Node, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+    coded: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.dtype = ELEMENT_TYPES[self.precision]
+        code = self.spec.cache_code
+        self.cache_dtype = self.dtype if code is None else CODE_ELEMENTS[code]
         self.functions = make_functions(
             self.spec, precision=self.precision, numerics=self.numerics, attention=self.mode
         )
@@ -128,7 +146,10 @@ class _Lowering:
             else:
                 self.lower(node)
         shapes = {name: tap_shape(self.spec, name) for name in tap_names(self.spec)}
-        infos = {n: helper.make_tensor_value_info(n, self.dtype, shape) for n, shape in shapes.items()}
+        infos = {
+            n: helper.make_tensor_value_info(n, self.cache_dtype if is_cache_tap(n) else self.dtype, shape)
+            for n, shape in shapes.items()
+        }
         order = [*_INPUT_SHAPES, *sorted(self.inputs, key=_natural)]
         graph = helper.make_graph(
             self.nodes,
@@ -159,7 +180,7 @@ class _Lowering:
             name = str(node.target)
             table = getattr(self.decoder, name, None) if name in _TABLES else None
             if table is None:
-                self.parameters[name] = False
+                self.parameters[name] = "plain"
             else:
                 self.tables[name] = table
             self.values[node] = name
@@ -237,7 +258,7 @@ class _Lowering:
 
     def embedding_module(self, node: fx.Node) -> None:
         name = f"{node.target}.weight"
-        self.parameters[name] = False
+        self.parameters[name] = "plain"
         self.emit("Gather", [name, self.arg(node, 0, "input")], self.define(node, "rows"), axis=0)
 
     def linear(self, node: fx.Node) -> None:
@@ -246,13 +267,13 @@ class _Lowering:
         weight = f"{node.target}.weight"
         owner = self.owners[id(module.weight)]
         if owner == weight:
-            self.parameters[weight] = True
+            self.parameters[weight] = "transposed"
         else:
             self.emit("Transpose", [owner], weight, perm=[1, 0])
         output = self.define(node, "linear")
         bias = None if module.bias is None else f"{node.target}.bias"
         if bias is not None:
-            self.parameters[bias] = False
+            self.parameters[bias] = "plain"
 
         def product(x: str, y: str) -> None:
             self.emit("MatMul", [x, weight], y if bias is None else f"{y}.product")
@@ -266,23 +287,28 @@ class _Lowering:
         module = self.decoder.get_submodule(str(node.target))
         assert isinstance(module, nn.LayerNorm)
         inputs = [self.arg(node, 0, "input"), f"{node.target}.weight", f"{node.target}.bias"]
-        self.parameters |= dict.fromkeys(inputs[1:], False)
+        self.parameters |= dict.fromkeys(inputs[1:], "plain")
         self.emit("LayerNormalization", inputs, self.define(node, "norm"), axis=-1, epsilon=module.eps, stash_type=1)
 
     def rms_norm(self, node: fx.Node) -> None:
         output = self.define(node, "norm")
-        self.call(
-            "FusedRmsNorm",
-            [self.arg(node, 0, "x"), self.arg(node, 1, "weight")],
-            [output],
-            name=output,
-            epsilon=node.kwargs["eps"],
-            weight_in_float=int(bool(node.kwargs["weight_in_float"])),
-        )
+        inputs, outputs = [self.arg(node, 0, "x"), self.arg(node, 1, "weight")], [output]
+        attributes: dict[str, Any] = {
+            "epsilon": node.kwargs["eps"],
+            "weight_in_float": int(bool(node.kwargs["weight_in_float"])),
+        }
+        code = quantized.norm_code(self.decoder, node)
+        if code is not None:
+            self.coded[output] = f"{output}.codes", f"{output}.scales"
+            outputs += self.coded[output]
+            attributes |= {"code": CODE_ELEMENTS[code], "limit": LIMITS[code]}
+        op = "FusedRmsNorm" if code is None else "FusedRmsNormQuant"
+        self.call(op, inputs, outputs, name=output, **attributes)
 
     def attention(self, node: fx.Node) -> None:
         names = ("qkv", "past_key", "past_value", "cache_lengths", "visible", *_POSITION_INPUTS)
-        given = {n: self.values[a] for n, a in zip(names, node.args, strict=True) if isinstance(a, fx.Node)}
+        arguments = [*zip(names, node.args, strict=True), *((n, node.kwargs[n]) for n in CACHE_SCALES)]
+        given = {n: self.values[a] for n, a in arguments if isinstance(a, fx.Node)}
         expected = attention_inputs(self.spec)
         assert tuple(given) == expected, f"cached_attention was traced with {tuple(given)}, the spec has {expected}"
         outputs: dict[int, fx.Node] = {u.args[1]: u for u in node.users}  # type: ignore[misc]
@@ -312,7 +338,7 @@ class _Lowering:
         assert isinstance(source, fx.Node)
         if source.op == "placeholder":
             name = f"past.blocks.{index}.{str(source.target).removeprefix('past_')}"
-            self.add_input(name, self.dtype, tap_shape(self.spec, name))
+            self.add_input(name, self.cache_dtype, tap_shape(self.spec, name))
             self.values[node] = name
         elif index == (slice(None), None):
             name = self.define(node, f"{self.values[source]}.column")
@@ -375,25 +401,26 @@ class _Lowering:
         self.nodes += inline(self.functions["GeluNew"], call)
 
 
-_RULES: Mapping[Any, Callable[[_Lowering, fx.Node], None]] = {
-    nn.Embedding: _Lowering.embedding_module,
-    nn.Linear: _Lowering.linear,
-    nn.LayerNorm: _Lowering.layer_norm,
-    fused_rms_norm: _Lowering.rms_norm,
-    cached_attention: _Lowering.attention,
-    tap: _Lowering.tap,
-    rope_rows: _Lowering.rope_rows,
-    select_tokens: _Lowering.select_tokens,
-    gelu_new: _Lowering.gelu_new,
-    operator.getitem: _Lowering.getitem,
+_RULES: Mapping[Any, Callable[[Lowering, fx.Node], None]] = {
+    nn.Embedding: Lowering.embedding_module,
+    nn.Linear: Lowering.linear,
+    QuantizedLinear: quantized.lower,
+    nn.LayerNorm: Lowering.layer_norm,
+    fused_rms_norm: Lowering.rms_norm,
+    cached_attention: Lowering.attention,
+    tap: Lowering.tap,
+    rope_rows: Lowering.rope_rows,
+    select_tokens: Lowering.select_tokens,
+    gelu_new: Lowering.gelu_new,
+    operator.getitem: Lowering.getitem,
     operator.add: lambda lowering, node: lowering.binary("Add", node),
     operator.mul: lambda lowering, node: lowering.binary("Mul", node),
-    "squeeze": _Lowering.squeeze,
-    "bool": _Lowering.to_bool,
-    F.embedding: _Lowering.table_rows,
-    F.silu: _Lowering.silu,
-    F.gelu: _Lowering.gelu,
-    F.relu: _Lowering.relu,
+    "squeeze": Lowering.squeeze,
+    "bool": Lowering.to_bool,
+    F.embedding: Lowering.table_rows,
+    F.silu: Lowering.silu,
+    F.gelu: Lowering.gelu,
+    F.relu: Lowering.relu,
 }
 
 

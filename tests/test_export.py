@@ -368,7 +368,7 @@ def test_large_tensors_are_written_in_blocks(tmp_path: Path) -> None:
     written: list[int] = []
     with (tmp_path / "model.onnx.data").open("wb") as stream:
         writer = WeightWriter(stream, progress=written.append)
-        protos = [writer.add("plain", value), writer.add("transposed", value, transposed=True)]
+        protos = [writer.add("plain", value), writer.add("transposed", value, layout="transposed")]
     assert len(written) == 4 and sum(written) == 2 * value.nbytes
     for proto, expected in zip(protos, (value, value.t()), strict=True):
         onnx.external_data_helper.load_external_data_for_tensor(proto, str(tmp_path))

@@ -62,9 +62,9 @@ def graph_of(case: str, precision: Precision) -> onnx.ModelProto:
     shapes = {name: p.shape for name, p in empty_decoder(spec).named_parameters()}
     generator = torch.Generator().manual_seed(0)
     tensors = dict(graph.tables)
-    for name, transposed in graph.parameters.items():
+    for name, layout in graph.parameters.items():
         weight = 0.02 * torch.randn(tuple(shapes[name]), generator=generator)
-        tensors[name] = (weight.T if transposed else weight).to(DTYPES[precision])
+        tensors[name] = (weight.T if layout == "transposed" else weight).to(DTYPES[precision])
     types = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     for name, tensor in tensors.items():
         kind = ELEMENT_TYPES[types[tensor.dtype]]  # type: ignore[index]
