@@ -21,7 +21,7 @@ from debug.evaluate.speed import DEFAULT_SHAPES, Shape, measure_speed
 from debug.evaluate.statistics import accuracy, loss, mean_loss
 from debug.executors.open import open_executor
 from debug.sides import source_of
-from refmodels.checkpoint import ModelSource, load_tokenizer_for
+from refmodels.checkpoint import ModelSource, checkpoint_hash, load_tokenizer_for
 from refmodels.errors import LogitLockError
 from refmodels.tokenizer import Tokenizer
 from trt_runtime.describe import describe
@@ -101,6 +101,8 @@ def evaluate(
     if tokenizer is None:
         assert not found_tasks and not found_texts
 
+    notes: list[str] = []
+
     def opened(text: str) -> Engine:
         if text.endswith(".safetensors"):
             raise LogitLockError(f"{text} is a recording; an evaluation needs an executor that runs")
@@ -114,6 +116,8 @@ def evaluate(
             device=device,
         )
         _check_executor(text, engine, source)
+        if _of_other_weights(engine, source):
+            notes.append(f"{text} was exported from other weights than those of {source.name}")
         return engine
 
     run = _Run(
@@ -135,7 +139,6 @@ def evaluate(
             engine = opened(text)
             results.append(run.measure(text, engine, other, other_answers)[0])
             del engine
-    notes = []
     if any(task.summary for task in found_tasks) and not available():
         notes.append("ROUGE is left out: it needs rouge-score (pip install 'logitlock[eval]')")
     return EvaluationResult(
@@ -280,6 +283,14 @@ def _check_executor(text: str, engine: Engine, source: ModelSource) -> None:
         raise LogitLockError(
             f"{text} is not made from {source.name}: the architecture differs in {spec_difference(ours, theirs)}"
         )
+
+
+def _of_other_weights(engine: Engine, source: ModelSource) -> bool:
+    """Whether a bundle was made from another checkpoint; a quantised one always is, and that is what is measured."""
+    bundle = getattr(engine, "bundle", None)
+    if bundle is None or bundle.spec.quantization is not None:
+        return False
+    return bool(bundle.info.checkpoint_hash != checkpoint_hash(source))
 
 
 def _text(content: str, source: ModelSource, tokenizer: Tokenizer | None, *, window: int, stride: int) -> Text:
