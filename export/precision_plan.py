@@ -1,9 +1,11 @@
-"""Which modules of a half-precision engine stay in fp32: what `logitlock bisect` writes and `export` takes.
+"""Which modules have another precision than the rest: what `logitlock bisect` writes, `export` and `quantize` take.
 
     {"schema": 1, "precision": "fp16", "float32": ["blocks.3.mlp.out", "logits"]}
+    {"schema": 1, "precision": "int4-awq", "schemes": {"blocks.0.*": "int8", "blocks.*.mlp.out": null}}
 
 A module is a linear layer, named by its tap.  In fp32 its weights are not rounded and its sums are taken in fp32; its
-input and its output keep the working dtype, so that every tap does.
+input and its output keep the working dtype, so that every tap does.  `schemes` gives layers another quantisation, or
+none (null), by patterns (* and ?); the last one that matches counts.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import dataclasses
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from refmodels.errors import LogitLockError
@@ -26,11 +29,13 @@ _LINEAR = ("attn.qkv", "attn.out", "mlp.gate", "mlp.up", "mlp.out")
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionPlan:
-    """precision: of all other modules.  float32: taps of the linear layers that stay in fp32."""
+    """precision: of all other modules, a dtype or a scheme.  float32: taps of the linear layers that stay in fp32.
+    schemes: of quantisation, by pattern of taps."""
 
     schema: int = SCHEMA
-    precision: Precision
+    precision: str
     float32: list[str] = field(default_factory=list)
+    schemes: dict[str, str | None] = field(default_factory=dict)
 
 
 def linear_taps(spec: ModelSpec) -> list[str]:
@@ -59,6 +64,37 @@ def read_plan(path: Path, spec: ModelSpec, precision: Precision) -> PrecisionPla
     Raises:
         LogitLockError: no such file, no plan, another schema or precision, or a module that the model does not have.
     """
+    plan = _read(path, precision)
+    if plan.schemes:
+        raise LogitLockError(f"{path} quantises layers, but --precision is {precision}; it is for `logitlock quantize`")
+    if plan.precision == "fp32" and plan.float32:
+        raise LogitLockError(f"{path} keeps modules in fp32, but everything is fp32; export it with fp16 or bf16")
+    known = set(linear_taps(spec))
+    for name in plan.float32:
+        if name not in known:
+            raise LogitLockError(f"{path} names {name!r}, which is no linear layer of {spec.variant}")
+    return plan
+
+
+def read_schemes(path: Path, spec: ModelSpec, scheme: str | None) -> dict[str, str | None]:
+    """The layers, by their names in `Decoder`, that a plan gives another scheme than `scheme`; None: no quantisation.
+
+    Raises:
+        LogitLockError: as `read_plan`; layers that are to be in fp32; a pattern that matches no layer.
+    """
+    plan = _read(path, scheme)
+    if plan.float32:
+        raise LogitLockError(f"{path} keeps modules in fp32, which a quantised model cannot; give them null in schemes")
+    found: dict[str, str | None] = {}
+    for pattern, other in plan.schemes.items():
+        matching = [name for name in linear_taps(spec) if fnmatchcase(name, pattern)]
+        if not matching:
+            raise LogitLockError(f"{path} names {pattern!r}, which matches no linear layer of {spec.variant}")
+        found |= {"head" if name == "logits" else name: other for name in matching}
+    return found
+
+
+def _read(path: Path, precision: str | None) -> PrecisionPlan:
     data = read_json(path)
     if data.get("schema") != SCHEMA:
         raise LogitLockError(
@@ -67,10 +103,4 @@ def read_plan(path: Path, spec: ModelSpec, precision: Precision) -> PrecisionPla
     plan = read_record(PrecisionPlan, data, str(path))
     if plan.precision != precision:
         raise LogitLockError(f"{path} is a plan for {plan.precision}, but --precision is {precision}")
-    if plan.precision == "fp32" and plan.float32:
-        raise LogitLockError(f"{path} keeps modules in fp32, but everything is fp32; export it with fp16 or bf16")
-    known = set(linear_taps(spec))
-    for name in plan.float32:
-        if name not in known:
-            raise LogitLockError(f"{path} names {name!r}, which is no linear layer of {spec.variant}")
     return plan

@@ -36,6 +36,20 @@ if TYPE_CHECKING:
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Working dtypes of the reference, by the names that the command line uses."""
 
+COMPANION_FILES = (
+    "generation_config.json",
+    "qwen.tiktoken",
+    "tokenizer.model",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+"""What lies beside config.json and the weights, and belongs into a bundle or a copy of a model."""
+
 TOYS = Path(__file__).parent / "toys"
 _PREFIXES = ("transformer.", "model.")
 _TIED_HEAD = "lm_head.weight"

@@ -77,9 +77,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     allowed = options if origin in (typing.Union, types.UnionType) else (origin or hint,)
     if value is None and type(None) in allowed:
         return None
-    record = next((o for o in allowed if dataclasses.is_dataclass(o)), None)
-    if record is not None:
-        return read_record(typing.cast(type[Any], record), value, where)
+    inner = next((o for o in allowed if dataclasses.is_dataclass(o) or typing.get_origin(o) is Literal), None)
+    if inner is not None and inner is not hint:
+        return _value(inner, value, where)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):

@@ -74,7 +74,7 @@ def write_config(quantization: QuantizationSpec, modules: Modules, storage: Stor
         }  # fmt: skip
     groups = {
         f"group_{number}": {
-            "targets": [name for module in group.modules for name in modules[module]],
+            "targets": list(dict.fromkeys(name for module in group.modules for name in modules[module])),
             "weights": _weights(group.format),
             "input_activations": _input(group.format),
             "output_activations": None,

@@ -1,0 +1,334 @@
+"""Quantising a model layer by layer: calibration data streams through one block at a time.
+
+In memory are the parameters of one block in fp32, what its observers keep, and the residual stream of all calibration
+tokens (tokens x hidden size x 4 bytes).  Blocks after a quantised one see its float output, or with GPTQ, as in its
+paper, what the quantised one makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.quantization.checkpoint import CheckpointWriter
+from export.quantization.data import CalibrationData, calibration_data
+from export.quantization.fold import TAPS, Site
+from export.quantization.method import (
+    InputObserver,
+    Method,
+    MethodOptions,
+    QuantizedLayers,
+    observed_sites,
+    quantize_layers,
+)
+from export.quantization.schemes import SCHEMES, QuantizeOptions, plan_of, quantization_of
+from refmodels.cache import KVCache, StepInputs
+from refmodels.checkpoint import (
+    COMPANION_FILES,
+    ModelSource,
+    checkpoint_hash,
+    empty_decoder,
+    put_parameter,
+    stream_parameters,
+)
+from refmodels.errors import LogitLockError
+from refmodels.quantization.formats import LIMITS, LinearFormat, QuantizationSpec
+from refmodels.quantization.storage import Layout, Storage
+from refmodels.spec import ModelSpec
+from refmodels.taps import Recorder, recording
+
+SCHEMA = 1
+Progress = Callable[[str, int, int], None]
+
+
+def quantize_model(
+    source: ModelSource,
+    output: Path,
+    options: QuantizeOptions,
+    *,
+    data: CalibrationData | None = None,
+    layout: Layout = "compressed-tensors",
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a quantised checkpoint; it appears whole or not at all.
+
+    Args:
+        source: the model, not quantised.
+        output: the directory to write, missing or empty.
+        options: what to quantise, and how.
+        data: for the methods and scales that need inputs; None: `calibration_data(source)`.
+        layout: how codes are stored.
+        device: where blocks run and methods compute.
+        progress: called with what is done, how much of it and how much in all.
+    Returns: `output`.
+    Raises:
+        LogitLockError: a model that is quantised already, an output that is not empty, options that do not fit the
+            model, activations that are not finite, and as `stream_parameters`.
+    """
+    spec = source.spec
+    if spec.quantization is not None:
+        raise LogitLockError(f"{source.name} is quantised already ({spec.quantization.describe()})")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise LogitLockError(f"the output {output} is not an empty directory; choose another path")
+    quantization = quantization_of(spec, options)
+    method = replace(options.method, method=_method(options, spec))
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as made:
+        draft = Path(made) / "checkpoint"
+        draft.mkdir()
+        writer = CheckpointWriter(source, draft, quantization, Storage(layout=layout))
+        with torch.no_grad():
+            run = _Run(source, quantization, method, device, progress or (lambda what, done, total: None))
+            reports = run.quantize(writer, data)
+        writer.finish(
+            {
+                "schema": SCHEMA,
+                "tool": f"logitlock {importlib.metadata.version('logitlock')}",
+                "model": source.name.rpartition("/")[2],
+                "checkpoint_hash": checkpoint_hash(source),
+                "scheme": options.scheme,
+                "method": {**dataclasses.asdict(method), "scale_dtype": None},
+                "quantization": dataclasses.asdict(quantization),
+                "calibration": run.data_used,
+                "layers": reports,
+            },
+            (path for name in COMPANION_FILES if (path := source.directory / name).is_file()),
+        )
+        if output.exists():
+            output.rmdir()
+        draft.rename(output)
+    return output
+
+
+def _method(options: QuantizeOptions, spec: ModelSpec) -> Method:
+    """The method of the scheme and of those that a plan names: one, besides rounding to nearest."""
+    names = {options.scheme, *plan_of(spec, options).values()}
+    methods = {SCHEMES[name].method for name in names if name is not None} - {"rtn"}
+    if len(methods) > 1:
+        mixed = ", ".join(sorted(methods))
+        raise LogitLockError(f"{options.plan} mixes {mixed}; besides rounding to nearest there can be one method")
+    return methods.pop() if methods else "rtn"
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Calibration rows, padded on the right; `hidden` is the residual stream, on the CPU."""
+
+    plan: StepInputs
+    hidden: Tensor
+
+
+class _Run:
+    def __init__(
+        self,
+        source: ModelSource,
+        quantization: QuantizationSpec,
+        method: MethodOptions,
+        device: torch.device | str,
+        progress: Progress,
+    ) -> None:
+        self.source, self.spec, self.method, self.device = source, source.spec, method, device
+        self.formats = {module: quantization.format_of(module) for module in self.spec.linears}
+        self.cache = quantization.cache
+        self.progress = progress
+        self.decoder = empty_decoder(self.spec).eval()
+        self.data_used: dict[str, Any] | None = None
+        self._batches: list[_Batch] = []
+
+    def quantize(self, writer: CheckpointWriter, data: CalibrationData | None) -> dict[str, Any]:
+        """Every block, then the head; the errors of layers by name."""
+        layers = range(self.spec.layers)
+        head: dict[str, LinearFormat | None] = {"head": self.formats.get("head")}
+        needed = self.cache is not None or any(
+            observed_sites(self.spec, formats, self.method) for formats in (*map(self._block_formats, layers), head)
+        )
+        if needed:
+            self._begin(data if data is not None else calibration_data(self.source))
+        reports: dict[str, Any] = {}
+        steps = self.spec.layers + (head["head"] is not None)
+        for layer in layers:
+            self._block(layer, writer, reports)
+            self.progress("quantising", layer + 1, steps)
+        if head["head"] is not None:
+            self._head(head, writer, reports)
+            self.progress("quantising", steps, steps)
+        return reports
+
+    def _begin(self, data: CalibrationData) -> None:
+        """Embed the calibration rows."""
+        self.data_used = {
+            "origin": data.origin, "sha256": data.sha256, "rows": len(data.rows), "tokens": data.tokens,
+        }  # fmt: skip
+        batches = data.batches()
+        with self._holding(("final_norm.",)):
+            self.decoder.prepare_tables(max(ids.shape[1] for ids, _ in batches))
+        one_layer = replace(self.spec, layers=1)
+        with self._holding(("embed.", "position_embed.")):
+            for ids, mask in batches:
+                plan = KVCache(one_layer, batch=len(ids), capacity=ids.shape[1]).plan(ids, mask)
+                hidden = self.decoder.embed(plan.input_ids.to(self.device))
+                if self.spec.position == "learned":
+                    assert plan.position_ids is not None
+                    hidden = hidden + self.decoder.position_embed(plan.position_ids.to(self.device))
+                self._batches.append(_Batch(plan, hidden.cpu()))
+
+    def _block_formats(self, layer: int) -> dict[str, LinearFormat | None]:
+        prefix = f"blocks.{layer}."
+        return {m.removeprefix(prefix): f for m, f in self.formats.items() if m.startswith(prefix)}
+
+    def _block(self, layer: int, writer: CheckpointWriter, reports: dict[str, Any]) -> None:
+        prefix, formats = f"blocks.{layer}.", self._block_formats(layer)
+        with self._holding((prefix,)) as parameters:
+            floats = {name.removeprefix(prefix): value for name, value in parameters.items()}
+            observers: dict[Site, InputObserver] = {
+                site: InputObserver(f"{prefix}{site}", self.spec, site, formats, self.method)
+                for site in observed_sites(self.spec, formats, self.method)
+            }
+            ranges = _CacheRanges()
+            outputs = self._forward(layer, observers, ranges)
+            result = _named(prefix, lambda: quantize_layers(self.spec, floats, observers, formats, self.method))
+            if self.method.method == "gptq" and self._batches:
+                self._put_back(prefix, result)
+                outputs = self._forward(layer, {}, _CacheRanges())
+            self._batches = [_Batch(b.plan, y) for b, y in zip(self._batches, outputs, strict=True)]
+            self._write(prefix, floats, result, writer, reports, self._cache_scales(prefix, ranges, result))
+
+    def _head(
+        self, formats: Mapping[str, LinearFormat | None], writer: CheckpointWriter, reports: dict[str, Any]
+    ) -> None:
+        with self._holding(("final_norm.", "head.")) as parameters:
+            observers: dict[Site, InputObserver] = {
+                site: InputObserver("head", self.spec, site, formats, self.method)
+                for site in observed_sites(self.spec, formats, self.method)
+            }
+            for batch in self._batches if observers else ():
+                normed = self.decoder.final_norm(batch.hidden.to(self.device))
+                for observer in observers.values():
+                    observer.observe(normed[batch.plan.new_mask.to(self.device)])
+            result = _named("", lambda: quantize_layers(self.spec, parameters, observers, formats, self.method))
+            self._write("", parameters, result, writer, reports, {})
+
+    def _forward(self, layer: int, observers: Mapping[Site, InputObserver], ranges: _CacheRanges) -> list[Tensor]:
+        """The block's outputs; its inputs go to the observers, and what it caches to `ranges`."""
+        block, path = self.decoder.blocks[layer], f"blocks.{layer}"
+        sites = {f"{path}.{TAPS[site]}": observer for site, observer in observers.items()}
+        outputs = []
+        for batch in self._batches:
+            plan = batch.plan
+            real = plan.new_mask.to(self.device)
+
+            def watch(name: str, tensor: Tensor, real: Tensor = real) -> None:
+                if name in sites:
+                    sites[name].observe(tensor[real])
+                elif self.cache is not None and name in (f"{path}.key", f"{path}.value"):
+                    ranges.observe(name.removeprefix(f"{path}."), tensor.transpose(1, 2)[real])
+
+            inputs = {name: value.to(self.device) for name, value in plan.tensors().items()}
+            ids = inputs["input_ids"]
+            positions = self.decoder.positions(
+                inputs.get("position_ids", ids), inputs.get("ntk_table", inputs["cache_lengths"])
+            )
+            a = self.spec.attention
+            shape = (len(ids), a.kv_heads, ids.shape[1], a.head_dim)
+            key, value = (torch.zeros(shape, device=self.device) for _ in range(2))
+            with recording(Recorder(sink=watch)):
+                y, _, _ = block(
+                    batch.hidden.to(self.device),
+                    key,
+                    value,
+                    inputs["cache_lengths"],
+                    inputs["attention_mask"].bool(),
+                    *positions,
+                )
+            outputs.append(y.cpu())
+        return outputs
+
+    def _put_back(self, prefix: str, result: QuantizedLayers) -> None:
+        """Run the block with the weights that were found, in floats."""
+        for name, value in result.parameters.items():
+            put_parameter(self.decoder, f"{prefix}{name}", value)
+        for name, weight in result.weights.items():
+            put_parameter(self.decoder, f"{prefix}{name}.weight", weight.dequantized(torch.float32))
+
+    def _cache_scales(self, prefix: str, ranges: _CacheRanges, result: QuantizedLayers) -> dict[str, Tensor]:
+        if self.cache is None:
+            return {}
+        a = self.spec.attention
+        found = {}
+        for part, largest in ranges.largest.items():
+            if part == "value" and (divisor := result.folded.get("attn.out")) is not None:
+                # Folding divided the rows that make values; query heads of a group share the divisor.
+                largest = largest / divisor.view(a.kv_heads, -1, a.head_dim)[:, 0].to(largest.device)
+            found[f"{prefix}attn.{part}_scale"] = (largest.amax(1) / LIMITS[self.cache]).clamp(min=2.0**-24)
+        return found
+
+    def _write(
+        self,
+        prefix: str,
+        floats: Mapping[str, Tensor],
+        result: QuantizedLayers,
+        writer: CheckpointWriter,
+        reports: dict[str, Any],
+        cache_scales: Mapping[str, Tensor],
+    ) -> None:
+        changed = {name for name, value in result.parameters.items() if value is not floats[name]}
+        shared = {part.name for name in changed for part in writer.table[f"{prefix}{name}"]}
+        together = {
+            f"{prefix}{name}": value
+            for name, value in result.parameters.items()
+            if shared & {part.name for part in writer.table.get(f"{prefix}{name}", ())}
+        }
+        writer.add(
+            {f"{prefix}{name}": weight for name, weight in result.weights.items()},
+            {f"{prefix}{name}": scale for name, scale in result.input_scales.items()},
+            together,
+            cache_scales,
+        )
+        reports |= {f"{prefix}{name}": dataclasses.asdict(report) for name, report in result.reports.items()}
+
+    @contextmanager
+    def _holding(self, prefixes: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+        """Parameters in fp32 on the device, in the decoder inside the block; given by name."""
+        held = {
+            name: value.to(self.device)
+            for name, value in stream_parameters(self.source, dtype=torch.float32, prefixes=prefixes)
+        }
+        for name, value in held.items():
+            put_parameter(self.decoder, name, value)
+        try:
+            yield held
+        finally:
+            for name, value in held.items():
+                # The decoder tells its dtype and device by its last norm.
+                if not name.startswith("final_norm."):
+                    put_parameter(self.decoder, name, torch.empty_like(value, device="meta"))
+
+
+class _CacheRanges:
+    """Largest magnitude of cached keys and values, [kv_heads, head_dim] each."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, Tensor] = {}
+
+    def observe(self, part: str, tokens: Tensor) -> None:
+        """tokens: [tokens, kv_heads, head_dim]."""
+        found = tokens.abs().amax(0)
+        self.largest[part] = torch.maximum(self.largest[part], found) if part in self.largest else found
+
+
+def _named(prefix: str, work: Callable[[], QuantizedLayers]) -> QuantizedLayers:
+    try:
+        return work()
+    except LogitLockError as error:
+        raise LogitLockError(f"{prefix}{error}") from None

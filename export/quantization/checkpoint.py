@@ -1,0 +1,172 @@
+"""Writing a quantised model as a checkpoint in Hugging Face layout, layer by layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from refmodels.checkpoint import ModelSource, match_names, upstream_modules
+from refmodels.errors import LogitLockError
+from refmodels.quantization.arithmetic import QuantizedWeight
+from refmodels.quantization.config import write_config
+from refmodels.quantization.formats import QuantizationSpec
+from refmodels.quantization.reading import QuantisedReader
+from refmodels.quantization.storage import Storage
+from refmodels.shards import WeightFiles
+from refmodels.weights import Part, to_checkpoint
+
+PROVENANCE_NAME = "quantization.json"
+_SHARD_BYTES = 2 << 30
+_SINGLE = "model.safetensors"
+
+
+class CheckpointWriter:
+    """Collects layers under their upstream names and writes them as they fill a shard.
+
+    Args:
+        source: the model that is being quantised, in floats.
+        directory: an empty directory.
+        quantization: what is quantised and how.
+        storage: how codes are stored.
+    """
+
+    def __init__(self, source: ModelSource, directory: Path, quantization: QuantizationSpec, storage: Storage) -> None:
+        self.source, self.directory, self.quantization, self.storage = source, directory, quantization, storage
+        self.table = source.family.weights(source.spec)
+        spec = replace(source.spec, quantization=quantization)
+        self.reader = QuantisedReader(spec, self.table, storage)
+        self.files = WeightFiles(source.directory)
+        self.stored = match_names(self.files.tensors, self.table, source)
+        self._check_shared()
+        # Before any work: the layout may have no way to say it.
+        self.config = write_config(quantization, upstream_modules(source.spec, source.family), storage)
+        self._shard: dict[str, Tensor] = {}
+        self._shards: list[dict[str, Path]] = []
+        self._written: set[str] = set()
+        self._bytes = 0
+
+    def add(
+        self,
+        weights: Mapping[str, QuantizedWeight],
+        input_scales: Mapping[str, Tensor],
+        floats: Mapping[str, Tensor],
+        cache_scales: Mapping[str, Tensor],
+    ) -> None:
+        """Some layers; those that share a checkpoint module must come together.
+
+        Args:
+            weights, input_scales: by the layer's name in `Decoder`.
+            floats: parameters that are no longer what the source holds, by name.
+            cache_scales: [kv_heads], by the parameter's name.
+        """
+        modules: dict[str, dict[str, Tensor]] = {}
+        for kind in ("codes", "scale", "zero"):
+            by_module = {name: getattr(weight, kind) for name, weight in weights.items()}
+            for module, tensor in self._upstream({n: t for n, t in by_module.items() if t is not None}).items():
+                modules.setdefault(module, {})[kind] = tensor
+        owners = {part.name.removesuffix(".weight"): name for name in weights for part in self.table[f"{name}.weight"]}
+        for module, tensors in modules.items():
+            name = owners[module]
+            whole = QuantizedWeight(
+                codes=tensors["codes"], scale=tensors["scale"], zero=tensors.get("zero"), order=weights[name].order
+            )
+            encoded = self.storage.encode(whole, self.reader.formats[module], input_scale=input_scales.get(name))
+            for suffix, tensor in encoded.items():
+                self._put(f"{module}.{suffix}", tensor)
+        for parameter, scale in cache_scales.items():
+            self._put(self.reader.cache_names[parameter], scale)
+        changed = {parameter: self.table[parameter] for parameter in floats}
+        for name, tensor in to_checkpoint(changed, floats).items():
+            self._put(name, tensor)
+
+    def finish(self, provenance: Mapping[str, Any], copied: Iterable[Path]) -> None:
+        """Write what the source holds unchanged, the index, config.json, the provenance, and copies of other files."""
+        for name, tensor in self.stored.items():
+            if name not in self._written and not self.reader.replaces(name):
+                self._put(name, self.files.read(tensor).clone())
+        self._flush()
+        self._index()
+        config = {**self.source.config, "quantization_config": self.config}
+        _write_json(self.directory / "config.json", config)
+        _write_json(self.directory / PROVENANCE_NAME, dict(provenance))
+        for path in copied:
+            (self.directory / path.name).write_bytes(path.read_bytes())
+
+    def _check_shared(self) -> None:
+        """Layers that share a module of the checkpoint must have one format."""
+        sharing: dict[str, list[str]] = {}
+        for name, upstream in upstream_modules(self.source.spec, self.source.family).items():
+            for module in upstream:
+                sharing.setdefault(module, []).append(name)
+        for module, names in sharing.items():
+            if len({self.quantization.format_of(name) for name in names}) > 1:
+                raise LogitLockError(
+                    f"{' and '.join(names)} are one module in checkpoints of {self.source.spec.variant} ({module}), so "
+                    "they need one format"
+                )
+
+    def _upstream(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors [out, ...] of our layers as those of the checkpoint's modules: split, or put together."""
+        # Of a module that two of our layers share, the rows of both are there.
+        table = {
+            f"{name}.weight": tuple(_rows_of(part, tensor) for part in self.table[f"{name}.weight"])
+            for name, tensor in tensors.items()
+        }
+        parts = to_checkpoint(table, {f"{name}.weight": tensor for name, tensor in tensors.items()})
+        return {name.removesuffix(".weight"): tensor for name, tensor in parts.items()}
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        tensor = tensor.detach().cpu().contiguous()
+        if self._bytes + tensor.nbytes > _SHARD_BYTES and self._shard:
+            self._flush()
+        self._shard[name] = tensor
+        self._written.add(name)
+        self._bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        if self._shard:
+            path = self.directory / f"shard-{len(self._shards):05}.safetensors"
+            try:
+                save_file(self._shard, path, metadata={"format": "pt"})
+            except OSError as error:
+                raise LogitLockError(f"{path} cannot be written: {error.strerror or error}") from None
+            self._shards.append(dict.fromkeys(self._shard, path))
+            self._shard, self._bytes = {}, 0
+
+    def _index(self) -> None:
+        """Give the shards the names that loaders look for."""
+        if len(self._shards) == 1:
+            next(iter(self._shards[0].values())).rename(self.directory / _SINGLE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(self._shards, 1):
+            name = f"model-{number:05}-of-{len(self._shards):05}.safetensors"
+            next(iter(shard.values())).rename(self.directory / name)
+            weight_map |= dict.fromkeys(shard, name)
+        _write_json(self.directory / f"{_SINGLE}.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def _rows_of(part: Part, tensor: Tensor) -> Part:
+    """The part of a tensor that has the rows of a weight and other columns."""
+    rows = part.shape[1] if part.transposed else part.shape[0]
+    return replace(part, shape=(rows, *tensor.shape[1:]), transposed=False)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_provenance(directory: Path) -> dict[str, Any] | None:
+    """What `logitlock quantize` wrote of how the checkpoint was made; None: another program made it."""
+    path = directory / PROVENANCE_NAME
+    if not path.is_file():
+        return None
+    from refmodels.records import read_json
+
+    return read_json(path)
