@@ -15,7 +15,6 @@ def attention_body(spec: ModelSpec, dtype: int, numerics: Numerics) -> list[str]
     return [
         *query_key_value(spec, dtype, numerics),
         *_cache_write(spec),
-        *live_slots(),
         *_cache_read(spec, exact=exact),
         *mask(spec),
         *(
@@ -151,23 +150,23 @@ def _cache_write(spec: ModelSpec) -> list[str]:
 
 
 def _cache_read(spec: ModelSpec, *, exact: bool) -> list[str]:
-    """`live_key_number` and `live_value_number`: the live slots of a quantised cache, as numbers."""
+    """`live_key`, `live_value` [B, kv_heads, T, D]: the slots that hold something, as numbers."""
     if spec.cache_code is None:
-        return []
+        return live_slots()
     scale = "scale_wide" if exact else "scale"
-    return [
-        f"live_{part}_number = DequantizeLinear <axis = 1> (live_{part}, {part}_{scale})" for part in ("key", "value")
-    ]
+    # Not in the other order, which would touch the live slots only: ONNX has no Slice of fp8.
+    numbers = [f"{part}_number = DequantizeLinear <axis = 1> ({part}, {part}_{scale})" for part in ("key", "value")]
+    return [*numbers, *live_slots(suffix="_number")]
 
 
-def live_slots() -> list[str]:
+def live_slots(*, suffix: str = "") -> list[str]:
     """`live_key`, `live_value` [B, kv_heads, T, D]: the slots that hold something."""
     return [
         "live = Shape <start = 1, end = 2> (visible)",
         ints("start", 0),
         ints("slot_axis", 2),
-        "live_key = Slice (key, start, live, slot_axis)",
-        "live_value = Slice (value, start, live, slot_axis)",
+        f"live_key = Slice (key{suffix}, start, live, slot_axis)",
+        f"live_value = Slice (value{suffix}, start, live, slot_axis)",
     ]
 
 
@@ -266,18 +265,12 @@ def alibi_bias(spec: ModelSpec, *, relative: bool) -> list[str]:
     ]
 
 
-def _live(spec: ModelSpec) -> tuple[str, str]:
-    number = "" if spec.cache_code is None else "_number"
-    return f"live_key{number}", f"live_value{number}"
-
-
 def _wide_attention(spec: ModelSpec, dtype: int, *, exact: bool) -> list[str]:
     """Scores, softmax and context in fp32, one rounding at the end: exact numerics, and torch's SDPA."""
-    live_key, live_value = _live(spec)
     lines = [
         f"query_wide = Cast <to = {WIDE}> (query)",
-        f"key_wide = Cast <to = {WIDE}> ({live_key})",
-        f"value_wide = Cast <to = {WIDE}> ({live_value})",
+        f"key_wide = Cast <to = {WIDE}> (live_key)",
+        f"value_wide = Cast <to = {WIDE}> (live_value)",
         *grouped_scores(spec, "query_wide", "key_wide", "products"),
         "scores = Mul (products, scale_number)",
         *alibi_bias(spec, relative=exact),
@@ -302,9 +295,8 @@ def _eager_attention(spec: ModelSpec, dtype: int, *, divide: bool, upcast: bool)
 
     `upcast` computes the scores in fp32 and does not round them.
     """
-    live_key, live_value = _live(spec)
-    query, key, score_type = ("query_wide", "key_wide", WIDE) if upcast else ("query", live_key, dtype)
-    widening = [f"query_wide = Cast <to = {WIDE}> (query)", f"key_wide = Cast <to = {WIDE}> ({live_key})"]
+    query, key, score_type = ("query_wide", "key_wide", WIDE) if upcast else ("query", "live_key", dtype)
+    widening = [f"query_wide = Cast <to = {WIDE}> (query)", f"key_wide = Cast <to = {WIDE}> (live_key)"]
     if divide:
         scaling = ["one_float = Constant <value_float = 1.0> ()", "divisor = Div (one_float, scale_number)"]
         scaling.append("scores_wide = Div (products_wide, divisor)")
@@ -329,6 +321,6 @@ def _eager_attention(spec: ModelSpec, dtype: int, *, divide: bool, upcast: bool)
         "weights_wide = Softmax <axis = -1> (masked)",
         "weights_seen = Mul (weights_wide, sees_any)",
         f"weights = Cast <to = {dtype}> (weights_seen)",
-        *grouped_context(spec, "weights", live_value),
+        *grouped_context(spec, "weights", "live_value"),
         *context_rows(spec, "context_by_head", "context"),
     ]

@@ -129,6 +129,9 @@ def _packed(block: Tensor) -> Tensor:
 
 def _blocks(tensor: Tensor, *, transposed: bool) -> Iterator[Tensor]:
     """Contiguous pieces of a tensor, or of its transpose, in the order of storage."""
+    if tensor.ndim == 0:
+        yield tensor
+        return
     axis = 1 if transposed else 0
     length = tensor.shape[axis]
     # An even number of rows, so that no byte of packed codes is shared by two blocks.

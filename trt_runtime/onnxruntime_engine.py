@@ -21,18 +21,36 @@ from torch import Tensor
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoint import DTYPES
 from refmodels.errors import LogitLockError
+from refmodels.quantization.formats import CODE_TYPES
 from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, is_cache_tap, tap_names
 from trt_runtime.bundle import Bundle, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.older_onnxruntime import has_tensor_scatter, without_tensor_scatter
+from trt_runtime.quantized_kernels import cache_as_bytes, use_integer_kernels
 from trt_runtime.rounding import HALF_TYPES, compute_in_float, cut_at, inline_and_type, load_graph, promote
 
-_ELEMENT_TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
-_TORCH_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
+# fp8 caches are bound as bytes: ONNX Runtime's kernels do not move fp8 (see `cache_as_bytes`).
+_ELEMENT_TYPES = {
+    torch.float32: 1,
+    torch.float8_e4m3fn: 2,
+    torch.int8: 3,
+    torch.int64: 7,
+    torch.float16: 10,
+    torch.bfloat16: 16,
+}
+_TORCH_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.float8_e4m3fn,
+}
 _BOTH_SESSIONS_BYTES = 2 << 30
 """Up to this size of weights the tapped and the untapped session stay loaded together."""
 _LOG_SEVERITY = 3
+_WRONG = {"MatMulIntegerToFloatFusion"}
+"""Optimisations of ONNX Runtime 1.31 that change results: this one takes a scale for each token for one of all."""
 _FED = "fed."
 _Mode = Literal["plain", "tapped", "cut"]
 
@@ -100,7 +118,7 @@ class OnnxRuntimeEngine(Engine):
         self.threads = torch.get_num_threads() if threads is None else threads
         if self.threads < 1:
             raise LogitLockError(f"threads must be at least 1, got {threads}")
-        self.arithmetic = _describe(self.dtype, emulated=self.emulate_rounding)
+        self.arithmetic = _describe(self.dtype, self.spec, emulated=self.emulate_rounding)
         self.keep_both_sessions = sum(file.bytes for file in info.files.values()) <= _BOTH_SESSIONS_BYTES
         self._tap_of = {value: tap for tap, value in info.taps.items()}
         self._sessions: dict[_Mode, _Session] = {}
@@ -156,10 +174,12 @@ class OnnxRuntimeEngine(Engine):
                 raise LogitLockError(f"the recorder substitutes {name}, which only the reference can do")
 
     def _check_cache(self, cache: KVCache) -> None:
-        if cache.capacity > self.max_positions or cache.key[0].dtype != self.dtype or cache.spec != self.spec:
+        code = self.spec.cache_code
+        dtype = self.dtype if code is None else CODE_TYPES[code]
+        if cache.capacity > self.max_positions or cache.key[0].dtype != dtype or cache.spec != self.spec:
             raise LogitLockError(
                 f"this cache ({cache.spec.variant}, {cache.key[0].dtype}, {cache.capacity} tokens) is not one of "
-                f"{self.spec.variant} in {self.dtype} with at most {self.max_positions}; use the engine's new_cache"
+                f"{self.spec.variant} in {dtype} with at most {self.max_positions}; use the engine's new_cache"
             )
 
     def _session(self, mode: _Mode) -> _Session:
@@ -173,12 +193,18 @@ class OnnxRuntimeEngine(Engine):
         path, info = self.bundle.model_path, self.bundle.info
         model = load_graph(path, files=info.files)
         taps = () if mode == "plain" else tuple(info.taps.values())
-        if mode == "cut":
-            cut_at(model, [info.taps[tap] for tap in self.tap_names if not is_cache_tap(tap)], prefix=_FED)
-        if info.precision != "fp32":
+        quantized = self.spec.quantization is not None
+        if info.precision != "fp32" or quantized:
             model = inline_and_type(model)
+        if mode == "cut":
+            # After the bodies of norms are in place: what a norm makes codes of is one of the values that are fed.
+            cut_at(model, [info.taps[tap] for tap in self.tap_names if not is_cache_tap(tap)], prefix=_FED)
+        if quantized:
+            use_integer_kernels(model, weights_rounded=self.emulate_rounding)
+        if info.precision != "fp32":
             compute_in_float(model, HALF_TYPES[info.precision], rounded=self.emulate_rounding)
         promote(model, taps)
+        cache_as_bytes(model)
         if not has_tensor_scatter():
             model = without_tensor_scatter(model)
         options = ort.SessionOptions()
@@ -188,8 +214,14 @@ class OnnxRuntimeEngine(Engine):
         # Spinning threads gain 3 % on idle cores and lose half on shared ones (another process, or torch in this one).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        if quantized:
+            # Weights without a kernel are dequantised once, at loading, and not in every step.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            # Without VNNI instructions, sums of unsigned times signed bytes would saturate.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         data = ir.to_proto(model).SerializeToString()
-        return _Session(ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]))
+        providers = ["CPUExecutionProvider"]
+        return _Session(ort.InferenceSession(data, options, providers=providers, disabled_optimizers=_WRONG))
 
 
 def tap_width(spec: ModelSpec, name: str) -> int:
@@ -204,10 +236,11 @@ def tap_width(spec: ModelSpec, name: str) -> int:
     return spec.mlp.width if part in ("mlp.gate", "mlp.up", "mlp.act") else spec.hidden_size
 
 
-def _describe(dtype: torch.dtype, *, emulated: bool) -> str:
+def _describe(dtype: torch.dtype, spec: ModelSpec, *, emulated: bool) -> str:
     name = str(dtype).removeprefix("torch.")
+    codes = "" if spec.quantization is None else f"; {spec.quantization.describe()}"
     if dtype == torch.float32:
-        return "ONNX Runtime on the CPU in float32"
+        return f"ONNX Runtime on the CPU in float32{codes}"
     if emulated:
-        return f"ONNX Runtime on the CPU, every node computed in float32 and rounded to {name}"
-    return f"ONNX Runtime on the CPU in float32 with {name} weights and caches; nothing between nodes is rounded"
+        return f"ONNX Runtime on the CPU, every node computed in float32 and rounded to {name}{codes}"
+    return f"ONNX Runtime on the CPU in float32 with {name} weights and caches; nothing between nodes is rounded{codes}"
