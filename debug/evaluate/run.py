@@ -115,7 +115,7 @@ def evaluate(
             decode=True,
             device=device,
         )
-        _check_executor(text, engine, source)
+        check_executor(text, engine, source)
         if _of_other_weights(engine, source):
             notes.append(f"{text} was exported from other weights than those of {source.name}")
         return engine
@@ -222,7 +222,7 @@ class _Run:
             engine, passages, against=other, batch_size=self.batch_size, advance=self._advance(name, len(passages))
         )
         seen += scores
-        return _agreement([_from(each, passage) for each, passage in zip(scores, passages, strict=True)])
+        return _agreement([each.after(passage.first) for each, passage in zip(scores, passages, strict=True)])
 
     def _score_text(
         self, name: str, text: Text, engine: Engine, other: Engine | None, seen: list[PassageScore]
@@ -234,7 +234,7 @@ class _Run:
             batch_size=self.batch_size,
             advance=self._advance(name, len(text.windows)),
         )
-        scored = [_from(each, passage) for each, passage in zip(scores, text.windows, strict=True)]
+        scored = [each.after(passage.first) for each, passage in zip(scores, text.windows, strict=True)]
         seen += scored if other is not None else []
         nats = -float(torch.cat([each.log_probability for each in scored]).sum())
         return TextResult(
@@ -274,7 +274,7 @@ def _rouge(task: Task, answers: Answers) -> dict[str, float] | None:
     return rouge(answers.texts, [question.answer_text for question in task.questions])
 
 
-def _check_executor(text: str, engine: Engine, source: ModelSource) -> None:
+def check_executor(text: str, engine: Engine, source: ModelSource) -> None:
     """Refuse what does not run, and what has another architecture than the model; it may be quantised."""
     if hasattr(engine, "prompts"):
         raise LogitLockError(f"{text} is a recording; an evaluation needs an executor that runs")
@@ -302,17 +302,6 @@ def _text(content: str, source: ModelSource, tokenizer: Tokenizer | None, *, win
         windows=windows,
         tokens=sum(len(passage.ids) - passage.first for passage in windows),
         bytes=len(content.encode()),
-    )
-
-
-def _from(scores: PassageScore, passage: Passage) -> PassageScore:
-    """Only the tokens that are scored."""
-    part = slice(passage.first - 1, None)
-    return PassageScore(
-        log_probability=scores.log_probability[part],
-        greedy=scores.greedy[part],
-        kl=None if scores.kl is None else scores.kl[part],
-        same_top=None if scores.same_top is None else scores.same_top[part],
     )
 
 

@@ -37,6 +37,16 @@ class PassageScore:
     kl: Tensor | None
     same_top: Tensor | None
 
+    def after(self, first: int) -> PassageScore:
+        """Only the tokens from `first` on (at least 1)."""
+        part = slice(first - 1, None)
+        return PassageScore(
+            log_probability=self.log_probability[part],
+            greedy=self.greedy[part],
+            kl=None if self.kl is None else self.kl[part],
+            same_top=None if self.same_top is None else self.same_top[part],
+        )
+
 
 def score(
     engine: Engine,
