@@ -41,7 +41,13 @@ TAPS: Mapping[Site, str] = {
 }
 """The tap that is the input at a site (relative to the block; 'final_norm' is the model's)."""
 
-_NORMS: Mapping[Site, str] = {"attn.qkv": "attn_norm", "mlp.up": "mlp_norm", "head": "final_norm"}
+_PRODUCERS: Mapping[Site, str] = {
+    "attn.qkv": "attn_norm",
+    "attn.out": "attn.qkv",
+    "mlp.up": "mlp_norm",
+    "mlp.out": "mlp.up",
+    "head": "final_norm",
+}
 
 
 def readers(spec: ModelSpec, site: Site) -> tuple[str, ...]:
@@ -96,27 +102,22 @@ def fold(spec: ModelSpec, site: Site, scale: Tensor, parameters: Mapping[str, Te
     if not torch.equal(share(spec, site, scale), scale):
         raise LogitLockError(f"query heads that share a value head must share the scales of {site}")
     changed = {f"{name}.weight": _times(parameters[f"{name}.weight"], scale) for name in readers(spec, site)}
-    rows = scale.reciprocal()
-    if site in _NORMS:
-        producer = _NORMS[site]
-    elif site == "mlp.out":
-        producer = "mlp.up"
-    else:
-        producer = "attn.qkv"
-        rows = _value_rows(spec, rows)
+    producer, rows = divided(spec, site, scale)
     for leaf in ("weight", "bias"):
         name = f"{producer}.{leaf}"
         if name in parameters:
             old = parameters[name]
-            changed[name] = _times(old, rows[:, None] if old.ndim == 2 else rows)
+            changed[name] = _times(old, rows.reciprocal()[:, None] if old.ndim == 2 else rows.reciprocal())
     return changed
 
 
-def _value_rows(spec: ModelSpec, context: Tensor) -> Tensor:
-    """Factors of the rows of attn.qkv, [qkv_width]: 1 for queries and keys, those of its context for a value."""
-    a = spec.attention
-    value = context.view(a.kv_heads, -1, a.head_dim)[:, 0].reshape(-1)
-    return torch.cat((value.new_ones(spec.qkv_width - len(value)), value))
+def divided(spec: ModelSpec, site: Site, scale: Tensor) -> tuple[str, Tensor]:
+    """What produces the input at `site`, and by what its rows (a norm's elements) are divided for a scale [width]."""
+    if site != "attn.out":
+        return _PRODUCERS[site], scale
+    # Queries and keys stay as they are; a value row is read by all query heads of its group, at equal scales.
+    value = scale.view(spec.attention.kv_heads, -1, spec.attention.head_dim)[:, 0].reshape(-1)
+    return _PRODUCERS[site], torch.cat((value.new_ones(spec.qkv_width - len(value)), value))
 
 
 def _times(parameter: Tensor, factor: Tensor) -> Tensor:

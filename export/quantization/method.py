@@ -3,8 +3,8 @@
     inputs = {site: InputObserver(f"blocks.3.{site}", ...) for site in observed_sites(...)}     # fed while data streams
     result = quantize_layers(spec, parameters, inputs, formats, options)
 
-First every site's scale is found and folded (AWQ, SmoothQuant), from the last site to the first: folding at a site
-changes rows of the linear before it, never its own inputs, so that each search sees the weights that will be rounded.
+First every site's scale is found and folded (AWQ, SmoothQuant), in the order of execution: folding at a site divides
+rows of the linear before it, whose errors are multiplied back at the site; the search before must not see them small.
 Then every weight is rounded, knowing its inputs as they are after folding.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from export.quantization.awq import AwqScale, search_clip, search_scale
-from export.quantization.fold import BLOCK_SITES, Site, can_fold, fold, readers, share, width
+from export.quantization.fold import BLOCK_SITES, Site, can_fold, divided, fold, readers, share, width
 from export.quantization.gptq import Hessian, gptq, layer_error
 from export.quantization.observers import MaxObserver, PercentileObserver, TokenSample
 from export.quantization.smoothquant import smooth_scale
@@ -79,9 +79,10 @@ class MethodOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """Errors of a weight at its output on the observed inputs, squared, over the output's own square.
+    """Squared errors of a linear's output on the observed inputs, over the square of the output.
 
-    Of the chosen codes, and of round to nearest on the same (folded) weight; None where no inputs were kept.
+    Of the chosen codes, with folded scales undone, and of rounding the weight to nearest as the float model has it.
+    None where no inputs were kept (rtn, smoothquant).
     """
 
     error: float | None
@@ -189,7 +190,7 @@ def quantize_layers(
     """
     floats = dict(parameters)
     result = QuantizedLayers(parameters=floats, weights={})
-    for site in reversed(_sites(spec, formats)):
+    for site in _sites(spec, formats):
         try:
             scale = _find_scale(spec, site, floats, inputs, formats, options, result)
             if scale is not None:
@@ -199,7 +200,7 @@ def quantize_layers(
             raise LogitLockError(f"{site}: {error}") from None
     for site in _sites(spec, formats):
         try:
-            _round_site(spec, site, floats, inputs, formats, options, result)
+            _round_site(spec, site, parameters, inputs, formats, options, result)
         except LogitLockError as error:
             raise LogitLockError(f"{site}: {error}") from None
     return result
@@ -242,7 +243,7 @@ def _find_scale(
 def _round_site(
     spec: ModelSpec,
     site: Site,
-    floats: dict[str, Tensor],
+    parameters: Mapping[str, Tensor],
     inputs: Mapping[Site, InputObserver],
     formats: Formats,
     options: MethodOptions,
@@ -256,45 +257,61 @@ def _round_site(
             by_format.setdefault(linear, []).append(name)
     needs = _Needs.of(list(by_format), options)
     observer = _observed(inputs, site) if needs.anything else inputs.get(site)
+    divisor = result.folded.get(site)
     for linear, names in by_format.items():
-        weights = [floats.pop(f"{name}.weight") for name in names]
+        weights = [result.parameters.pop(f"{name}.weight") for name in names]
         rows = [len(weight) for weight in weights]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        device = weight.device
-        divisor = result.folded.get(site)
-        hessian = sample = None
-        if observer is not None and observer.hessian is not None:
-            hessian = observer.hessian.matrix.to(device)
-            if divisor is not None:
-                hessian = hessian / (divisor[:, None] * divisor)
-        elif observer is not None and observer.sample is not None:
-            sample = observer.sample.tokens.to(device)
-            if divisor is not None:
-                sample = sample / divisor
-        if options.method == "gptq" and hessian is not None:
+        gram = None
+        if needs.hessian and observer is not None and observer.hessian is not None:
+            gram = observer.hessian.matrix.to(weight.device)
             quantized = gptq(
-                weight, hessian, linear, act_order=options.act_order, damping=options.damping, block=options.block,
+                weight, gram, linear, act_order=options.act_order, damping=options.damping, block=options.block,
                 scale_dtype=options.scale_dtype,
             ).weight  # fmt: skip
-        elif needs.sample and options.clip and sample is not None:
-            scale, zero = search_clip(weight, sample, linear, grid=options.grid, scale_dtype=options.scale_dtype)
+        elif needs.sample and observer is not None and observer.sample is not None:
+            x = observer.sample.tokens.to(weight.device)
+            gram = x.t() @ x
+            scale, zero = weight_scale(weight, linear)
+            if options.clip:
+                folded = x if divisor is None else x / divisor
+                scale, zero = search_clip(weight, folded, linear, grid=options.grid, scale_dtype=options.scale_dtype)
             quantized = _nearest(weight, linear, options, scale, zero)
         else:
             quantized = _nearest(weight, linear, options)
-        if hessian is None and sample is not None:
-            hessian = sample.t() @ sample
-        report = LayerReport(error=None, nearest_error=None)
-        if hessian is not None:
-            whole = layer_error(weight, torch.zeros_like(weight), hessian) or 1.0
-            nearest = _nearest(weight, linear, options).dequantized()
-            report = LayerReport(
-                error=layer_error(weight, quantized.dequantized(), hessian) / whole,
-                nearest_error=layer_error(weight, nearest, hessian) / whole,
-            )
         for name, part in zip(names, _split(quantized, rows), strict=True):
-            result.weights[name], result.reports[name] = part, report
+            result.weights[name] = part
+            result.reports[name] = _report(
+                spec, name, parameters[f"{name}.weight"], part, gram, result, options, linear
+            )
             if observer is not None and _static(linear):
                 result.input_scales[name] = _input_scale(observer, divisor, linear, options)
+
+
+def _report(
+    spec: ModelSpec,
+    name: str,
+    original: Tensor,
+    quantized: QuantizedWeight,
+    gram: Tensor | None,
+    result: QuantizedLayers,
+    options: MethodOptions,
+    linear: LinearFormat,
+) -> LayerReport:
+    if gram is None:
+        return LayerReport(error=None, nearest_error=None)
+    undone = quantized.dequantized().to(gram.dtype)
+    for site, scale in result.folded.items():
+        if name in readers(spec, site):
+            undone = undone / scale
+        producer, rows = divided(spec, site, scale)
+        if name == producer:
+            undone = undone * rows[:, None]
+    nearest = _nearest(original, linear, options).dequantized()
+    whole = layer_error(original, torch.zeros_like(original), gram) or 1.0
+    return LayerReport(
+        error=layer_error(original, undone, gram) / whole, nearest_error=layer_error(original, nearest, gram) / whole
+    )
 
 
 def _nearest(
