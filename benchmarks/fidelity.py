@@ -1,0 +1,130 @@
+"""What each scheme of quantisation costs the toys: task accuracy, KL and top-1 against the fp64 reference.
+
+python benchmarks/fidelity.py                       # all toys and schemes into results/fidelity.json
+python benchmarks/fidelity.py --toys qwen --limit 100 --output /tmp/fidelity.json
+
+Every scheme becomes a bundle, as `logitlock export` makes it with the bundled tasks as calibration data, and the bundle
+is what is measured, on ONNX Runtime.  All that is not quantised stays in fp32, so that what is seen is the scheme's.
+The file is written after each toy, and toys that are not named keep what it says of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from debug.evaluate import evaluate
+from debug.evaluate.results import SideResult
+from export.compile import export_model
+from export.quantization.schemes import QuantizeOptions
+from refmodels.errors import LogitLockError
+from refmodels.toys import TOYS
+
+OUTPUT = Path(__file__).parent / "results" / "fidelity.json"
+GROUP = 64
+SCHEMES: dict[str, str | QuantizeOptions] = {
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "int8": QuantizeOptions(scheme="int8"),
+    f"int4, groups of {GROUP}": QuantizeOptions(scheme="int4", group=GROUP),
+    f"int4-awq, groups of {GROUP}": QuantizeOptions(scheme="int4-awq", group=GROUP),
+    f"int4-gptq, groups of {GROUP}": QuantizeOptions(scheme="int4-gptq", group=GROUP),
+    "smoothquant, per token": QuantizeOptions(scheme="smoothquant", inputs="token"),
+    "fp8, per token": QuantizeOptions(scheme="fp8", inputs="token"),
+    "KV cache int8": QuantizeOptions(scheme=None, cache="int8"),
+    "KV cache fp8": QuantizeOptions(scheme=None, cache="fp8"),
+}
+"""A dtype, or how the model is quantised."""
+
+
+def export_scheme(toy: str, scheme: str | QuantizeOptions, output: Path) -> Path:
+    """The bundle of a toy in one scheme."""
+    if isinstance(scheme, str):
+        return export_model(toy, precision=scheme, output=output)
+    if scheme.scheme is None:
+        return export_model(toy, precision="fp32", quantize=scheme, output=output)
+    return export_model(toy, precision=scheme.scheme, dtype="fp32", quantize=scheme, output=output)
+
+
+def measure(toy: str, names: list[str], *, limit: int, compared: int, batch_size: int) -> dict[str, Any]:
+    """All schemes of a toy, by name, and the reference itself."""
+    began = time.perf_counter()
+    failed: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as made:
+        bundles = {}
+        for name in names:
+            try:
+                bundles[name] = export_scheme(toy, SCHEMES[name], Path(made) / f"{toy}-{len(bundles)}")
+            except LogitLockError as error:
+                failed[name] = {"error": str(error)}
+            print(f"{toy}: {name} exported, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        result = evaluate(
+            [str(path) for path in bundles.values()],
+            model=toy,
+            against="reference",
+            limit=limit,
+            compared=compared,
+            shapes=(),
+            batch_size=batch_size,
+            progress=lambda what, done, total: _log(what.replace(made, ""), done, total, began),
+        )
+    assert result.against is not None
+    found = {name: _row(side) for name, side in zip(bundles, result.sides, strict=True)}
+    return {
+        "reference": _row(result.against),
+        "schemes": {name: found.get(name) or failed[name] for name in names},
+        "seconds": round(time.perf_counter() - began),
+    }
+
+
+def _row(side: SideResult) -> dict[str, Any]:
+    """What is kept of a side; `texts` and `speeds` were not measured, and its path was temporary."""
+    row = dataclasses.asdict(side)
+    return {key: value for key, value in row.items() if key not in ("side", "texts", "speeds")}
+
+
+def _log(what: str, done: int, total: int, began: float) -> None:
+    if done == total:
+        print(f"{what}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toys", nargs="+", choices=TOYS, default=list(TOYS))
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--limit", type=int, default=2000, help="examples a task, of those that are generated")
+    parser.add_argument("--compared", type=int, default=100, help="examples a task for KL and top-1")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    given = parser.parse_args()
+    data: dict[str, Any] = json.loads(given.output.read_text()) if given.output.is_file() else {"toys": {}}
+    settings = {"limit": given.limit, "compared": given.compared}
+    if data.get("settings", settings) != settings:
+        sys.exit(f"{given.output} was measured with {data['settings']}; give another --output, or delete it")
+    for toy in given.toys:
+        measured = measure(toy, given.schemes, limit=given.limit, compared=given.compared, batch_size=given.batch_size)
+        known = data["toys"].get(toy, {}).get("schemes", {})
+        measured["schemes"] = known | measured["schemes"]
+        data["toys"][toy] = measured
+        data |= {
+            "command": "python benchmarks/fidelity.py",
+            "settings": settings,
+            "versions": {
+                "torch": torch.__version__,
+                "onnxruntime": importlib.metadata.version("onnxruntime"),
+            },
+        }
+        given.output.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
