@@ -47,6 +47,11 @@ VERBS = {
     "export": Verb(
         "export.cli", "export", "Export a model to a bundle: graph, weights, tokenizer and TensorRT engine."
     ),
+    "quantize": Verb(
+        "export.quantization.cli",
+        "quantize",
+        "Quantise a model into a checkpoint that export, diff, eval and other programs read.",
+    ),
     "generate": Verb("trt_runtime.cli", "generate", "Generate text with the reference or with an engine."),
     "verify": Verb("debug.cli", "verify", "Compare the reference with what the upstream code computed."),
     "record": Verb("debug.cli", "record", "Record a golden case by running Hugging Face transformers."),

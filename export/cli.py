@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from export.compile import export_model
+from export.compile import export_model, quantised_spec
 from export.engine import Backend, default_backend
+from export.progress import progress_bar
+from export.quantization.schemes import QuantizeOptions, is_scheme
+from refmodels.checkpoint import resolve
 from refmodels.cli import JsonFlag
+from refmodels.quantization.formats import EightBit
 from refmodels.spec import Numerics
 from trt_runtime.bundle import LAYERS_NAME, AttentionMode, Precision, read_bundle
 from trt_runtime.layers import read_layers
@@ -31,8 +33,23 @@ def export(
         ),
     ],
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16 or bf16: weights, activations and cache.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(
+            help="fp32, fp16 or bf16: weights, activations and cache; or int8, int4, int4-awq, int4-gptq, smoothquant "
+            "or fp8, with the defaults of `logitlock quantize`.",
+            rich_help_panel=_MODEL,
+        ),
     ] = "fp16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of what int8, int4, ... leave as it is.", show_default="fp16", rich_help_panel=_MODEL),
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="int8 or fp8 keys and values (ONNX Runtime).", show_default="the dtype", rich_help_panel=_MODEL
+        ),
+    ] = None,
     attention: Annotated[
         str,
         typer.Option(
@@ -131,16 +148,24 @@ def export(
     Example: python -m export --model Qwen/Qwen-7B --compute-capability 8.9 --max-seq 8192 --taps
     """
     reason = ""
+    source = resolve(model)
+    scheme = precision if is_scheme(precision) else None
+    quantize = None
+    if scheme is not None or kv_cache is not None:
+        quantize = QuantizeOptions(scheme=scheme, cache=cast(EightBit | None, kv_cache))
     if backend is None:
-        backend, why = default_backend(attention=cast(AttentionMode, attention), numerics=cast(Numerics, numerics))
+        backend, why = default_backend(
+            quantised_spec(source, quantize),
+            attention=cast(AttentionMode, attention),
+            numerics=cast(Numerics, numerics),
+        )
         reason = f" (the default: {why})"
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=json_output or not console.is_terminal) as bar:
-        task = bar.add_task(f"export {model}", total=None)
+    with progress_bar(f"export {model}", quiet=json_output) as progress:
         path = export_model(
-            model,
-            precision=cast(Precision, precision),
+            source,
+            precision=precision,
+            dtype=cast(Precision | None, dtype),
+            quantize=quantize,
             attention=cast(AttentionMode, attention),
             numerics=cast(Numerics, numerics),
             backend=cast(Backend, backend),
@@ -155,18 +180,26 @@ def export(
             random_weights=random_weights,
             precision_plan=precision_plan,
             overwrite=overwrite,
-            progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total or None),
+            progress=progress,
         )
-    info = read_bundle(path, verify_hashes=False).info
+    bundle = read_bundle(path, verify_hashes=False)
+    info = bundle.info
+    quantization = None if bundle.spec.quantization is None else bundle.spec.quantization.describe()
     for plan in read_layers(path / LAYERS_NAME) if info.engine is not None else []:
         for warning in plan.warnings:
             print(f"warning: TensorRT said of {plan.plan}: {warning}", file=sys.stderr)
     size = sum(file.bytes for file in info.files.values())
     if json_output:
-        result = {"bundle": str(path), "model": info.model, "precision": info.precision, "attention": info.attention}
-        result |= {"numerics": info.numerics, "backend": backend}
+        result: dict[str, Any] = {
+            "bundle": str(path),
+            "model": info.model,
+            "precision": info.precision,
+            "attention": info.attention,
+        }
+        result |= {"numerics": info.numerics, "backend": backend, "quantization": quantization}
         engine = None if info.engine is None else vars(info.engine)
         print(json.dumps({**result, "engine": engine, "bytes": size}, ensure_ascii=False))
     else:
-        what = f"{info.model}, {info.precision}, attention {info.attention}, {size / 1e6:.1f} MB"
+        kept = ", ".join(filter(None, (info.precision, quantization)))
+        what = f"{info.model}, {kept}, attention {info.attention}, {size / 1e6:.1f} MB"
         print(f"{path}: {what}, backend {backend}{reason}")

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import onnx
 import torch
 from torch import Tensor
 
-from export.engine import BACKENDS, Backend, Progress, build_engine, check_backend
+from export.engine import BACKENDS, Backend, build_engine, check_backend
 from export.graph import Graph, build_graph
 from export.options import build_options
 from export.precision_plan import parameters_of, read_plan
+from export.progress import Progress
+from export.quantization.calibrate import quantize_model
+from export.quantization.schemes import SCHEMES, QuantizeOptions, is_scheme, quantization_of
 from export.weights import DATA_NAME, RANDOM_HASH, WeightWriter, random_parameters
 from refmodels.checkpoint import (
     COMPANION_FILES,
     DTYPES,
     ModelSource,
     checkpoint_hash,
+    moved,
+    parameter_bytes,
     parameter_shapes,
     resolve,
     stream_parameters,
@@ -32,6 +38,7 @@ from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap_names
 from trt_runtime.bundle import (
     MODEL_NAME,
+    QUANTIZED_NAME,
     AttentionMode,
     BundleInfo,
     Precision,
@@ -53,7 +60,9 @@ def default_output(model: str | Path, precision: str) -> Path:
 def export_model(
     model: str | Path | ModelSource,
     *,
-    precision: Precision,
+    precision: str,
+    dtype: Precision | None = None,
+    quantize: QuantizeOptions | None = None,
     attention: AttentionMode = "plugin",
     numerics: Numerics = "exact",
     backend: Backend = "onnxruntime",
@@ -74,7 +83,11 @@ def export_model(
 
     Args:
         model: as for `refmodels.checkpoint.resolve`, or its result.
-        precision: fp32, fp16 or bf16: dtype of weights, activations and cache.
+        precision: fp32, fp16 or bf16: dtype of weights, activations and cache; or a scheme of
+            `export.quantization.schemes.SCHEMES`: the model is quantised first, and the quantised checkpoint is put
+            into the bundle.
+        dtype: with a scheme, of all that is not quantised; None: fp16.
+        quantize: how, if not by the scheme's defaults; its `scheme` is `precision`, or None to quantise the cache only.
         attention, numerics: see `export.graph.build_graph`.
         backend: what else is built: nothing ("onnxruntime") or a TensorRT plan.
         output: the bundle's directory, missing or empty; None: `default_output`.
@@ -90,8 +103,16 @@ def export_model(
         LogitLockError: an unknown option value, an output that must not be written, a model or checkpoint that
             cannot be read (see `resolve` and `stream_parameters`), or an engine that cannot be built.
     """
+    if quantize is None and is_scheme(precision):
+        quantize = QuantizeOptions(scheme=precision)
+    if quantize is not None and quantize.scheme != (precision if is_scheme(precision) else None):
+        raise LogitLockError(f"--precision is {precision!r}, but the options are those of {quantize.scheme!r}")
+    if dtype is not None and not is_scheme(precision):
+        raise LogitLockError(f"--dtype says what is not quantised; --precision {precision} has nothing else")
+    working = cast(Precision, dtype or "fp16" if is_scheme(precision) else precision)
     for value, option, known in (
-        (precision, "precision", PRECISIONS),
+        (precision, "precision", (*PRECISIONS, *SCHEMES)),
+        (working, "dtype", PRECISIONS),
         (attention, "attention", ATTENTION_MODES),
         (numerics, "numerics", NUMERICS),
         (backend, "backend", BACKENDS),
@@ -99,7 +120,7 @@ def export_model(
         if value not in known:
             raise LogitLockError(f"--{option} is {value!r}; it must be one of {', '.join(known)}")
     source = model if isinstance(model, ModelSource) else resolve(model)
-    spec = source.spec
+    spec = quantised_spec(source, quantize)
     options = build_options(
         spec,
         fixed_cache=backend != "onnxruntime",
@@ -110,15 +131,15 @@ def export_model(
         optimization_level=optimization_level,
         compute_capabilities=tuple(compute_capabilities),
     )
-    check_backend(backend, attention, numerics, options, taps=taps)
+    check_backend(spec, backend, attention, numerics, options, taps=taps)
     target = default_output(source.name, precision) if output is None else Path(output)
     check_output(target, overwrite=overwrite)
     if precision_plan is not None and random_weights:
         raise LogitLockError("--precision-plan is for the weights that it was made for, not for --random-weights")
-    float32 = [] if precision_plan is None else read_plan(precision_plan, spec, precision).float32
+    float32 = [] if precision_plan is None else read_plan(precision_plan, spec, working).float32
     graph = build_graph(
         spec,
-        precision=precision,
+        precision=working,
         numerics=numerics,
         attention=attention,
         max_positions=options.max_seq,
@@ -127,7 +148,7 @@ def export_model(
     info = BundleInfo(
         model=source.name.rpartition("/")[2],
         spec=spec.to_dict(),
-        precision=precision,
+        precision=working,
         numerics=numerics,
         attention=attention,
         max_positions=options.max_seq,
@@ -138,39 +159,55 @@ def export_model(
         outputs=[_tensor_info(value) for value in graph.model.graph.output],
         profiles=options.profiles() if backend != "onnxruntime" else [],
         float32=float32,
+        quantized=quantize is not None and not random_weights,
     )
     with write_bundle(target, overwrite=overwrite) as draft, ThreadPoolExecutor(1) as pool:
+        if quantize is not None and not random_weights:
+            checkpoint = quantize_model(source, draft.directory / QUANTIZED_NAME, quantize, progress=progress)
+            source = moved(source, checkpoint)
         identity = None if random_weights else pool.submit(checkpoint_hash, source)
         draft.copy(path for name in ("config.json", *COMPANION_FILES) if (path := source.directory / name).is_file())
         if random_weights:
-            tensors = random_parameters(spec, dtype=DTYPES[precision])
+            tensors = random_parameters(spec, dtype=DTYPES[working])
         else:
             names = list(parameter_shapes(spec))
             wide = parameters_of(float32, names)
             tensors = itertools.chain(
                 *(
-                    stream_parameters(source, dtype=dtype, numerics=numerics, prefixes=tuple(chosen))
-                    for dtype, chosen in ((DTYPES[precision], set(names) - wide), (torch.float32, wide))
+                    stream_parameters(source, dtype=kind, numerics=numerics, prefixes=tuple(chosen))
+                    for kind, chosen in ((DTYPES[working], set(names) - wide), (torch.float32, wide))
                     if chosen
                 )
             )
-        _write_model(graph, tensors, draft.directory, spec, precision, progress)
+        _write_model(graph, tensors, draft.directory, spec, working, progress)
         if backend != "onnxruntime":
             engine = build_engine(
                 draft.directory,
                 spec,
                 backend=backend,
-                precision=precision,
+                precision=working,
                 attention=attention,
                 options=options,
                 taps=taps,
                 progress=progress,
             )
-            info = dataclasses.replace(info, engine=engine)
+            info = replace(info, engine=engine)
         if identity is not None:
-            info = dataclasses.replace(info, checkpoint_hash=identity.result())
+            info = replace(info, checkpoint_hash=identity.result())
         draft.finish(info)
     return target
+
+
+def quantised_spec(source: ModelSource, quantize: QuantizeOptions | None) -> ModelSpec:
+    """The facts of a model after quantisation; None: it stays as it is.  Raises: as `quantization_of`."""
+    if quantize is None:
+        return source.spec
+    if source.spec.quantization is not None:
+        raise LogitLockError(
+            f"{source.name} is quantised already ({source.spec.quantization.describe()}); --precision says its dtype "
+            "then: fp32, fp16 or bf16"
+        )
+    return replace(source.spec, quantization=quantization_of(source.spec, quantize))
 
 
 def _write_model(
@@ -181,7 +218,7 @@ def _write_model(
     precision: Precision,
     progress: Progress | None,
 ) -> None:
-    total = sum(shape.numel() for shape in parameter_shapes(spec).values()) * DTYPES[precision].itemsize
+    total = parameter_bytes(spec, DTYPES[precision])
     total += sum(t.numel() * t.element_size() for t in graph.tables.values())
     done = 0
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from export.options import BuildOptions
+from export.progress import Progress
+from export.quantized import check_quantization
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec, Numerics
 from trt_runtime.bundle import KERNELS_NAME, LAYERS_NAME, AttentionMode, EngineBackend, EngineInfo, Precision
@@ -19,16 +21,17 @@ if TYPE_CHECKING:
     from export.tensorrt_build import BuildResult
 
 Backend = Literal["onnxruntime", "tensorrt", "torch-tensorrt"]
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much it is in all."""
-
 BACKENDS: tuple[Backend, ...] = ("onnxruntime", "tensorrt", "torch-tensorrt")
 _PORTABLE = 80
 """Kernels for compute capability 8.0 also run on later 8.x, and their PTX is compiled for everything newer."""
 
 
-def default_backend(*, attention: AttentionMode, numerics: Numerics) -> tuple[Backend, str]:
-    """TensorRT where it can build here and has kernels for the model's numerics, else ONNX Runtime; and the reason."""
+def default_backend(spec: ModelSpec, *, attention: AttentionMode, numerics: Numerics) -> tuple[Backend, str]:
+    """TensorRT where it can build here and has kernels for what the model is, else ONNX Runtime; and why."""
+    try:
+        check_quantization(spec)
+    except LogitLockError as error:
+        return "onnxruntime", str(error)
     if attention == "plugin" and numerics != "exact":
         return "onnxruntime", "the TensorRT plugins compute exact numerics only"
     try:
@@ -41,13 +44,19 @@ def default_backend(*, attention: AttentionMode, numerics: Numerics) -> tuple[Ba
 
 
 def check_backend(
-    backend: Backend, attention: AttentionMode, numerics: Numerics, options: BuildOptions, *, taps: bool
+    spec: ModelSpec,
+    backend: Backend,
+    attention: AttentionMode,
+    numerics: Numerics,
+    options: BuildOptions,
+    *,
+    taps: bool,
 ) -> None:
     """Refuse before the work what the backend cannot do.
 
     Raises:
         LogitLockError: an option for another backend, no TensorRT or none that can build here, or a combination of
-            attention and numerics that it has no kernels for.
+            attention, numerics and quantisation that it has no kernels for.
     """
     if backend == "onnxruntime":
         for value, option in (
@@ -73,10 +82,11 @@ def check_backend(
             "the TensorRT plugins compute --numerics exact only; for an engine with upstream's rounding use "
             "--attention decomposed"
         )
-    from export.tensorrt_build import capability_member
+    from export.tensorrt_build import capability_member, capability_name
 
     for capability in options.compute_capabilities:
         capability_member(capability)
+    check_quantization(spec, [int(capability_name(c).replace(".", "")) for c in options.compute_capabilities])
 
 
 def build_engine(

@@ -17,13 +17,13 @@ be had: DequantizeLinear from an fp16 scale to fp32 is refused by ONNX Runtime 1
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from onnx import TensorProto
 from torch import fx, nn
 
 from export.bodies import CODE_ELEMENTS
-from export.options import BuildOptions
 from refmodels.errors import LogitLockError
 from refmodels.quantization.arithmetic import LEAST_AMAX
 from refmodels.quantization.formats import LIMITS, EightBit, LinearFormat, describe_format
@@ -197,9 +197,11 @@ if TYPE_CHECKING:
     """Emits what makes the value of that name, and returns the name."""
 
 
-def check_tensorrt(spec: ModelSpec, options: BuildOptions) -> None:
+def check_quantization(spec: ModelSpec, capabilities: Iterable[int] = ()) -> None:
     """Refuse what TensorRT cannot build, before the work.
 
+    Args:
+        capabilities: GPUs to build for, 89 for 8.9.
     Raises:
         LogitLockError: zero points, a quantised cache, input scales by group, or codes that a GPU lacks.
     """
@@ -208,7 +210,6 @@ def check_tensorrt(spec: ModelSpec, options: BuildOptions) -> None:
             f"TensorRT has no {spec.cache_code} cache (its KV cache update takes fp32, fp16 and bf16 only); use "
             "--backend onnxruntime, or quantise without --kv-cache"
         )
-    capabilities = [int("".join(filter(str.isdigit, c))) for c in options.compute_capabilities]
     for module in spec.linears:
         linear = spec.format_of(module)
         if linear is None:

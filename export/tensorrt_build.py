@@ -24,9 +24,9 @@ from typing import Any, BinaryIO
 
 import onnx
 
-from export.engine import Progress
 from export.layers import node_taps, parse_log
 from export.options import BuildOptions
+from export.progress import Progress
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec
 from refmodels.taps import tap_names

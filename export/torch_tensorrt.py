@@ -25,9 +25,9 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from export.engine import Progress
 from export.layers import parse_log
 from export.options import BuildOptions
+from export.progress import Progress
 from export.tensorrt_build import BuildResult, build_network, check_warnings, fix_capacity
 from export.torch_converters import register_converters
 from export.weights import mapped_weights

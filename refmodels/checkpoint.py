@@ -88,15 +88,20 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
         raise LogitLockError(f"{directory} has no config.json; a model directory in Hugging Face layout has one")
     config = read_json(where)
     spec, family = spec_from_config(config, variant=variant, where=str(where)), family_of(config, str(where))
-    quantization, storage = read_config(config, upstream_modules(spec, family), str(where)) or (None, None)
-    return ModelSource(
-        directory=directory,
-        config=config,
-        spec=replace(spec, quantization=quantization),
-        family=family,
-        name=name,
-        storage=storage,
-    )
+    return moved(ModelSource(directory=directory, config=config, spec=spec, family=family, name=name), directory)
+
+
+def moved(source: ModelSource, directory: Path) -> ModelSource:
+    """The same model with the weights, and what config.json says of their quantisation, of another directory.
+
+    Raises:
+        LogitLockError: no readable config.json there.
+    """
+    where = directory / "config.json"
+    config, plain = read_json(where), replace(source.spec, quantization=None)
+    quantization, storage = read_config(config, upstream_modules(plain, source.family), str(where)) or (None, None)
+    spec = replace(plain, quantization=quantization)
+    return replace(source, directory=directory, config=config, spec=spec, storage=storage)
 
 
 def upstream_modules(spec: ModelSpec, family: Family) -> dict[str, tuple[str, ...]]:

@@ -27,7 +27,7 @@ from export.__main__ import app
 from export.compile import export_model
 from export.options import BuildOptions, build_options
 from export.weights import RANDOM_HASH, random_parameters
-from refmodels.checkpoint import empty_decoder
+from refmodels.checkpoint import empty_decoder, resolve
 from refmodels.errors import LogitLockError
 from refmodels.taps import tap_names
 from trt_runtime.bundle import read_bundle
@@ -36,10 +36,12 @@ from trt_runtime.generate import GenerationConfig, generate
 from trt_runtime.layers import read_layers
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
 
-builds = pytest.mark.skipif(
-    engine.default_backend(attention="plugin", numerics="exact")[0] != "tensorrt", reason="TensorRT cannot build here"
-)
 CASE = GOLDENS / "qwen2_b1"
+SPEC = resolve(CASE).spec
+builds = pytest.mark.skipif(
+    engine.default_backend(SPEC, attention="plugin", numerics="exact")[0] != "tensorrt",
+    reason="TensorRT cannot build here",
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +117,12 @@ def test_the_line_of_output_says_which_backend(tmp_path: Path) -> None:
 
 
 def test_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, reason = engine.default_backend(attention="plugin", numerics="upstream")
+    backend, reason = engine.default_backend(SPEC, attention="plugin", numerics="upstream")
     assert backend == "onnxruntime" and "exact numerics only" in reason
     api = pytest.importorskip("trt_runtime.tensorrt_api", exc_type=LogitLockError)
-    assert engine.default_backend(attention="decomposed", numerics="upstream")[0] == "tensorrt"
+    assert engine.default_backend(SPEC, attention="decomposed", numerics="upstream")[0] == "tensorrt"
     monkeypatch.setattr(api, "can_build", lambda: False)
-    backend, reason = engine.default_backend(attention="native", numerics="exact")
+    backend, reason = engine.default_backend(SPEC, attention="native", numerics="exact")
     assert backend == "onnxruntime" and "CUDA GPU" in reason
     with pytest.raises(LogitLockError, match="builds on a machine with a CUDA GPU"):
         export_model(CASE, precision="fp16", backend="tensorrt", output="never")

@@ -29,6 +29,7 @@ PLAN_NAME = "engine.plan"
 TAPS_PLAN_NAME = "engine.taps.plan"
 LAYERS_NAME = "engine.layers.json"
 KERNELS_NAME = "kernels.bin"
+QUANTIZED_NAME = "quantized"
 
 Precision = Literal["fp32", "fp16", "bf16"]
 AttentionMode = Literal["plugin", "native", "decomposed"]
@@ -98,6 +99,8 @@ class BundleInfo:
         tools: versions of what made the bundle.
         taps: tap name -> name of the value in model.onnx.
         inputs, outputs: of the graph, in its order.
+        quantized: the bundle holds, in `quantized/`, the quantised checkpoint that its graph was made of: `export` has
+            quantised the model itself.  `checkpoint_hash` is then that checkpoint's.
         engine: the TensorRT engine beside the graph; None: the bundle runs on the CPU only.
         files: every other file of the bundle, by its path inside it; filled in by `BundleDraft.finish`.
     """
@@ -116,6 +119,7 @@ class BundleInfo:
     outputs: list[TensorInfo]
     profiles: list[Profile] = field(default_factory=list)
     float32: list[str] = field(default_factory=list)
+    quantized: bool = False
     engine: EngineInfo | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
 
@@ -131,6 +135,11 @@ class Bundle:
     @property
     def model_path(self) -> Path:
         return self.directory / MODEL_NAME
+
+    @property
+    def quantized_path(self) -> Path | None:
+        """The quantised checkpoint inside the bundle, if there is one."""
+        return self.directory / QUANTIZED_NAME if self.info.quantized else None
 
     @property
     def plan_path(self) -> Path:

@@ -139,15 +139,21 @@ class CheckpointWriter:
             self._shards.append(dict.fromkeys(self._shard, path))
             self._shard, self._bytes = {}, 0
 
+    def _name(self, shard: Mapping[str, Path], name: str) -> None:
+        path = self.directory / name
+        next(iter(shard.values())).rename(path)
+        # safetensors lets nobody else read what it writes.
+        path.chmod(0o644)
+
     def _index(self) -> None:
         """Give the shards the names that loaders look for."""
         if len(self._shards) == 1:
-            next(iter(self._shards[0].values())).rename(self.directory / _SINGLE)
+            self._name(self._shards[0], _SINGLE)
             return
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(self._shards, 1):
             name = f"model-{number:05}-of-{len(self._shards):05}.safetensors"
-            next(iter(shard.values())).rename(self.directory / name)
+            self._name(shard, name)
             weight_map |= dict.fromkeys(shard, name)
         _write_json(self.directory / f"{_SINGLE}.index.json", {"metadata": {}, "weight_map": weight_map})
 
