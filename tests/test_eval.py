@@ -27,6 +27,7 @@ from debug.evaluate.statistics import accuracy, loss, mean_loss
 from debug.executors.huggingface import HuggingFaceEngine
 from debug.metrics import kl_divergence
 from export.compile import export_model
+from export.quantization.schemes import QuantizeOptions
 from refmodels.errors import LogitLockError
 from refmodels.toys import toy_path
 from refmodels.toys.tasks import examples
@@ -393,3 +394,21 @@ def test_bad_files(content: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(content)
     logitlock("eval", "reference", "--model", "qwen", "--tasks", path).assert_bad_input(said)
+
+
+def test_a_quantised_bundle_is_compared_with_the_model_before(tmp_path: Path) -> None:
+    """`reference` is the unquantised toy: what quantisation costs; the bundle's own checkpoint is the same to rounding."""
+    bundle = export_model(
+        "qwen", precision="int4", dtype="fp32", quantize=QuantizeOptions(scheme="int4", group=64), output=tmp_path / "q"
+    )
+    results = [
+        evaluate([str(bundle)], model=model, against="reference:fp32", tasks=["summary"], limit=8, shapes=())
+        for model in (None, str(bundle / "quantized"))
+    ]
+    cost, same = (result.sides[0] for result in results)
+    assert results[0].notes == results[1].notes == []
+    assert results[0].against is not None and results[1].against is not None
+    assert results[0].against.weight_bytes == 4 * 1268992 > 2 * (cost.weight_bytes or 0)
+    assert cost.agreement is not None and same.agreement is not None
+    assert cost.agreement.kl_mean > 1e-3 and same.agreement.kl_max < 1e-8
+    assert same.tasks["summary"].correct == cost.tasks["summary"].correct
