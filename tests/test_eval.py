@@ -397,7 +397,7 @@ def test_bad_files(content: str, said: str, tmp_path: Path) -> None:
 
 
 def test_a_quantised_bundle_is_compared_with_the_model_before(tmp_path: Path) -> None:
-    """`reference` is the unquantised toy: what quantisation costs; the bundle's own checkpoint is the same to rounding."""
+    """`reference` is the unquantised toy: what quantisation costs; its own checkpoint is the same to rounding."""
     bundle = export_model(
         "qwen", precision="int4", dtype="fp32", quantize=QuantizeOptions(scheme="int4", group=64), output=tmp_path / "q"
     )
