@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from debug.capture import Capture, capture_engine
+from debug.code_flips import CodeFlips
 from debug.diagnose import diagnose
 from debug.faults.generic import stored_as
 from debug.logits import LogitComparison
@@ -38,7 +39,7 @@ from debug.systematic import systematic
 from refmodels.errors import LogitLockError
 from refmodels.positions import wide_dtype
 from refmodels.spec import ModelSpec
-from refmodels.taps import Recorder, is_cache_tap, recording
+from refmodels.taps import Recorder, cache_numbers, is_cache_tap, recording
 from trt_runtime.engine import Engine
 
 MULTIPLE = 8.0
@@ -118,7 +119,7 @@ class _Pair(Recorder):
         self._engine, self._pair_sink = engine, sink
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        kept = tensor[:, :, : self.live_slots] if is_cache_tap(name) else tensor
+        kept = cache_numbers(tensor[:, :, : self.live_slots]) if is_cache_tap(name) else tensor
         self._pair_sink(name, *kept.chunk(2))
         if name not in self._engine:
             return tensor
@@ -133,6 +134,7 @@ class _Diff:
         self.whole = capture.whole()
         self.floors: dict[str, tuple[Tensor, Tensor]] = {}
         self.errors: dict[str, list[_Errors]] = {}
+        self.flips = CodeFlips(decoder_of(truth))
         self.narrow: dict[str, str] = {}
         self.taps: list[TapError] = []
         self.logits = LogitComparison()
@@ -189,14 +191,17 @@ class _Diff:
             last = self.capture.forwards[-1].tensors[name].transpose(1, 2)
             self._look_at_storage(name, last[seen], floors[1].transpose(1, 2)[seen])
             self.errors[name] = [
-                _Errors.of(engine, slots, (accumulated, local), floors, self.capture.dtype)
+                _Errors.of(
+                    engine, slots, (accumulated, local), floors, self.capture.dtype, self.flips.of_cache(name, engine)
+                )
                 for engine, slots in self._written(name)
             ]
             return
         real = self.whole.plan.new_mask
         engine = self.whole.tensors[name]
         self._look_at_storage(name, engine[real], floors[1][real])
-        both = _Errors.of(engine, real, (accumulated, local), floors, self.capture.dtype)
+        flips = self.flips.of(name, self.whole.tensors)
+        both = _Errors.of(engine, real, (accumulated, local), floors, self.capture.dtype, flips)
         # The tokens of step n are the columns from bounds[n] to bounds[n + 1].
         column = both.local.token_of[:, 1]
         length = self.capture.prompts.ids.shape[1]
@@ -236,7 +241,10 @@ class _Diff:
         # A token whose floor is small by luck counts with the floor of the whole tensor.  Where the dtype overflows in
         # the floor's run but not in the engine, nothing but the bound is known.
         whole = local_floor.rel_l2 if math.isfinite(local_floor.rel_l2) else 0.0
-        floor = local_floor.token_rel.nan_to_num(nan=0.0, posinf=0.0).clamp(min=max(whole, bound))
+        flip = float(errors.flip.mean()) if len(errors.flip) else 0.0
+        least = errors.flip.clamp(min=max(whole, bound))
+        floor = torch.maximum(local_floor.token_rel.nan_to_num(nan=0.0, posinf=0.0), least)
+        bound = max(bound, flip)
         ratios = local.token_rel / floor
         worst = int(ratios.nan_to_num(nan=float("inf")).argmax())
         phase: Phase = "decode" if step else "prefill"
@@ -358,29 +366,39 @@ class _Errors:
     accumulated_floor: TokenErrors
     local: TokenErrors
     local_floor: TokenErrors
+    flip: Tensor  # [tokens] float64, relative error of one flipped code (see `debug.code_flips`), 0 without codes
 
     @staticmethod
     def of(
-        engine: Tensor, real: Tensor, truth: tuple[Tensor, Tensor], floors: tuple[Tensor, Tensor], dtype: torch.dtype
+        engine: Tensor,
+        real: Tensor,
+        truth: tuple[Tensor, Tensor],
+        floors: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+        flip: Tensor | None,
     ) -> _Errors:
-        """`truth`, `floors`: accumulated and local.  A cache tensor counts by slot, as many as the engine shows."""
+        """`truth`, `floors`: accumulated and local.  A cache tensor counts by slot, as many as the engine shows.
+
+        flip: [batch, tokens or slots].
+        """
         tensors = [engine, *truth, *floors]
         if engine.ndim == 4:
             tensors = [t[:, :, : engine.shape[2]].transpose(1, 2) for t in tensors]
         own, *others = (rows_of(t, real) for t in tensors)
         token_of = real.nonzero()
-        return _Errors(
-            *(
-                row_errors(actual, expected, token_of, dtype)
-                for expected, floor in zip(others[:2], others[2:], strict=True)
-                for actual in (own, floor)
-            )
+        accumulated, accumulated_floor, local, local_floor = (
+            row_errors(actual, expected, token_of, dtype)
+            for expected, floor in zip(others[:2], others[2:], strict=True)
+            for actual in (own, floor)
         )
+        flips = own.new_zeros(len(own)) if flip is None else flip[real].to(own)
+        return _Errors(accumulated, accumulated_floor, local, local_floor, flips)
 
     def only(self, keep: Tensor, *, first: int) -> _Errors:
         """Some tokens, their positions counted from `first`."""
         parts = (self.accumulated, self.accumulated_floor, self.local, self.local_floor)
-        return _Errors(*(part.only(keep, first=first) for part in parts))
+        accumulated, accumulated_floor, local, local_floor = (part.only(keep, first=first) for part in parts)
+        return _Errors(accumulated, accumulated_floor, local, local_floor, self.flip[keep])
 
 
 def lower_bound(spec: ModelSpec, tap: str, dtype: torch.dtype, *, slots: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debug.capture import Forward
-from refmodels.model import Decoder, RmsNorm, activate
+from refmodels.model import Attention, Decoder, RmsNorm, activate
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
-from refmodels.positions import ntk_alphas, rope_table
+from refmodels.positions import ntk_alphas, rope_table, wide_dtype
+from refmodels.quantization.arithmetic import quantize_groups, quantize_static
+from refmodels.quantization.formats import CODE_TYPES
+from refmodels.quantization.linear import QuantizedLinear
 from refmodels.spec import RopeSpec
+from refmodels.taps import input_of
 
 Kind = Literal["embed", "norm", "linear", "attention", "activation", "residual"]
 
@@ -86,7 +91,7 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
     def engine(name: str) -> Tensor:
         return tensors[name].to(device=decoder.device, dtype=decoder.dtype)
 
-    def make(kind: Kind, run: Callable[..., Tensor], /, **arguments: Any) -> Module:
+    def make(kind: Kind, run: Callable[..., Tensor], **arguments: Any) -> Module:
         return Module(tap=tap, kind=kind, decoder=decoder, forward=forward, function=run, arguments=arguments)
 
     plan, spec = forward.plan, decoder.spec
@@ -103,7 +108,7 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
         )
     if tap in ("final_norm", "logits"):
         if tap == "logits":
-            return make("linear", F.linear, input=engine("final_norm"), weight=decoder.head.weight, bias=None)
+            return make("linear", **_linear_arguments(decoder, tap, engine(input_of(tap))))
         index = plan.logit_index.to(decoder.device)
         last = engine(f"blocks.{spec.layers - 1}")
         return make("norm", _norm, x=last, index=index, **_norm_arguments(decoder.final_norm))
@@ -128,9 +133,51 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
         )
     if part in ("key", "value", "attn.context"):
         return make("attention", _attention, **_attention_arguments(decoder, layer, part, forward))
-    source = {"attn.qkv": "attn_norm", "attn.out": "attn.context", "mlp.out": "mlp.act"}.get(part, "mlp_norm")
-    linear = block.get_submodule(part)
-    return make("linear", F.linear, input=engine(f"{path}.{source}"), weight=linear.weight, bias=linear.bias)
+    return make("linear", **_linear_arguments(decoder, tap, engine(input_of(tap))))
+
+
+def linear_of(decoder: Decoder, tap: str) -> nn.Linear | QuantizedLinear:
+    """The linear layer that makes `tap`."""
+    layer = decoder.get_submodule("head" if tap == "logits" else tap)
+    assert isinstance(layer, nn.Linear | QuantizedLinear)
+    return layer
+
+
+def float_weight(layer: nn.Linear | QuantizedLinear, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] as numbers; a plain layer's own."""
+    return layer.quantized.dequantized(dtype) if isinstance(layer, QuantizedLinear) else layer.weight
+
+
+def _linear_arguments(decoder: Decoder, tap: str, x: Tensor) -> dict[str, Any]:
+    layer = linear_of(decoder, tap)
+    found = {"input": x, "weight": float_weight(layer, decoder.dtype), "bias": layer.bias}
+    if isinstance(layer, nn.Linear):
+        return {"run": F.linear, **found}
+    rounding = layer.format.input_scale if layer.format.input is not None else None
+    return {"run": partial(_quantized_linear, layer), "rounding": rounding, **found}
+
+
+def _quantized_linear(
+    layer: QuantizedLinear, *, input: Tensor, weight: Tensor, bias: Tensor | None, rounding: str | None
+) -> Tensor:
+    """The layer with another weight, given in numbers, or another rounding of its input."""
+    if rounding is not None:
+        input, weight = (t if layer.order is None else t[..., layer.order] for t in (input, weight))
+        input = rounded_input(layer, input, rounding)
+    return F.linear(input, weight.to(input.dtype), bias)
+
+
+def rounded_input(layer: QuantizedLinear, x: Tensor, rounding: str) -> Tensor:
+    """What is left of an input after it was codes; wide until the end."""
+    code = layer.format.input or "int8"
+    if rounding == "tensor":
+        assert layer.input_scale is not None
+        constant = quantize_static(x, layer.input_scale, code).to(wide_dtype(x.dtype)) * layer.input_scale
+        return constant.to(x.dtype)
+    groups = layer.scale.shape[1] if rounding == "group" else 1
+    codes, scale = quantize_groups(x, code, groups)
+    numbers: Tensor = codes.to(scale.dtype).unflatten(-1, (groups, -1)) * scale[..., None]
+    return numbers.flatten(-2).to(x.dtype)
 
 
 def _embed(
@@ -196,9 +243,12 @@ def _attention_arguments(decoder: Decoder, layer: int, part: str, forward: Forwa
         assert plan.position_ids is not None
         query_scale = decoder.logn[plan.position_ids.to(device)]
     slots = plan.attention_mask.shape[1]
-    caches = {}
+    caches: dict[str, Tensor | None] = {}
+    attn = decoder.blocks[layer].attn
+    assert isinstance(attn, Attention)
+    stored = dtype if spec.cache_code is None else CODE_TYPES[spec.cache_code]
     for name in ("key", "value"):
-        before = forward.before[f"{path}.{name}"].to(device=device, dtype=dtype)
+        before = forward.before[f"{path}.{name}"].to(device=device, dtype=stored)
         caches[name] = F.pad(before, (0, 0, 0, slots - before.shape[2]))
     a = spec.attention
     return {
@@ -217,6 +267,8 @@ def _attention_arguments(decoder: Decoder, layer: int, part: str, forward: Forwa
         "interleaved": spec.rope is not None and spec.rope.interleaved,
         "window": spec.window(layer),
         "arithmetic": decoder.blocks[layer].arithmetic,
+        "key_scale": attn.key_scale,
+        "value_scale": attn.value_scale,
         "causal": True,
         "after": None,
     }
@@ -266,5 +318,6 @@ def _attention(
                 run(qkv[:, token], slot, F.pad(seen, (0, 1)), [None if t is None else t[:, token] for t in tables])
             )
         context = torch.cat(rows, 1)
-    result = {"key": key, "value": value, "attn.context": context}[part]
+    # A quantised cache counts as its codes.
+    result = {"key": key, "value": value, "attn.context": context}[part].to(context.dtype)
     return result if after is None else after(result)

@@ -20,18 +20,20 @@ from debug.prompts import Prompts, default_prompts, text_prompts
 from debug.results import Between, Culprit, Diagnosis, DiffResult, TapDistance
 from debug.streaming import Reference, StreamedDecoder
 from debug.trace import read_trace, trace_origin, write_trace
+from export.quantization.checkpoint import read_provenance
 from refmodels.checkpoint import (
     ModelSource,
     checkpoint_hash,
     load,
     load_tokenizer_for,
+    moved,
     parameter_shapes,
     resolve,
     tokenizer_in,
 )
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
-from refmodels.spec import Numerics
+from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import is_cache_tap
 from trt_runtime.bundle import INFO_NAME, Bundle, read_bundle
 from trt_runtime.cli import stop_ids_in
@@ -152,7 +154,7 @@ def diff_sides(
     Raises:
         LogitLockError: a side that cannot be opened, sides of different models, prompts that do not fit.
     """
-    source = source_of(model, (b, a))
+    source = quantized_source(source_of(model, (b, a)), (b, a))
     alone = a in (TRUTH, f"{TRUTH}:fp64", f"{TRUTH}:fp64:exact")
     sides = [
         open_side(
@@ -193,7 +195,7 @@ def trace_side(
     **options: Any,
 ) -> Path:
     """Write a trace of an executor; arguments and errors as `diff_sides`, `tokens_of` another trace to follow."""
-    source = source_of(model, [text])
+    source = quantized_source(source_of(model, [text]), [text])
     side = open_side(text, source, **options)
     if side.executor is None:
         raise LogitLockError(f"{text} is a trace already")
@@ -216,7 +218,7 @@ def drift_side(
     **options: Any,
 ) -> DriftResult:
     """`debug.drift.drift` of an executor named by text; arguments and errors as `diff_sides`."""
-    source = source_of(model, [text])
+    source = quantized_source(source_of(model, [text]), [text])
     side = open_side(text, source, **options)
     if side.executor is None:
         raise LogitLockError(f"{text} is a trace; drift needs an executor that runs")
@@ -292,15 +294,24 @@ def _check_bundle(bundle: Bundle, source: ModelSource) -> dict[str, Any]:
         "precision": info.precision,
         "numerics": info.numerics,
         "attention": info.attention,
+        **({} if bundle.spec.quantization is None else {"quantization": bundle.spec.quantization.describe()}),
         "checkpoint_hash": checkpoint,
     }
 
 
-def _same_model(text: str, spec: object, source: ModelSource) -> None:
-    if spec != source.spec:
-        differing = spec_difference(source.spec, spec)  # type: ignore[arg-type]
-        kind = "an engine" if Path(text).suffix else "a bundle"
-        raise LogitLockError(f"{text} is not {kind} of {source.name}: the architecture differs in {differing}")
+def _same_model(text: str, spec: ModelSpec, source: ModelSource) -> None:
+    if spec == source.spec:
+        return
+    if replace(spec, quantization=None) == replace(source.spec, quantization=None):
+        facts = (s.quantization for s in (spec, source.spec))
+        theirs, ours = ("not quantised" if q is None else q.describe() for q in facts)
+        raise LogitLockError(
+            f"{text} is quantised otherwise than {source.name} ({theirs}; the model: {ours}); name with --model the "
+            "checkpoint that it was made of"
+        )
+    differing = spec_difference(source.spec, spec)
+    kind = "an engine" if Path(text).suffix else "a bundle"
+    raise LogitLockError(f"{text} is not {kind} of {source.name}: the architecture differs in {differing}")
 
 
 def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
@@ -322,6 +333,29 @@ def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
         if said:
             raise LogitLockError(f"{text} was made from {said!r}; say with --model where that model is")
     raise LogitLockError("nothing says which model this is; name it with --model (family name, directory or hub id)")
+
+
+def quantized_source(source: ModelSource, texts: Sequence[str]) -> ModelSource:
+    """The model with the codes of a bundle that `export` has quantised itself: what its engine is to compute.
+
+    The difference that quantisation makes is then none of the diff's; `logitlock eval --against reference` shows it.
+
+    Raises:
+        LogitLockError: a bundle that was quantised from another checkpoint.
+    """
+    for text in texts:
+        bundle = None if text.endswith(".safetensors") else _bundle_of(text)
+        if bundle is None or bundle.quantized_path is None or source.spec.quantization is not None:
+            continue
+        found = moved(source, bundle.quantized_path)
+        made_of = (read_provenance(bundle.quantized_path) or {}).get("checkpoint_hash")
+        if replace(bundle.spec, quantization=None) == source.spec and made_of != (ours := checkpoint_hash(source)):
+            raise LogitLockError(
+                f"{bundle.directory} was quantised from another checkpoint than {source.name}: its weights had SHA-256 "
+                f"{str(made_of)[:12]}…, those of the model have {ours[:12]}…; export it again"
+            )
+        return found
+    return source
 
 
 def _input(

@@ -27,9 +27,23 @@ def tap_names(spec: ModelSpec) -> tuple[str, ...]:
     return (*names, "final_norm", "logits")
 
 
+def input_of(tap: str) -> str:
+    """The tap that a linear layer reads, by the tap that it makes."""
+    if tap == "logits":
+        return "final_norm"
+    block, _, part = tap.partition(".attn.") if ".attn." in tap else tap.partition(".mlp.")
+    sources = {"qkv": "attn_norm", "out": "attn.context" if ".attn." in tap else "mlp.act"}
+    return f"{block}.{sources.get(part, 'mlp_norm')}"
+
+
 def is_cache_tap(name: str) -> bool:
     """Whether the tap is a cache tensor ([batch, kv_heads, slots, head_dim]) rather than [batch, tokens, width]."""
     return name.endswith((".key", ".value"))
+
+
+def cache_numbers(cache: Tensor) -> Tensor:
+    """A cache tensor as floats: the codes of a quantised one without their scales, which are constant."""
+    return cache.float() if cache.dtype.itemsize == 1 else cache
 
 
 class Recorder:
@@ -60,7 +74,7 @@ class Recorder:
             kept = tensor.detach()
             if is_cache_tap(name):
                 # The cache is updated in place by later steps, and only its live slots hold data.
-                kept = kept[:, :, : self.live_slots].clone()
+                kept = cache_numbers(kept[:, :, : self.live_slots]).clone()
             if self._sink is None:
                 self.tensors[name] = kept
             else:

@@ -392,7 +392,7 @@ def test_max_seq_limits_the_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "fp8"}, "--precision is 'fp8'; it must be one of fp32, fp16, bf16"),
+        ({"precision": "fp9"}, "--precision is 'fp9'; it must be one of fp32, fp16, bf16, int8, int4, int4-awq, "),
         ({"attention": "flash"}, "--attention is 'flash'; it must be one of plugin, decomposed, native"),
         ({"numerics": "fast"}, "--numerics is 'fast'; it must be one of exact, upstream"),
         ({"max_seq": 0}, "--max-seq is 0; it must be at least 1"),

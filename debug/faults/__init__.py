@@ -6,7 +6,7 @@ words that say which.  Where the mistake is a number (an epsilon, a scale), it i
 showed.  A new fault is one decorated function in the file of its kind.
 """
 
-from debug.faults import attention, linear, pointwise, rotation
+from debug.faults import attention, linear, pointwise, quantized, rotation
 from debug.faults.catalogue import CATALOGUE, Fault
 
-__all__ = ["CATALOGUE", "Fault", "attention", "linear", "pointwise", "rotation"]
+__all__ = ["CATALOGUE", "Fault", "attention", "linear", "pointwise", "quantized", "rotation"]

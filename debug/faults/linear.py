@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from debug.faults.catalogue import Variants, fault
-from debug.modules import Module
+from debug.modules import Module, float_weight, linear_of
+from refmodels.quantization.arithmetic import quantize_weight
+from refmodels.quantization.formats import LinearFormat
+from refmodels.quantization.linear import QuantizedLinear
 
 
 @fault("weight transposed", "linear")
@@ -81,8 +85,8 @@ def _rows(m: Module, order: Tensor) -> dict[str, Tensor | None]:
 def gate_up(m: Module, _: Tensor) -> Variants:
     other = {"mlp.gate": "up", "mlp.up": "gate"}.get(m.part)
     if other is not None and m.decoder.spec.mlp.gated:
-        linear = m.decoder.get_submodule(f"blocks.{m.layer}.mlp.{other}")
-        yield "", {"weight": linear.weight, "bias": linear.bias}
+        linear = linear_of(m.decoder, f"blocks.{m.layer}.mlp.{other}")
+        yield "", {"weight": float_weight(linear, m["weight"].dtype), "bias": linear.bias}
 
 
 @fault("NormHead missing or on the wrong axis", "linear")
@@ -106,40 +110,36 @@ def tied_head(m: Module, _: Tensor) -> Variants:
 
 @fault("weight quantised wrongly", "linear")
 def quantised(m: Module, _: Tensor) -> Variants:
+    if isinstance(linear_of(m.decoder, m.tap), QuantizedLinear):
+        return  # see debug.faults.quantized
     # Whoever quantises starts from the weights in the dtype that the engine would have had.
     weight: Tensor = m["weight"].to(m.forward.tensors[m.tap].dtype).to(m["weight"].dtype)
-    for bits in (8, 4):
-        for axis, name in ((1, "output channel"), (0, "input channel")):
-            yield f"int{bits}, scale by {name}", {"weight": _quantised(weight, bits, axis)}
-        scale = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    for linear in (LinearFormat(weight="int8"), LinearFormat(weight="int4")):
+        code = linear.weight
+        rows = quantize_weight(weight, linear)
+        yield f"{code}, scale by output channel", {"weight": rows.dequantized()}
+        yield f"{code}, scale by input channel", {"weight": quantize_weight(weight.t(), linear).dequantized().t()}
         for offset in (1, -1):
-            shifted = _quantised(weight, bits, 1) + offset * scale
-            yield f"int{bits}, zero point off by {offset:+d}", {"weight": shifted}
-        whole = _quantised(weight.reshape(1, -1), bits, 1).view_as(weight)
-        yield f"int{bits}, one scale for all", {"weight": whole}
+            yield f"{code}, zero point off by {offset:+d}", {"weight": rows.dequantized() + offset * rows.scale}
+        whole = quantize_weight(weight.reshape(1, -1), linear).dequantized().view_as(weight)
+        yield f"{code}, one scale for all", {"weight": whole}
         for group in (32, 64, 128):
             if weight.shape[1] % group == 0:
-                grouped = _quantised(weight.view(len(weight), -1, group), bits, 2).view_as(weight)
-                yield f"int{bits}, groups of {group}", {"weight": grouped}
-
-
-def _quantised(weight: Tensor, bits: int, axis: int) -> Tensor:
-    top = 2 ** (bits - 1) - 1
-    scale = (weight.abs().amax(axis, keepdim=True) / top).clamp(min=torch.finfo(weight.dtype).tiny)
-    rounded: Tensor = (weight / scale).round().clamp(-top - 1, top)
-    rounded *= scale
-    return rounded
+                yield (
+                    f"{code}, groups of {group}",
+                    {"weight": quantize_weight(weight, replace(linear, group=group)).dequantized()},
+                )
 
 
 @fault("another layer's weights", "linear")
 def other_weights(m: Module, _: Tensor) -> Variants:
-    linears = {
-        name: module
-        for name, module in m.decoder.named_modules()
-        if isinstance(module, torch.nn.Linear) and module.weight.shape == m["weight"].shape
-    }
-    for name, module in linears.items():
-        if module.weight is not m["weight"]:
-            yield f"those of {name}", {"weight": module.weight, "bias": module.bias}
+    own = linear_of(m.decoder, m.tap)
+    for name, module in m.decoder.named_modules():
+        if not isinstance(module, torch.nn.Linear | QuantizedLinear) or module.weight.shape != own.weight.shape:
+            continue
+        # A part of the model that is streamed in and out is not there while another one is looked at.
+        if module.weight is not own.weight and not module.weight.is_meta:
+            weight = float_weight(module, m["weight"].dtype)
+            yield f"those of {name}", {"weight": weight, "bias": module.bias}
             if module.bias is not None:
-                yield f"the weight of {name}", {"weight": module.weight}
+                yield f"the weight of {name}", {"weight": weight}
