@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from refmodels.errors import LogitLockError
@@ -80,6 +81,8 @@ def use_integer_kernels(model: ir.Model, *, weights_rounded: bool) -> None:
                 rewrite.block_product(node, x, weight, block, accuracy=0)
     if rewrite.contrib:
         model.opset_imports[_CONTRIB] = 1
+    # Or ONNX Runtime dequantises the weights that nobody reads any more, all of them, before it drops them.
+    passes.RemoveUnusedNodesPass()(model)
 
 
 class _Rewrite:
@@ -175,7 +178,7 @@ class _Rewrite:
         return value
 
     def replace(self, node: ir.Node, result: ir.Value) -> None:
-        """`result` in the place of the node's own, with its name; what only the node read is left for ONNX Runtime."""
+        """`result` in the place of the node's own, with its name."""
         old = node.outputs[0]
         result.shape, result.type = old.shape, old.type
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
