@@ -1,14 +1,16 @@
 """AWQ: weights that meet large activations are scaled up before rounding, and groups are clipped where that helps.
 
 Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv:2306.00978.
-Scaling: s = mean|x|^alpha, alpha from a grid, by the output error of all linears that read the input.  Clipping: the
-largest weight of a group shrinks, by the error of what the group adds to the output.  The authors measure the first
-error behind the attention or the MLP; here it is measured at the linears' outputs, which needs no forward pass.
+Scaling: s = mean|x|^alpha, or mean|x|^alpha / mean|w|^(1 - alpha) as in the authors' later code, alpha from a grid, by
+the output error of all linears that read the input.  Clipping: the largest weight of a group shrinks, by the error of
+what the group adds to the output.  The authors measure the first error behind the attention or the MLP; here it is
+measured at the linears' outputs, which needs no forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +28,15 @@ _ROWS = 1024
 class AwqScale:
     """What the search found.
 
-    scale: [in]: quantise W * scale and x / scale.  alpha: its exponent; 0 is round to nearest (scale 1).
+    scale: [in]: quantise W * scale and x / scale.  alpha: its exponent.  by_weight: divided by mean|w|^(1 - alpha);
+    otherwise, at alpha 0, it is 1: round to nearest.
     error, nearest_error: squared output error of the linears over that of the outputs themselves, with this scale and
     with none; error <= nearest_error.
     """
 
     scale: Tensor
     alpha: float
+    by_weight: bool
     error: float
     nearest_error: float
 
@@ -43,6 +47,7 @@ def search_scale(
     formats: Sequence[LinearFormat | None],
     *,
     magnitude: Tensor | None = None,
+    share: Callable[[Tensor], Tensor] | None = None,
     grid: int = 20,
     scale_dtype: torch.dtype | None = None,
 ) -> AwqScale:
@@ -52,7 +57,8 @@ def search_scale(
         weights: each [out, in].
         x: a sample of inputs, [tokens, in], wide (fp32, or fp64).
         formats: of the weights; None: not quantised, whose error is none.
-        magnitude: mean |x| of all inputs, [in], where more than the sample is known, or scales are shared.
+        magnitude: mean |x| of all inputs, [in], where more than the sample is known.
+        share: makes statistics [in] equal where channels must share a scale (`fold.share`).
         grid: alpha is 0, 1 / grid, ..., 1.
         scale_dtype: of the scales of the weights in the checkpoint.
     Raises:
@@ -64,36 +70,53 @@ def search_scale(
     magnitude = x.abs().mean(0) if magnitude is None else magnitude.to(x.dtype)
     sample = _compact(x)
     quantized = [(w.to(x.dtype), f) for w, f in zip(weights, formats, strict=True) if f is not None]
+    size = _weight_size(quantized)
+    if share is not None:
+        magnitude, size = share(magnitude), share(size)
     whole = sum(_energy(weight, sample) for weight, _ in quantized)
-    found: tuple[float, float, Tensor] | None = None
+    found: tuple[float, float, bool, Tensor] | None = None
     nearest = 0.0
-    for step in range(grid + 1):
-        alpha = step / grid
-        scale = candidate_scale(magnitude, alpha)
+    for by_weight, step in itertools.product((False, True), range(grid + 1)):
+        scale = candidate_scale(magnitude, step / grid, size if by_weight else None)
         error = 0.0
         for weight, linear in quantized:
             scaled = weight * scale
             rounded = _rounded(scaled, linear, *weight_scale(scaled, linear), scale_dtype)
             error += _energy(rounded / scale - weight, sample)
-        nearest = error if step == 0 else nearest
+        nearest = error if found is None else nearest
         if found is None or error < found[0]:
-            found = error, alpha, scale
+            found = error, step / grid, by_weight, scale
     assert found is not None
-    error, alpha, scale = found
-    return AwqScale(
-        scale=scale, alpha=alpha, error=error / whole if whole else 0.0, nearest_error=nearest / whole if whole else 0.0
-    )
+    error, alpha, by_weight, scale = found
+    whole = whole or 1.0
+    return AwqScale(scale=scale, alpha=alpha, by_weight=by_weight, error=error / whole, nearest_error=nearest / whole)
 
 
-def candidate_scale(magnitude: Tensor, alpha: float) -> Tensor:
-    """mean|x|^alpha with its largest and smallest value at equal ratios from 1; 1 where the input was always zero."""
+def candidate_scale(magnitude: Tensor, alpha: float, weight_size: Tensor | None = None) -> Tensor:
+    """mean|x|^alpha (/ weight_size^(1 - alpha)), its largest and smallest value at equal ratios from 1, [in].
+
+    1 where the input was always zero.
+    """
     alive = magnitude > 0
-    if alpha == 0 or not bool(alive.any()):
+    # The bounds are those of the authors' code: they limit the range of scales, for the sake of fp16.
+    scale = magnitude.pow(alpha)
+    if weight_size is not None:
+        scale = scale / (weight_size.pow(1 - alpha) + 1e-4)
+    scale = scale.clamp(min=1e-4)
+    if not bool(alive.any()):
         return torch.ones_like(magnitude)
-    # 1e-4, as in the authors' code: bounds the range of scales, for the sake of fp16.
-    scale = magnitude.pow(alpha).clamp(min=1e-4)
     least, most = scale[alive].aminmax()
     return (scale / (least * most).sqrt()).where(alive, scale.new_ones(()))
+
+
+def _weight_size(weights: Sequence[tuple[Tensor, LinearFormat]]) -> Tensor:
+    """Mean over rows of |w| in units of the largest of its group, [in]."""
+    total, rows = torch.zeros_like(weights[0][0][0]), 0
+    for weight, linear in weights:
+        grouped = weight.abs().unflatten(1, (linear.groups(weight.shape[1]), -1))
+        total += (grouped / (grouped.amax(2, keepdim=True) + 1e-6)).flatten(1).sum(0)
+        rows += len(weight)
+    return total / rows
 
 
 def search_clip(

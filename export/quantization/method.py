@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -228,12 +229,13 @@ def _find_scale(
             weights,
             observer.sample.tokens.to(device) if observer.sample is not None else torch.empty(0),
             [formats.get(name) for name in names],
-            magnitude=share(spec, site, observer.maximum.mean.to(device)),
+            magnitude=observer.maximum.mean.to(device),
+            share=partial(share, spec, site),
             grid=options.grid,
             scale_dtype=options.scale_dtype,
         )
         result.awq[site] = found
-        return found.scale if found.alpha else None
+        return found.scale if found.alpha or found.by_weight else None
     if needs.smoothing:
         largest = share(spec, site, _observed(inputs, site).maximum.channel.to(device))
         return share(spec, site, smooth_scale(weights, largest, alpha=options.alpha))

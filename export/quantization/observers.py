@@ -19,7 +19,8 @@ SKETCH_ERROR = 0.01
 
 _GAMMA = (1 + SKETCH_ERROR) / (1 - SKETCH_ERROR)
 _OCTAVES = 24
-"""Magnitudes from 2^-24 (the smallest fp16 number; what is below counts as it) to 2^24 have bins of their own."""
+"""Magnitudes from 2^-24 (the smallest fp16 number; what is below counts as it) to 2^24 have bins of their own; a
+percentile above that is the maximum."""
 
 _BINS = 2 * math.ceil(_OCTAVES / math.log2(_GAMMA)) + 1
 
@@ -152,7 +153,9 @@ class PercentileObserver:
         if percent == 100:
             return top
         exponents = torch.arange(-(_BINS // 2), _BINS // 2 + 1, dtype=torch.float64, device=counts.device)
-        values = (2 / (_GAMMA + 1) * _GAMMA**exponents).expand(counts.shape)
+        values = 2 / (_GAMMA + 1) * _GAMMA**exponents
+        values[-1] = float("inf")  # everything above: cut to the maximum below
+        values = values.expand(counts.shape)
         if divisor is not None:
             values = values / divisor.to(torch.float64)[:, None]
         values, order = values.reshape(groups, -1).sort(1)
