@@ -56,6 +56,10 @@ _BUILTIN_ATTRIBUTES: Mapping[str, frozenset[str]] = {
 """What TensorRT's own operators know; it drops other attributes without a word."""
 
 
+_CODES = frozenset({onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN})
+_SPARE_BYTES = 1 << 16
+"""What a plan may hold besides the graph's weights."""
+
 _PROGRESS_STEPS = 1000
 _PATIENCE = 1.0
 """Seconds that a cancelled build may take to end by itself."""
@@ -94,7 +98,7 @@ def build_plan(
             a few of them.
     Raises:
         LogitLockError: TensorRT refuses the graph or cannot build it; it would drop something of it; a plugin node
-            has no plugin.
+            has no plugin; it does not keep quantised weights as codes.
     """
     model = onnx.load(directory / MODEL_NAME, load_external_data=False)
     fix_capacity(model, options.max_seq)
@@ -109,9 +113,11 @@ def build_plan(
         parser = _parse(network, model, directory / MODEL_NAME, messages)
         plugins = _check_plugins(network, model)
         build_network(builder, network, path, inputs=model.graph.input, options=options, progress=progress, keep=parser)
+    layers = parse_log((text for _, text in messages), plan=path.name, taps=node_taps(model, tap_names(spec)))
+    check_weight_bytes(model, layers.weight_bytes)
     return BuildResult(
         plan=path,
-        layers=parse_log((text for _, text in messages), plan=path.name, taps=node_taps(model, tap_names(spec))),
+        layers=layers,
         plugins=plugins,
         warnings=check_warnings(warnings_of(messages)),
     )
@@ -195,6 +201,25 @@ def mark_taps(model: onnx.ModelProto, taps: Iterable[str]) -> None:
     known = {value.name for value in model.graph.output}
     declared = {value.name: value for value in model.graph.value_info}
     model.graph.output.extend(declared[name] for name in taps if name not in known)
+
+
+def check_weight_bytes(model: onnx.ModelProto, found: int) -> None:
+    """Check that an engine holds the codes of quantised weights and not what they stand for.
+
+    Args:
+        found: bytes of its weights.
+    Raises:
+        LogitLockError: it holds more than half of what the next wider type would add.
+    """
+    stored = widened = 0
+    for weight in model.graph.initializer:
+        length = next((int(e.value) for e in weight.external_data if e.key == "length"), len(weight.raw_data))
+        stored += length
+        widened += length if weight.data_type in _CODES else 0
+    if widened and found > stored + widened // 2 + _SPARE_BYTES:
+        raise LogitLockError(
+            f"TensorRT holds {found} bytes of weights where the graph has {stored}: quantised weights were expanded"
+        )
 
 
 def check_warnings(warnings: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +111,17 @@ def needed_launches(spec: ModelSpec, dtype: ElementType, capability: int) -> lis
     """One launch for every kernel that the two operations of a model can ask for, at any shape, on `capability`."""
     found: list[Launch] = []
     if spec.norm.kind == "rms":
-        found += rms_norm.variants(
-            NormShape(
-                rows=1,
-                width=spec.hidden_size,
-                eps=spec.norm.eps,
-                weight_in_float=spec.norm.weight_in_float,
-                dtype=dtype,
-            )
+        plain = NormShape(
+            rows=1,
+            width=spec.hidden_size,
+            eps=spec.norm.eps,
+            weight_in_float=spec.norm.weight_in_float,
+            dtype=dtype,
         )
+        formats = [linear for module in spec.linears if (linear := spec.format_of(module)) is not None]
+        codes = {linear.input for linear in formats if linear.input_scale == "token"}
+        for code in (None, *sorted(codes - {None})):
+            found += rms_norm.variants(replace(plain, quantized=code))
     a = spec.attention
     longest = max(spec.max_positions, _LONG_CACHE)
     for scale, window in sorted({(spec.scale(layer), spec.window(layer)) for layer in range(spec.layers)}):

@@ -1,4 +1,4 @@
-"""TensorRT plugins for the two custom nodes of a bundle, `FusedRmsNorm` and `CachedAttention`.
+"""TensorRT plugins for the custom nodes of a bundle: `FusedRmsNorm`, `FusedRmsNormQuant` and `CachedAttention`.
 
 They are Python IPluginV3, for full TensorRT and TensorRT-RTX alike, found by their creators in namespace "refmodels",
 version "1", when a graph is parsed and when a plan is loaded.  `register` once; then parse, or load a plan inside
@@ -14,7 +14,7 @@ import onnx
 from refmodels.errors import LogitLockError
 from trt_runtime.plugins.attention import CachedAttention
 from trt_runtime.plugins.base import NAMESPACE, VERSION, Creator, raise_failure, use_compiled
-from trt_runtime.plugins.rms_norm import FusedRmsNorm
+from trt_runtime.plugins.rms_norm import FusedRmsNorm, FusedRmsNormQuant
 from trt_runtime.tensorrt_api import LOGGER, errors_of, trt
 
 __all__ = [
@@ -28,7 +28,9 @@ __all__ = [
     "use_compiled",
 ]
 
-CREATORS: dict[str, Creator] = {plugin.NAME: Creator(plugin) for plugin in (FusedRmsNorm, CachedAttention)}
+CREATORS: dict[str, Creator] = {
+    plugin.NAME: Creator(plugin) for plugin in (FusedRmsNorm, FusedRmsNormQuant, CachedAttention)
+}
 """By plugin name.  They live as long as the process: TensorRT keeps their addresses."""
 
 _PLACE = {"plugin_namespace": NAMESPACE, "plugin_version": "1"}

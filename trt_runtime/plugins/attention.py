@@ -74,8 +74,8 @@ class CachedAttention(Plugin):
         }
         return [allowed.get(name, table) for name in self.inputs()]
 
-    def output_sources(self) -> tuple[int, ...]:
-        return (0, 1, 2)
+    def output_types(self, types: Sequence[Any]) -> list[Any]:
+        return list(types[:3])
 
     @reported
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:

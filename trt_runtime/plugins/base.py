@@ -123,8 +123,8 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.I
         """The types that each input may have, given the types of all inputs before it."""
         raise NotImplementedError
 
-    def output_sources(self) -> tuple[int, ...]:
-        """For each output the input whose type it has."""
+    def output_types(self, types: Sequence[Any]) -> list[Any]:
+        """The type of each output, given those of all inputs."""
         raise NotImplementedError
 
     def launcher(self) -> Any:
@@ -160,7 +160,7 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.I
             if given not in allowed:
                 wanted = " or ".join(a.name for a in allowed)
                 raise LogitLockError(f"the input {name} has type {given.name}; it must be {wanted}")
-        return [input_types[source] for source in self.output_sources()]
+        return self.output_types(input_types)
 
     @reported
     def supports_format_combination(self, position: int, tensors: Sequence[Any], input_count: int) -> bool:
@@ -168,7 +168,8 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.I
         if here.format != trt.TensorFormat.LINEAR:
             return False
         if position >= input_count:
-            return bool(here.type == tensors[self.output_sources()[position - input_count]].desc.type)
+            types = self.output_types([t.desc.type for t in tensors[:input_count]])
+            return bool(here.type == types[position - input_count])
         return here.type in self.input_types([t.desc.type for t in tensors[:position]])[position]
 
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
