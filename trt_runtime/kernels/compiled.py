@@ -120,7 +120,7 @@ def needed_launches(spec: ModelSpec, dtype: ElementType, capability: int) -> lis
         )
         formats = [linear for module in spec.linears if (linear := spec.format_of(module)) is not None]
         codes = {linear.input for linear in formats if linear.input_scale == "token"}
-        for code in (None, *sorted(codes - {None})):
+        for code in dict.fromkeys((None, *codes)):
             found += rms_norm.variants(replace(plain, quantized=code))
     a = spec.attention
     longest = max(spec.max_positions, _LONG_CACHE)
