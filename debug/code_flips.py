@@ -32,6 +32,8 @@ class CodeFlips:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, self.spec = decoder, decoder.spec
+        self.largest = 0.0
+        """Of all taps asked for so far: the mean over the tokens of one."""
         self._cache: dict[str, float] = {}
 
     def of(self, tap: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -54,6 +56,7 @@ class CodeFlips:
         else:
             step = _step(x.abs().amax(-1), code)
         flips: Tensor = step / x.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+        self.largest = max(self.largest, float(flips.mean()))
         return flips
 
     def of_cache(self, tap: str, codes: Tensor) -> Tensor | None:
@@ -64,6 +67,7 @@ class CodeFlips:
         rows = codes.transpose(1, 2).flatten(2).double()
         step = torch.ones(()) if code == "int8" else rows.abs().amax(-1) * _FP8_STEP
         found: Tensor = step / rows.norm(dim=-1).clamp(min=1.0)
+        self.largest = max(self.largest, float(found.mean()))
         self._cache[tap] = max(self._cache.get(tap, 0.0), float(found.max()))
         return found
 

@@ -287,7 +287,9 @@ class _Diff:
             # Modules that are each within R floors of their own let about R accumulated floors pass on.
             explained = max(1.0, *(e.local / max(e.floor, self.unit) for e in self.taps))
             limit = self.multiple * explained
-            if logits.rel_l2 > limit * max(logits.floor_rel_l2, self.unit) or logits.nonfinite:
+            # One flipped code anywhere passes on to the logits, where the floor may have had none.
+            least = max(self.unit, self.flips.largest)
+            if logits.rel_l2 > limit * max(logits.floor_rel_l2, least) or logits.nonfinite:
                 beyond = (e for e in self.taps if e.accumulated_ratio > limit)
                 first = next(beyond, next(e for e in self.taps if e.tap == "logits"))
                 culprits.append(self._culprit([first], accumulated=True))

@@ -125,8 +125,12 @@ def columns(spec: ModelSpec, module: str) -> int:
 
 
 def _format(scheme: Scheme, width: int, module: str, options: QuantizeOptions) -> LinearFormat:
-    inputs = options.inputs or scheme.inputs
-    wanted = options.group if options.group is not None else DEFAULT_GROUP if scheme.grouped or inputs == "group" else 0
+    # What the options say is meant for the scheme that they name, not for a plan's exceptions.
+    exception = scheme is not SCHEMES.get(options.scheme or "")
+    inputs = scheme.inputs if exception else options.inputs or scheme.inputs
+    wanted = options.group
+    if wanted is None or (exception and inputs in ("token", "tensor")):
+        wanted = DEFAULT_GROUP if scheme.grouped or inputs == "group" else 0
     if wanted < 0:
         raise LogitLockError(f"--group is {wanted}; it must be at least {_LEAST_GROUP}, or 0 for one scale a row")
     code: EightBit | None = None

@@ -211,7 +211,7 @@ def _to_compressed(
     if index is not None:
         stored["weight_g_idx"] = index.to(torch.int32)
     if input_scale is not None:
-        stored["input_scale"] = input_scale.reshape(1)
+        stored["input_scale"] = input_scale.reshape(1).clone()  # fused modules share it
     return stored
 
 
