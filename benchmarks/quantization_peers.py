@@ -164,6 +164,7 @@ def autoawq(linear: LinearFormat) -> Callable[[Layer], dict[str, float]]:
 
     def run(layer: Layer) -> dict[str, float]:
         _, weight, x = layer
+        x = x[::4]  # all that their clipping looks at
         hessian = hessian_of(x)
         module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         module.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -176,7 +177,9 @@ def autoawq(linear: LinearFormat) -> Callable[[Layer], dict[str, float]]:
             for s in (ours.scale, peer_scale)
         ]
         folded, divided = weight * ours.scale, x / ours.scale
-        limit = quantizer._compute_best_clip(folded, divided, n_sample_token=len(x)).flatten(1)
+        # It takes multiples of 64 rows only; rows are independent.
+        padded = torch.cat((folded, folded[: -len(folded) % 64]))
+        limit = quantizer._compute_best_clip(padded, divided, n_sample_token=len(x)).flatten(1)[: len(folded)]
         clipped = folded.unflatten(1, (-1, GROUP)).clamp(-limit[:, :, None], limit[:, :, None]).flatten(1)
         theirs = quantizer.pseudo_quantize_tensor(clipped)[0]
         scale, zero = search_clip(folded, divided, linear)
