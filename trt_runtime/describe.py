@@ -17,8 +17,9 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     """Everything that bundle.json and the graph say; JSON values.
 
     `nodes` counts the graph's own nodes by operator, `functions` gives the number of nodes in each function body,
-    `weights` has one entry a weight, the largest first, `spec` the architecture, `engine` what bundle.json says of the
-    TensorRT engine (None: there is none) and `plans` what its builder said of each plan.
+    `weights` has one entry a weight, the largest first, `spec` the architecture, `quantization` a phrase on its codes
+    (None: there are none), `engine` what bundle.json says of the TensorRT engine (None: there is none) and `plans` what
+    its builder said of each plan.
     """
     info = bundle.info
     model = load_graph(bundle.model_path, files=info.files)
@@ -34,6 +35,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "opset": model.opset_imports.get(""),
         "tools": info.tools,
         "spec": info.spec,
+        "quantization": None if bundle.spec.quantization is None else bundle.spec.quantization.describe(),
         "nodes": dict(Counter(_operator(node) for node in model.graph).most_common()),
         "functions": {f"{f.domain}::{f.name}": len(list(f)) for f in model.functions.values()},
         "weights": sorted(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import onnxruntime as ort
 import torch
 from torch import Tensor
@@ -204,7 +205,10 @@ class OnnxRuntimeEngine(Engine):
         if info.precision != "fp32":
             compute_in_float(model, HALF_TYPES[info.precision], rounded=self.emulate_rounding)
         promote(model, taps)
-        cache_as_bytes(model)
+        if quantized:
+            cache_as_bytes(model)
+            # Or ONNX Runtime dequantises weights that nobody reads any more, all of them, before it drops them.
+            passes.RemoveUnusedNodesPass()(model)
         if not has_tensor_scatter():
             model = without_tensor_scatter(model)
         options = ort.SessionOptions()

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from refmodels.errors import LogitLockError
@@ -55,7 +54,7 @@ class _Weight:
 
 
 def use_integer_kernels(model: ir.Model, *, weights_rounded: bool) -> None:
-    """Put ONNX Runtime's own kernels in the place of quantised products; changed in place.
+    """Put ONNX Runtime's own kernels in the place of quantised products; changed in place.  What only these read stays.
 
     Args:
         model: without functions, with dtypes (`trt_runtime.rounding.inline_and_type`).
@@ -81,8 +80,6 @@ def use_integer_kernels(model: ir.Model, *, weights_rounded: bool) -> None:
                 rewrite.block_product(node, x, weight, block, accuracy=0)
     if rewrite.contrib:
         model.opset_imports[_CONTRIB] = 1
-    # Or ONNX Runtime dequantises the weights that nobody reads any more, all of them, before it drops them.
-    passes.RemoveUnusedNodesPass()(model)
 
 
 class _Rewrite:
@@ -110,12 +107,12 @@ class _Rewrite:
         repeats = columns // block // weight.groups
         scale = weight.scale
         if repeats > 1 or len(_dims(scale)) == 1:
-            column = self.emit(
-                "Reshape", [scale, self.constant(f"{name}.column", _ints(rows, -1, 1))], f"{name}.scales"
-            )
-            wide = self.constant(f"{name}.repeats", _ints(1, 1, repeats))
-            scale = self.emit("Expand", [column, wide], f"{name}.scale_by_block")
-            scale = self.emit("Reshape", [scale, self.constant(f"{name}.rows", _ints(rows, -1))], f"{name}.scale_rows")
+            shapes = {"column": (rows, -1, 1), "repeated": (1, 1, repeats), "by_block": (rows, -1)}
+            for (part, shape), op in zip(shapes.items(), ("Reshape", "Expand", "Reshape"), strict=True):
+                target = self.constant(f"{name}.scale_{part}_shape", _ints(*shape))
+                scale = self.emit(op, [scale, target], f"{name}.scale_{part}")
+                # Half ones are widened later by what their type says.
+                scale.type = ir.TensorType(_type(weight.scale))
         inputs = [x, self.offset_binary(weight.codes, (rows, columns // block, block * bits // 8)), scale]
         if weight.zero is not None:
             inputs.append(self.zeros(weight.zero, rows, weight.groups, repeats, f"{name}.zeros"))
