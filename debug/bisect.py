@@ -113,6 +113,11 @@ def bisect(
         LogitLockError: precision fp32, a budget that is not positive, or one that not even fp32 in every linear layer
             keeps.
     """
+    if source.spec.quantization is not None:
+        raise LogitLockError(
+            f"{source.name} is quantised; bisect finds layers of a half-precision engine, `logitlock quantize` reports "
+            "the error of every layer"
+        )
     if precision == "fp32":
         raise LogitLockError("--precision fp32 has nothing to keep in fp32; use fp16 or bf16")
     if not budget > 0:

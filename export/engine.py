@@ -76,6 +76,11 @@ def check_backend(
         from export.torch_tensorrt import check_modes, import_torch_tensorrt
 
         check_modes(attention, numerics)
+        if spec.quantization is not None:
+            raise LogitLockError(
+                f"--backend torch-tensorrt takes models of floats, and this one has {spec.quantization.describe()}; "
+                "use --backend tensorrt"
+            )
         import_torch_tensorrt()
     elif attention == "plugin" and numerics != "exact":
         raise LogitLockError(

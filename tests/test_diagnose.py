@@ -11,7 +11,7 @@ from mutants import LEAST, MODELS, Mutant, rates, run
 
 import refmodels
 from debug.capture import Forward
-from debug.faults import CATALOGUE
+from debug.faults import CATALOGUE, quantized
 from debug.modules import module_at
 from debug.prompts import random_prompts
 from refmodels.taps import Recorder, is_cache_tap, recording, tap_names
@@ -63,8 +63,10 @@ def test_no_fault_is_the_right_thing() -> None:
                         for detail, changes in fault.variants(module, right):
                             assert module(**changes).shape == right.shape, (tap, fault.name, detail)
                             seen[fault.name] += not torch.allclose(module(**changes), right, rtol=1e-6, atol=1e-9)
-    # Faults of rounding change nothing in fp64; those of the cache begin with the first decode step.
+    # Faults of rounding change nothing in fp64; those of the cache begin with the first decode step; none of these
+    # models holds codes (see test_quantized_diff.py).
     silent = {"norm weight applied on the wrong side of the cast", "cache not updated"}
+    silent |= {f.name for f in CATALOGUE if f.variants.__module__ == quantized.__name__}
     assert {f.name for f in CATALOGUE} - {name for name, count in seen.items() if count} <= silent
 
 
