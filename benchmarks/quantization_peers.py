@@ -26,7 +26,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +142,26 @@ def neural_compressor_gptq(linear: LinearFormat, act_order: bool) -> Callable[[L
 # --- AWQ ---
 
 
-def autoawq_quantizer(linear: LinearFormat) -> Any:
+@cache
+def autoawq_class() -> Any:
     location = importlib.util.find_spec("awq")
     if location is None or location.submodule_search_locations is None:
         raise ImportError("autoawq")
+    stubs = {}
     for name in ("awq", "awq.quantize"):
         # Their __init__ imports every model class of an older transformers.
-        module = types.ModuleType(name)
-        module.__path__ = [str(Path(location.submodule_search_locations[0], *name.split(".")[1:]))]
-        sys.modules[name] = module
-    quantizer_class = importlib.import_module("awq.quantize.quantizer").AwqQuantizer
-    quantizer = quantizer_class.__new__(quantizer_class)
+        stubs[name] = types.ModuleType(name)
+        stubs[name].__path__ = [str(Path(location.submodule_search_locations[0], *name.split(".")[1:]))]
+    sys.modules.update(stubs)
+    try:
+        return importlib.import_module("awq.quantize.quantizer").AwqQuantizer
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+
+
+def autoawq_quantizer(linear: LinearFormat) -> Any:
+    quantizer = autoawq_class().__new__(autoawq_class())
     quantizer.w_bit, quantizer.group_size, quantizer.zero_point = 4, GROUP, not linear.symmetric
     quantizer.duo_scaling, quantizer.max_chunk_memory, quantizer.n_parallel_calib_samples = True, 2**30, None
     return quantizer

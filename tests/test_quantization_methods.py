@@ -225,6 +225,15 @@ def test_a_folded_model_is_the_same_function(case: str) -> None:
     assert not torch.allclose(before.tensors["blocks.0.attn_norm"], after.tensors["blocks.0.attn_norm"])
 
 
+def test_channels_that_share_a_scale_take_the_largest_statistic() -> None:
+    spec = toy("chatglm2")[0].spec  # 4 heads of 32 on 2 kv heads
+    statistic = torch.arange(128.0)
+    shared = share(spec, "attn.out", statistic).view(4, 32)
+    assert torch.equal(shared[0], statistic[32:64]) and torch.equal(shared[1], statistic[32:64])
+    assert torch.equal(shared[2:], statistic[96:].expand(2, -1))
+    assert share(spec, "attn.qkv", statistic) is statistic
+
+
 def test_folding_refuses_what_would_change_the_function() -> None:
     gpt, glm = toy("gpt")[0], toy("chatglm2")[0]
     block = {n.removeprefix("blocks.0."): p for n, p in gpt.named_parameters() if n.startswith("blocks.0.")}
