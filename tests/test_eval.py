@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import refmodels
-from debug.evaluate import evaluate, scoring
-from debug.evaluate.answers import continue_prompts, rows_at_once
+from debug.evaluate import evaluate, scoring, speed
+from debug.evaluate.answers import answer_task, continue_prompts, rows_at_once
 from debug.evaluate.passages import Passage, text_windows
+from debug.evaluate.questions import toy_task
 from debug.evaluate.results import Agreement
 from debug.evaluate.rouge import CharacterTokenizer, rouge
 from debug.evaluate.scoring import score
@@ -230,6 +233,18 @@ def test_transformers_answers_as_the_reference(case: str) -> None:
     assert [r.token_ids for r in results[0]] == alone
 
 
+def test_an_answer_that_does_not_end_is_wrong() -> None:
+    """The right tokens, but another one where the answer should have ended."""
+    source = refmodels.resolve("qwen")
+    tokenizer = refmodels.load_tokenizer_for(source)
+    engine = TorchEngine(refmodels.load(source))
+    task = toy_task("sorting", tokenizer, limit=6, seed=1)
+    assert answer_task(engine, tokenizer, task, batch_size=6).right == [True] * 6
+    shorter = [replace(question, answer=question.answer[:2]) for question in task.questions]
+    cut = replace(task, questions=shorter, max_new_tokens=3)
+    assert answer_task(engine, tokenizer, cut, batch_size=6).right == [False] * 6
+
+
 # Speed
 
 
@@ -245,6 +260,19 @@ def test_speed(bundle: Path) -> None:
     assert not measure_speed(engine_of("gpt2"), parse_shape("1x4x2")).rounding_emulated
     with pytest.raises(LogitLockError, match="positions"):
         measure_speed(engine, parse_shape("1x4000x1"))
+
+
+def test_imitated_rounding_is_not_timed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[OnnxRuntimeEngine] = []
+
+    def runner(engine: OnnxRuntimeEngine, *_: object) -> Callable[[], tuple[float, float]]:
+        timed.append(engine)
+        return lambda: (2.0, 4.0)
+
+    monkeypatch.setattr(speed, "_runner", runner)
+    found = measure_speed(OnnxRuntimeEngine(bundle, emulate_rounding=True), Shape(batch=2, prompt=8, new=4))
+    assert not timed[0].emulate_rounding and found.rounding_emulated
+    assert (found.prefill_tokens_per_second, found.decode_tokens_per_second) == (8.0, 2.0)
 
 
 # All of it
