@@ -218,6 +218,10 @@ def diff(
     cut: Annotated[
         bool, typer.Option("--cut", help="Also run a bundle's modules on the reference's tensors (in --json).")
     ] = False,
+    floats: Annotated[
+        bool,
+        typer.Option("--floats", help="Judge a quantised bundle by the model before: what its codes cost."),
+    ] = False,
     every_tap: Annotated[bool, typer.Option("--every-tap", help="Show all taps, not only the worst.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a report that works offline.")] = None,
     json_output: Json = False,
@@ -262,6 +266,7 @@ def diff(
             engine=engine,
             emulate_rounding=emulate_rounding,
             cut=cut,
+            floats=floats,
         )
     else:
         result = diff_sides(
@@ -275,6 +280,7 @@ def diff(
             emulate_rounding=emulate_rounding,
             trust_remote_code=trust_remote_code,
             cut=cut,
+            floats=floats,
         )
     if html is not None:
         write_report(result, html, command=shlex.join(["logitlock", *sys.argv[1:]]))

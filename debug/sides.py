@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from debug.prompts import Prompts, default_prompts, text_prompts
 from debug.results import Between, Culprit, Diagnosis, DiffResult, TapDistance
 from debug.streaming import Reference, StreamedDecoder
 from debug.trace import read_trace, trace_origin, write_trace
+from debug.unquantised import check_floats, folded_model
 from export.quantization.checkpoint import read_provenance
 from refmodels.checkpoint import (
     ModelSource,
@@ -64,6 +65,8 @@ class Side:
     bundle: Bundle | None = None
 
     cuts: dict[str, float] = field(default_factory=dict)
+    folded: Mapping[str, Tensor] | None = None
+    """With the model before quantisation as the reference: the scales that were folded into the weights."""
 
     def capture(self, prompts: Prompts, steps: int, tokens: Tensor | None = None) -> Capture:
         if self.trace is not None:
@@ -97,6 +100,7 @@ def diff_bundle(
     engine: EngineChoice = "auto",
     emulate_rounding: bool = True,
     cut: bool = False,
+    floats: bool = False,
 ) -> DiffResult:
     """Compare a bundle's engine with the reference of the model that it was made from.
 
@@ -108,15 +112,23 @@ def diff_bundle(
         engine: see `trt_runtime.engines.open_engine`.
         emulate_rounding: on ONNX Runtime: round every node of a half-precision bundle to its dtype (see
             `OnnxRuntimeEngine`).
-        cut: as `diff_sides`.
+        cut, floats: as `diff_sides`.
     Raises:
         LogitLockError: no or a damaged bundle or model, a bundle of another model or checkpoint, a prompt too short or
             too long.
     """
     text = bundle_side(bundle, engine)
     return diff_sides(
-        TRUTH, text, model=model, prompts=prompts, steps=steps, seed=seed, emulate_rounding=emulate_rounding, cut=cut
-    )  # fmt: skip
+        TRUTH,
+        text,
+        model=model,
+        prompts=prompts,
+        steps=steps,
+        seed=seed,
+        emulate_rounding=emulate_rounding,
+        cut=cut,
+        floats=floats,
+    )
 
 
 def bundle_side(bundle: Path, engine: EngineChoice = "auto") -> str:
@@ -138,6 +150,7 @@ def diff_sides(
     emulate_rounding: bool = True,
     trust_remote_code: bool = False,
     cut: bool = False,
+    floats: bool = False,
 ) -> DiffResult:
     """Compare two executors of one model: `b` is tested, `a` is what it should be like.
 
@@ -151,10 +164,13 @@ def diff_sides(
         name_map: which values of an ONNX file are which taps.
         trust_remote_code: run the Python code of a Hugging Face directory.
         cut: also run the modules of bundles on the reference's tensors (see `debug.cut`).
+        floats: judge quantised bundles by the model before quantisation (see `debug.unquantised`).
     Raises:
         LogitLockError: a side that cannot be opened, sides of different models, prompts that do not fit.
     """
-    source = quantized_source(source_of(model, (b, a)), (b, a))
+    source = source_of(model, (b, a))
+    if not floats:
+        source = quantized_source(source, (b, a))
     alone = a in (TRUTH, f"{TRUTH}:fp64", f"{TRUTH}:fp64:exact")
     sides = [
         open_side(
@@ -163,6 +179,7 @@ def diff_sides(
             name_map=name_map,
             emulate_rounding=emulate_rounding,
             trust_remote_code=trust_remote_code,
+            floats=floats,
         )
         for text in ([b] if alone else [b, a])
     ]
@@ -235,8 +252,9 @@ def open_side(
     name_map: Path | None = None,
     emulate_rounding: bool = True,
     trust_remote_code: bool = False,
+    floats: bool = False,
 ) -> Side:
-    """Open one side; errors as `diff_sides`."""
+    """Open one side; arguments and errors as `diff_sides`."""
     from debug.executors.open import numerics_of, open_executor
 
     if text.endswith(".safetensors"):
@@ -247,19 +265,24 @@ def open_side(
     bundle = _bundle_of(text)
     context: dict[str, Any] = {"executor": text}
     longest = None
+    folded = check_floats(bundle, source, text) if floats else None
+    own = source
+    if folded is not None:
+        assert bundle is not None and bundle.quantized_path is not None
+        own = moved(source, bundle.quantized_path)
     if bundle is not None:
-        context = _check_bundle(bundle, source)
+        context = _check_bundle(bundle, own)
         if text.startswith("tensorrt:") and bundle.info.engine is not None:
             # The prompt is one step.
             longest = bundle.info.engine.max_input
     executor = open_executor(
         text,
-        source=source,
+        source=own,
         map=name_map,
         emulate_rounding=emulate_rounding,
         trust_remote_code=trust_remote_code,
     )
-    _same_model(text, executor.spec, source)
+    _same_model(text, executor.spec, own)
     return Side(
         text=text,
         executor=executor,
@@ -268,6 +291,7 @@ def open_side(
         context=context,
         longest_prompt=longest,
         bundle=bundle,
+        folded=folded,
     )
 
 
@@ -394,8 +418,14 @@ def _prompts(source: ModelSource, texts: Sequence[str], *, room: int, seed: int)
 
 
 def _judged(capture: Capture, side: Side, source: ModelSource) -> DiffResult:
-    truth = reference_of(source, dtype=torch.float64)
-    rounded = reference_of(source, dtype=capture.dtype, numerics=side.numerics)
+    truth: Reference
+    rounded: Reference
+    if side.folded is None:
+        truth = reference_of(source, dtype=torch.float64)
+        rounded = reference_of(source, dtype=capture.dtype, numerics=side.numerics)
+    else:
+        truth = folded_model(source, side.folded, dtype=torch.float64)
+        rounded = folded_model(source, side.folded, dtype=capture.dtype, numerics=side.numerics)
     result = diff_capture(capture, truth, rounded)
     result.context = {"model": source.name, **side.context}
     if side.cuts:

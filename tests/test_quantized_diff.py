@@ -141,6 +141,36 @@ def test_every_fault_of_codes_is_planted() -> None:
     assert ours == planted
 
 
+# The model before quantisation as the reference
+
+
+@pytest.mark.parametrize("scheme", ["int4-awq", "int4-gptq", "smoothquant"])
+def test_what_codes_cost_shows_at_their_layers_only(scheme: str, tmp_path: Path) -> None:
+    options = {"scheme": scheme, "group": 16 if "int4" in scheme else None}
+    bundle = exported(tmp_path, "fp32", options)
+    result = diff_bundle(bundle, MODEL, steps=1, floats=True)
+    linears = {name for name in refmodels.resolve(MODEL).spec.linears if name != "head"}
+    assert {culprit.tap for culprit in result.culprits} == linears
+    # The layers' own reports, of other inputs, are of about this size.
+    checkpoint = read_bundle(bundle).quantized_path
+    assert checkpoint is not None
+    reports = json.loads((checkpoint / "quantization.json").read_text())["layers"]
+    for error in result.taps:
+        if error.tap in linears and error.step == 0 and reports[error.tap]["error"]:
+            assert 0.4 < error.local / reports[error.tap]["error"] ** 0.5 < 2.5, error.tap
+
+
+def test_floats_want_the_model_before(int4: Path, tmp_path: Path) -> None:
+    checkpoint = read_bundle(int4).quantized_path
+    with pytest.raises(LogitLockError, match="is quantised itself"):
+        diff_bundle(int4, str(checkpoint), floats=True)
+    plain = export_model(MODEL, precision="fp32", output=tmp_path / "plain")
+    with pytest.raises(LogitLockError, match="is not a bundle that export has quantised"):
+        diff_bundle(plain, MODEL, floats=True)
+    with pytest.raises(LogitLockError, match="cache, whose codes"):
+        diff_bundle(exported(tmp_path, "fp32", {"scheme": "int8", "cache": "int8"}), MODEL, floats=True)
+
+
 # What belongs to what
 
 

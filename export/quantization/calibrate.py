@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.quantization.checkpoint import CheckpointWriter
+from export.quantization.checkpoint import CheckpointWriter, write_folded
 from export.quantization.data import CalibrationData, calibration_data
 from export.quantization.fold import TAPS, Site
 from export.quantization.method import (
@@ -105,6 +105,7 @@ def quantize_model(
             },
             (path for name in COMPANION_FILES if (path := source.directory / name).is_file()),
         )
+        write_folded(draft, run.folded)
         if output.exists():
             output.rmdir()
         draft.rename(output)
@@ -144,6 +145,7 @@ class _Run:
         self.progress = progress
         self.decoder = empty_decoder(self.spec).eval()
         self.data_used: dict[str, Any] | None = None
+        self.folded: dict[str, Tensor] = {}
         self._batches: list[_Batch] = []
 
     def quantize(self, writer: CheckpointWriter, data: CalibrationData | None) -> dict[str, Any]:
@@ -295,6 +297,7 @@ class _Run:
             together,
             cache_scales,
         )
+        self.folded |= {f"{prefix}{site}": scale for site, scale in result.folded.items()}
         reports |= {f"{prefix}{name}": dataclasses.asdict(report) for name, report in result.reports.items()}
 
     @contextmanager

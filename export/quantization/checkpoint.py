@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,7 +24,8 @@ from refmodels.shards import WeightFiles
 from refmodels.weights import Part, to_checkpoint
 
 PROVENANCE_NAME = "quantization.json"
-_SHARD_BYTES = 2 << 30
+FOLDED_NAME = "quantization.folded.npz"
+_SHARD_BYTES = 256 << 20
 _SINGLE = "model.safetensors"
 
 
@@ -166,6 +169,24 @@ def _rows_of(part: Part, tensor: Tensor) -> Part:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_folded(directory: Path, folded: Mapping[str, Tensor]) -> None:
+    """Keep the scales that were folded, [width] by site ('blocks.0.attn.qkv'); no file where there are none.
+
+    Not as safetensors: loaders take every such file for weights.
+    """
+    if folded:
+        numpy.savez(directory / FOLDED_NAME, **{site: scale.cpu().numpy() for site, scale in folded.items()})
+
+
+def read_folded(directory: Path) -> dict[str, Tensor]:
+    """What `write_folded` kept."""
+    path = directory / FOLDED_NAME
+    if not path.is_file():
+        return {}
+    with numpy.load(path, allow_pickle=False) as stored:
+        return {site: torch.from_numpy(stored[site]) for site in stored.files}
 
 
 def read_provenance(directory: Path) -> dict[str, Any] | None:
