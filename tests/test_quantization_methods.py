@@ -589,8 +589,13 @@ def test_a_mixed_block_keeps_what_is_not_quantised() -> None:
     assert set(result.weights) == {"mlp.up", "attn.out"}
     assert set(result.parameters) == set(part) - {"mlp.up.weight", "attn.out.weight"}
     assert torch.equal(result.weights["mlp.up"].scale, result.weights["mlp.up"].scale.half().float())
-    gate = part["mlp.gate.weight"] * result.folded["mlp.up"]
+    divisor = result.folded["mlp.up"]
+    gate = part["mlp.gate.weight"] * divisor
     assert torch.equal(result.parameters["mlp.gate.weight"], gate)
+    sample = observers["mlp.up"].sample
+    assert sample is not None
+    scale, _ = search_clip(part["mlp.up.weight"] * divisor, sample.tokens / divisor, INT4, scale_dtype=torch.float16)
+    assert torch.equal(result.weights["mlp.up"].scale, scale.half().float())
     with pytest.raises(LogitLockError, match="percentile 0 of quantisation"):
         MethodOptions(percentile=0)
 
