@@ -205,6 +205,7 @@ def _show(found: dict[str, Any]) -> None:
     for name, value in (
         ("model", f"{found['model']} ({spec['variant']})"),
         ("precision", f"{found['precision']}, {found['numerics']} numerics, attention {found['attention']}"),
+        ("quantised", found["quantization"] or "no"),
         ("shape", f"{spec['layers']} layers, hidden {spec['hidden_size']}, vocabulary {spec['vocab_size']:,}"),
         ("heads", f"{attention['heads']} ({attention['kv_heads']} kv), head_dim {attention['head_dim']}"),
         ("position", spec["position"] + (f" {rope['dim']}, theta {rope['theta']:g}" if rope else "")),
