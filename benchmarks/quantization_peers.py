@@ -77,10 +77,12 @@ def hessian_of(x: Tensor) -> Tensor:
     return hessian.matrix
 
 
-def compare(ours: Tensor, theirs: Tensor, weight: Tensor, hessian: Tensor) -> dict[str, float]:
-    """Ratio of errors, and the share of weights that are the same (to a part in 10^5)."""
+def compare(
+    ours: Tensor, theirs: Tensor, weight: Tensor, hessian: Tensor, linear: LinearFormat = SYMMETRIC
+) -> dict[str, float]:
+    """Ratios of errors (ours to theirs, ours to rounding), and the share of weights equal to a part in 10^5."""
     same = (ours - theirs).abs() <= 1e-5 * weight.abs().max()
-    nearest = layer_error(weight, quantize_weight(weight, SYMMETRIC).dequantized(), hessian)
+    nearest = layer_error(weight, quantize_weight(weight, linear).dequantized(), hessian)
     a, b = layer_error(weight, ours, hessian), layer_error(weight, theirs, hessian)
     return {"error_ratio": a / b, "same": float(same.float().mean()), "ours_over_nearest": a / nearest}
 
@@ -110,7 +112,7 @@ def llmcompressor_gptq(linear: LinearFormat, act_order: bool) -> Callable[[Layer
         )
         assert not bool(fallback.any())
         ours = gptq(weight, hessian, linear, act_order=act_order, scale=scale, zero=zero).weight
-        return compare(ours.dequantized(), theirs[0], weight, hessian)
+        return compare(ours.dequantized(), theirs[0], weight, hessian, linear)
 
     return run
 
@@ -134,7 +136,7 @@ def neural_compressor_gptq(linear: LinearFormat, act_order: bool) -> Callable[[L
             ours = gptq(weight, hessian, linear, block=GROUP).weight
         else:
             ours = gptq(weight, hessian, linear, act_order=True).weight
-        return compare(ours.dequantized(), theirs, weight, hessian)
+        return compare(ours.dequantized(), theirs, weight, hessian, linear)
 
     return run
 
@@ -193,7 +195,7 @@ def autoawq(linear: LinearFormat) -> Callable[[Layer], dict[str, float]]:
         theirs = quantizer.pseudo_quantize_tensor(clipped)[0]
         scale, zero = search_clip(folded, divided, linear)
         mine = quantize_weight(folded, linear, scale=scale, zero=zero).dequantized()
-        result = compare(mine / ours.scale, theirs / ours.scale, weight, hessian)
+        result = compare(mine / ours.scale, theirs / ours.scale, weight, hessian, linear)
         result["scale_error_ratio"] = unclipped[0] / unclipped[1]
         result["same_scale"] = float(torch.allclose(ours.scale, peer_scale, rtol=1e-4))
         return result
