@@ -17,11 +17,10 @@ from debug.drift import DriftResult, drift
 from debug.logits import LogitComparison
 from debug.metrics import token_errors
 from debug.prompts import Prompts, default_prompts, text_prompts
+from debug.quantized import check_floats, folded_model, quantized_source
 from debug.results import Between, Culprit, Diagnosis, DiffResult, TapDistance
 from debug.streaming import Reference, StreamedDecoder
 from debug.trace import read_trace, trace_origin, write_trace
-from debug.unquantised import check_floats, folded_model
-from export.quantization.checkpoint import read_provenance
 from refmodels.checkpoint import (
     ModelSource,
     checkpoint_hash,
@@ -164,13 +163,13 @@ def diff_sides(
         name_map: which values of an ONNX file are which taps.
         trust_remote_code: run the Python code of a Hugging Face directory.
         cut: also run the modules of bundles on the reference's tensors (see `debug.cut`).
-        floats: judge quantised bundles by the model before quantisation (see `debug.unquantised`).
+        floats: judge quantised bundles by the model before quantisation (see `debug.quantized`).
     Raises:
         LogitLockError: a side that cannot be opened, sides of different models, prompts that do not fit.
     """
     source = source_of(model, (b, a))
     if not floats:
-        source = quantized_source(source, (b, a))
+        source = quantized_source(source, _bundles((b, a)))
     alone = a in (TRUTH, f"{TRUTH}:fp64", f"{TRUTH}:fp64:exact")
     sides = [
         open_side(
@@ -212,7 +211,7 @@ def trace_side(
     **options: Any,
 ) -> Path:
     """Write a trace of an executor; arguments and errors as `diff_sides`, `tokens_of` another trace to follow."""
-    source = quantized_source(source_of(model, [text]), [text])
+    source = quantized_source(source_of(model, [text]), _bundles([text]))
     side = open_side(text, source, **options)
     if side.executor is None:
         raise LogitLockError(f"{text} is a trace already")
@@ -235,7 +234,7 @@ def drift_side(
     **options: Any,
 ) -> DriftResult:
     """`debug.drift.drift` of an executor named by text; arguments and errors as `diff_sides`."""
-    source = quantized_source(source_of(model, [text]), [text])
+    source = quantized_source(source_of(model, [text]), _bundles([text]))
     side = open_side(text, source, **options)
     if side.executor is None:
         raise LogitLockError(f"{text} is a trace; drift needs an executor that runs")
@@ -303,6 +302,11 @@ def _bundle_of(text: str) -> Bundle | None:
     return None
 
 
+def _bundles(texts: Sequence[str]) -> list[Bundle]:
+    found = (None if text.endswith(".safetensors") else _bundle_of(text) for text in texts)
+    return [bundle for bundle in found if bundle is not None]
+
+
 def _check_bundle(bundle: Bundle, source: ModelSource) -> dict[str, Any]:
     info = bundle.info
     _same_model(str(bundle.directory), bundle.spec, source)
@@ -357,29 +361,6 @@ def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
         if said:
             raise LogitLockError(f"{text} was made from {said!r}; say with --model where that model is")
     raise LogitLockError("nothing says which model this is; name it with --model (family name, directory or hub id)")
-
-
-def quantized_source(source: ModelSource, texts: Sequence[str]) -> ModelSource:
-    """The model with the codes of a bundle that `export` has quantised itself: what its engine is to compute.
-
-    The difference that quantisation makes is then none of the diff's; `logitlock eval --against reference` shows it.
-
-    Raises:
-        LogitLockError: a bundle that was quantised from another checkpoint.
-    """
-    for text in texts:
-        bundle = None if text.endswith(".safetensors") else _bundle_of(text)
-        if bundle is None or bundle.quantized_path is None or source.spec.quantization is not None:
-            continue
-        found = moved(source, bundle.quantized_path)
-        made_of = (read_provenance(bundle.quantized_path) or {}).get("checkpoint_hash")
-        if replace(bundle.spec, quantization=None) == source.spec and made_of != (ours := checkpoint_hash(source)):
-            raise LogitLockError(
-                f"{bundle.directory} was quantised from another checkpoint than {source.name}: its weights had SHA-256 "
-                f"{str(made_of)[:12]}…, those of the model have {ours[:12]}…; export it again"
-            )
-        return found
-    return source
 
 
 def _input(

@@ -1,13 +1,17 @@
-"""The model before quantisation, in the form that a quantised one has: what every layer's codes cost.
+"""Quantised bundles in a diff: what their engine is to compute, and the model before quantisation.
 
-AWQ and SmoothQuant fold scales into the weights before they round them.  The unquantised model with the same scales
-folded computes the same function, and its tensors are comparable with the quantised one's, layer by layer: the local
-error of a layer is then the error of its codes, on the inputs that it really has.
+A bundle that `export` has quantised brings its checkpoint; the reference is then the model with those codes
+(`quantized_source`), and the difference that quantisation makes is none of the diff's.
+
+With `--floats` it is all of the diff's.  AWQ and SmoothQuant fold scales into the weights before they round them.  The
+unquantised model with the same scales folded (`folded_model`) computes the same function, and its tensors are
+comparable with the quantised one's, layer by layer: the local error of a layer is then the error of its codes, on the
+inputs that it really has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from export.quantization.checkpoint import read_folded, read_provenance
 from export.quantization.fold import Site, fold
-from refmodels.checkpoint import ModelSource, checkpoint_hash, load, put_parameter
+from refmodels.checkpoint import ModelSource, checkpoint_hash, load, moved, put_parameter
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.spec import Numerics
@@ -34,10 +38,32 @@ def check_floats(bundle: Bundle | None, source: ModelSource, text: str) -> Mappi
         raise LogitLockError(f"{text} is not a bundle that export has quantised (--precision int8, int4, ...)")
     if bundle.spec.cache_code is not None:
         raise LogitLockError(f"{text} has a {bundle.spec.cache_code} cache, whose codes are not comparable with floats")
-    made_of = (read_provenance(bundle.quantized_path) or {}).get("checkpoint_hash")
-    if replace(bundle.spec, quantization=None) != source.spec or made_of != checkpoint_hash(source):
-        raise LogitLockError(f"{text} was quantised from another model or checkpoint than {source.name}")
+    _check_origin(bundle, source)
     return read_folded(bundle.quantized_path)
+
+
+def quantized_source(source: ModelSource, bundles: Iterable[Bundle]) -> ModelSource:
+    """The model with the codes of a bundle that `export` has quantised itself: what its engine is to compute.
+
+    Raises:
+        LogitLockError: a bundle that was quantised from another checkpoint.
+    """
+    for bundle in bundles:
+        if bundle.quantized_path is not None and source.spec.quantization is None:
+            _check_origin(bundle, source)
+            return moved(source, bundle.quantized_path)
+    return source
+
+
+def _check_origin(bundle: Bundle, source: ModelSource) -> None:
+    """Raises where a bundle was quantised from another checkpoint of the model; another model is seen elsewhere."""
+    assert bundle.quantized_path is not None
+    made_of, ours = (read_provenance(bundle.quantized_path) or {}).get("checkpoint_hash"), checkpoint_hash(source)
+    if replace(bundle.spec, quantization=None) == source.spec and made_of != ours:
+        raise LogitLockError(
+            f"{bundle.directory} was quantised from another checkpoint than {source.name}: its weights had SHA-256 "
+            f"{str(made_of)[:12]}…, those of the model have {ours[:12]}…; export it again"
+        )
 
 
 def folded_model(
