@@ -1,9 +1,10 @@
 # Two commands: `make demo` and `make test`. Each makes its own virtual environment in .venv.
+# `make docs` builds the documentation into build/site (the tests do it too), `make notebooks` runs the notebooks anew.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs notebooks clean
 
 # torch comes first and by itself: a later, wider range would otherwise choose a build with gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml
@@ -27,5 +28,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebooks: $(VENV)/installed
+	$(BIN)/python notebooks/execute.py
+
 clean:
-	rm -rf $(VENV) .venv-torch-tensorrt engines
+	rm -rf $(VENV) .venv-torch-tensorrt engines build/site
