@@ -39,6 +39,7 @@ from refmodels.quantization.formats import Code, EightBit, LinearFormat, group_f
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.spec import ModelSpec
 from refmodels.taps import Recorder, is_cache_tap
+from trt_runtime import quantized_kernels
 from trt_runtime.bundle import Precision, read_bundle
 from trt_runtime.describe import describe
 from trt_runtime.engine import Engine, TorchEngine
@@ -214,7 +215,7 @@ def kernels_of(bundle: Path, fault: Any = None) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
-def test_kernels_of_onnx_runtime(tmp_path: Path) -> None:
+def test_kernels_of_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each format gets its kernel, and a graph that differs in anything gets none."""
     for formats, kernel in ((INTEGER, "MatMulInteger"), (BLOCKS, "MatMulNBits")):
         source = mixed(source_of("qwen2_b1"), formats)
@@ -249,6 +250,9 @@ def test_kernels_of_onnx_runtime(tmp_path: Path) -> None:
         node = next(n for n in model.graph if n.name == "blocks.0.attn.out.weight.columns")
         node.attributes["perm"] = ir.AttrInt64s("perm", [0, 1])
 
+    monkeypatch.setattr(quantized_kernels, "rounds_by_group", lambda: False)
+    assert kernels_of(bundle)["MatMulNBits"] == 0
+    monkeypatch.undo()
     for fault in (other_limit, other_axis, other_groups, other_perm):
         assert kernels_of(bundle, fault)["MatMulNBits"] == count - 1
 

@@ -28,7 +28,7 @@ from refmodels.taps import Recorder, is_cache_tap, tap_names
 from trt_runtime.bundle import Bundle, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.older_onnxruntime import has_tensor_scatter, without_tensor_scatter
-from trt_runtime.quantized_kernels import cache_as_bytes, use_integer_kernels
+from trt_runtime.quantized_kernels import SESSION_OPTIONS, cache_as_bytes, use_integer_kernels
 from trt_runtime.rounding import HALF_TYPES, compute_in_float, cut_at, inline_and_type, load_graph, promote
 
 # fp8 caches are bound as bytes: ONNX Runtime's kernels do not move fp8 (see `cache_as_bytes`).
@@ -218,11 +218,8 @@ class OnnxRuntimeEngine(Engine):
         # Spinning threads gain 3 % on idle cores and lose half on shared ones (another process, or torch in this one).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        if quantized:
-            # Weights without a kernel are dequantised once, at loading, and not in every step.
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-            # Without VNNI instructions, sums of unsigned times signed bytes would saturate.
-            options.add_session_config_entry("session.x64quantprecision", "1")
+        for key, value in SESSION_OPTIONS.items() if quantized else ():
+            options.add_session_config_entry(key, value)
         data = ir.to_proto(model).SerializeToString()
         providers = ["CPUExecutionProvider"]
         return _Session(ort.InferenceSession(data, options, providers=providers, disabled_optimizers=_WRONG))

@@ -5,6 +5,7 @@ they stand: dequantised weights in fp32.  Where it has a kernel for the whole, t
 
     int4 weights                         MatMulNBits, which dequantises inside the product, in fp32
     int4, int8; int8 inputs by group     MatMulNBits at accuracy level 4, which rounds its input in just that way
+                                         (`rounds_by_group` tries it)
     int8; int8 inputs by tensor, token   MatMulInteger: the exact sums of the codes, of uint8 inputs (code + 128),
                                          because x86 has no product of two signed bytes
 
@@ -16,12 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from refmodels.errors import LogitLockError
+
+SESSION_OPTIONS = {
+    # Weights without a kernel are dequantised once, at loading, and not in every step.
+    "session.disable_quant_qdq": "1",
+    # Without VNNI instructions, sums of unsigned times signed bytes would saturate.
+    "session.x64quantprecision": "1",
+    # On ARM its kernels round whole rows.
+    "mlas.disable_kleidiai": "1",
+}
+"""What sessions of quantised bundles need."""
 
 _CONTRIB = "com.microsoft"
 _BLOCKS = (256, 128, 64, 32, 16)
@@ -72,7 +85,7 @@ def use_integer_kernels(model: ir.Model, *, weights_rounded: bool) -> None:
             codes = _signed_codes(x)
             if codes is not None and weight.codes.dtype == ir.DataType.INT8:
                 rewrite.integer_product(node, codes, weight)
-        elif (source := _rounded_by_group(x, weight)) is not None:
+        elif (source := _rounded_by_group(x, weight)) is not None and rounds_by_group():
             rewrite.block_product(node, source, weight, weight.shape[1] // weight.groups, accuracy=4)
         elif weight.codes.dtype == ir.DataType.INT4 and not weights_rounded:
             block = next((b for b in _BLOCKS if (weight.shape[1] // weight.groups) % b == 0), None)
@@ -181,6 +194,45 @@ class _Rewrite:
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
         result.name = old.name
+
+
+@lru_cache(maxsize=1)
+def rounds_by_group() -> bool:
+    """Whether MatMulNBits at accuracy level 4 rounds its input as `quantize_groups` does, in groups of the weight.
+
+    ONNX Runtime's kernels for x86 do; what they must do is not documented, and some for ARM round whole rows.  So a
+    small product is tried, with one large number in a row, against which a group of small ones would vanish.
+    """
+    rows, groups, size = 8, 4, 32
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((3, groups * size)).astype(np.float32)
+    x[:, 0] = 1000
+    codes = draw.integers(0, 256, (rows, groups, size // 2), dtype=np.uint8)
+    graph = ir.Graph([], [], nodes=[ir.Node("", "Identity", [ir.Value(name="x")], num_outputs=1)], name="probe")
+    rewrite = _Rewrite(graph)
+    source = ir.Value(name="x", shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.inputs.append(source)
+    inputs = [source, rewrite.constant("codes", codes), rewrite.constant("scales", np.ones((rows, groups), np.float32))]
+    y = rewrite.emit(
+        "MatMulNBits", inputs, "y", _CONTRIB, K=groups * size, N=rows, bits=4, block_size=size, accuracy_level=4
+    )
+    y.shape, y.type = ir.Shape((3, rows)), ir.TensorType(ir.DataType.FLOAT)
+    graph.outputs.append(y)
+    graph.remove(rewrite.before, safe=True)
+    model = ir.Model(graph, ir_version=10)
+    graph.opset_imports.update({"": 21, _CONTRIB: 1})
+    options = ort.SessionOptions()
+    for key, value in SESSION_OPTIONS.items():
+        options.add_session_config_entry(key, value)
+    data = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    found = np.asarray(session.run(None, {"x": x})[0])
+    by_group = x.reshape(3, groups, size)
+    scale = np.abs(by_group).max(-1, keepdims=True) / np.float32(127)
+    rounded = np.rint(by_group / scale) * scale.astype(np.float64)
+    numbers = np.stack((codes & 15, codes >> 4), -1).reshape(rows, -1).astype(np.float64) - 8
+    expected = rounded.reshape(3, -1) @ numbers.T
+    return bool(np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max() / 127)
 
 
 def _weight(value: ir.Value | None) -> _Weight | None:
