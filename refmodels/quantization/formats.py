@@ -24,7 +24,7 @@ EightBit = Literal["int8", "fp8"]
 InputScale = Literal["tensor", "token", "group"]
 
 LIMITS: Mapping[Code, float] = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
-"""The largest code that a symmetric scale maps to.  The lowest of int4 and int8, one further down, may occur too."""
+"""The largest code.  Integer weights go down one further (`arithmetic.code_range`); inputs and caches do not."""
 
 CODE_TYPES: Mapping[Code, torch.dtype] = {"int8": torch.int8, "int4": torch.int8, "fp8": torch.float8_e4m3fn}
 """dtype of a tensor of codes; int4 codes lie in int8, one a byte, until they are packed for storage or a kernel."""
