@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refmodels.model import Block, Decoder, Mlp, activate
+from refmodels.quantization.linear import QuantizedLinear
 from refmodels.taps import active_recorder
+from trt_runtime.quantized_projection import (
+    PackedLinear,
+    QuantizedProjection,
+    fetch_ahead,
+    paired,
+    put_together,
+)
 
 
 class Projection(nn.Module):
@@ -37,7 +45,7 @@ class Projection(nn.Module):
             residual.view(rows, -1).addmm_(x.reshape(rows, -1), self.weight.T)
             return residual
         y = F.linear(x, self.weight, self.bias)
-        y = _gate(y) if self.gated else y
+        y = gated(y) if self.gated else y
         return y if residual is None else residual + y
 
     def _gemv(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -60,7 +68,7 @@ class Projection(nn.Module):
         return out
 
 
-def _gate(x: Tensor) -> Tensor:
+def gated(x: Tensor) -> Tensor:
     """silu of the first half of the last axis times the second half."""
     if not x.is_cuda:
         first, second = x.chunk(2, -1)
@@ -95,16 +103,27 @@ class FusedBlock(nn.Module):
         if active_recorder() is not None:
             watched: tuple[Tensor, Tensor, Tensor] = block(x, past_key, past_value, cache_lengths, visible, *positions)
             return watched
-        qkv = block.attn.qkv(block.attn_norm(x))
+        qkv = _after(block.attn_norm, block.attn.qkv, x)
         context, key, value = block.attend(qkv, past_key, past_value, cache_lengths, visible, *positions)
         x = block.attn.out(context, x)
-        normed = block.mlp_norm(x)
         if self.gate_up is not None:
-            act = self.gate_up(normed)
+            act = _after(block.mlp_norm, self.gate_up, x)
         else:
+            normed = block.mlp_norm(x)
             act = activate(mlp.gate(normed) if mlp.spec.gated else mlp.up(normed), mlp.spec.activation)
             act = act * mlp.up(normed) if mlp.spec.gated else act
         return mlp.out(act, x), key, value
+
+    def products(self) -> list[nn.Module]:
+        """In the order in which a decode step reads their weights."""
+        attn, mlp = self.block.attn, self.block.mlp
+        first = [self.gate_up] if self.gate_up is not None else [mlp.gate, mlp.up] if mlp.spec.gated else [mlp.up]
+        return [attn.qkv, attn.out, *first, mlp.out]
+
+
+def _after(norm: nn.Module, product: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = product.after(norm, x) if isinstance(product, QuantizedProjection) else product(norm(x))
+    return y
 
 
 def fused_decoder(decoder: Decoder) -> Decoder:
@@ -117,20 +136,27 @@ def fused_decoder(decoder: Decoder) -> Decoder:
         for module in decoder.modules():
             if isinstance(module, Mlp) and module.spec.gated:
                 _put_together(module)
+        put_together(decoder, [(m.gate, m.up) for m in decoder.modules() if isinstance(m, Mlp) and m.spec.gated])
     shared = [*decoder.parameters(), *(v for v in vars(decoder).values() if isinstance(v, Tensor))]
+    shared += [tensor for m in decoder.modules() if isinstance(m, PackedLinear) for tensor in m.tensors()]
     fused: Decoder = copy.deepcopy(decoder, {id(tensor): tensor for tensor in shared})
     for module in list(fused.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, Projection(child.weight, child.bias))
+            elif isinstance(child, QuantizedLinear):
+                setattr(module, name, QuantizedProjection(child))
     for i, block in enumerate(fused.blocks):
         assert isinstance(block, Block)
         fused.blocks[i] = FusedBlock(block)
+    fetch_ahead([*(p for block in fused.blocks if isinstance(block, FusedBlock) for p in block.products()), fused.head])
     return fused.eval()
 
 
 def _put_together(mlp: Mlp) -> None:
     gate, up = mlp.gate, mlp.up
+    if isinstance(gate, QuantizedLinear) or isinstance(up, QuantizedLinear):
+        return
     if gate.weight.untyped_storage().data_ptr() == up.weight.untyped_storage().data_ptr():
         return
     for name in ("weight", "bias"):
@@ -141,8 +167,13 @@ def _put_together(mlp: Mlp) -> None:
                 setattr(linear, name, nn.Parameter(part, requires_grad=first.requires_grad))
 
 
-def _both(mlp: Mlp) -> Projection:
-    """One product for both, whose parameters `_put_together` has made neighbours."""
+def _both(mlp: Mlp) -> Projection | QuantizedProjection | None:
+    """One product for both, whose parameters `_put_together` has made neighbours; None if they are too different."""
+    gate, up = mlp.gate, mlp.up
+    if isinstance(gate, QuantizedProjection) and isinstance(up, QuantizedProjection):
+        return QuantizedProjection(gate.linear, up.linear) if paired(gate.linear, up.linear) else None
+    if not isinstance(gate, Projection) or not isinstance(up, Projection):
+        return None
     weight, bias = mlp.gate.weight.data, mlp.gate.bias
     width, inputs = weight.shape
     return Projection(

@@ -248,7 +248,9 @@ def _splits(shape: AttentionShape, blocks: DecodeBlocks) -> int:
     """So many that all blocks are resident at once; with few rows and heads, one block on each multiprocessor."""
     busy = shape.batch * shape.kv_heads * _cdiv(shape.heads // shape.kv_heads, blocks.rows)
     wanted = MULTIPROCESSORS * (blocks.resident if busy > MULTIPROCESSORS else 1)
-    return max(1, min(wanted // busy, _cdiv(shape.slots, 2 * blocks.slots)))
+    # Tiles that a split must have: where the last block combines at once and there is room, one is enough.
+    tiles = 1 if blocks.last_combines and busy <= MULTIPROCESSORS else 2
+    return max(1, min(wanted // busy, _cdiv(shape.slots, tiles * blocks.slots)))
 
 
 def _heads_at_once(shape: AttentionShape) -> int:
