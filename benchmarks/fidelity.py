@@ -29,6 +29,8 @@ from debug.evaluate.results import SideResult
 from export.compile import export_model
 from export.quantization.schemes import QuantizeOptions
 from refmodels.errors import LogitLockError
+from refmodels.quantization.arithmetic import quantize_weight
+from refmodels.quantization.formats import LinearFormat
 from refmodels.toys import TOYS
 
 OUTPUT = Path(__file__).parent / "results" / "fidelity.json"
@@ -91,6 +93,20 @@ def measure(toy: str, names: list[str], *, limit: int, compared: int, batch_size
     }
 
 
+def rounding_errors() -> dict[str, float]:
+    """Relative error of normal random rows of 128 numbers in each format: what rounding alone does to weights."""
+    rows = torch.randn(4096, 128, generator=torch.Generator().manual_seed(0))
+    formats = {
+        "int8": LinearFormat(weight="int8"),
+        "int4": LinearFormat(weight="int4", group=GROUP),
+        "fp8": LinearFormat(weight="fp8"),
+    }
+    return {
+        name: float((quantize_weight(rows, each).dequantized() - rows).norm() / rows.norm())
+        for name, each in formats.items()
+    }
+
+
 def _row(side: SideResult) -> dict[str, Any]:
     """What is kept of a side; `texts` and `speeds` were not measured, and its path was temporary."""
     row = dataclasses.asdict(side)
@@ -123,6 +139,7 @@ def main() -> None:
         data |= {
             "command": "python benchmarks/fidelity.py",
             "settings": settings,
+            "rounding_errors": rounding_errors(),
             "versions": {
                 "torch": torch.__version__,
                 "onnxruntime": importlib.metadata.version("onnxruntime"),
