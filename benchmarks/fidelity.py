@@ -24,14 +24,18 @@ from typing import Any
 
 import torch
 
+import refmodels
 from debug.evaluate import evaluate
 from debug.evaluate.results import SideResult
 from export.compile import export_model
 from export.quantization.schemes import QuantizeOptions
 from refmodels.errors import LogitLockError
-from refmodels.quantization.arithmetic import quantize_weight
-from refmodels.quantization.formats import LinearFormat
+from refmodels.quantization.arithmetic import quantize_tokens, quantize_weight
+from refmodels.quantization.formats import EightBit, LinearFormat
+from refmodels.taps import Recorder
 from refmodels.toys import TOYS
+from refmodels.toys.tasks import TASKS, examples
+from trt_runtime.engine import TorchEngine
 
 OUTPUT = Path(__file__).parent / "results" / "fidelity.json"
 GROUP = 64
@@ -87,6 +91,7 @@ def measure(toy: str, names: list[str], *, limit: int, compared: int, batch_size
     found = {name: _row(side) for name, side in zip(bundles, result.sides, strict=True)}
     return {
         "baseline": _row(result.against),
+        "input_errors": input_errors(toy),
         "baseline_kl": check.sides[0].agreement.kl_mean,
         "schemes": {name: found.get(name) or failed[name] for name in names},
         "seconds": round(time.perf_counter() - began),
@@ -105,6 +110,24 @@ def rounding_errors() -> dict[str, float]:
         name: float((quantize_weight(rows, each).dequantized() - rows).norm() / rows.norm())
         for name, each in formats.items()
     }
+
+
+def input_errors(toy: str, *, count: int = 4) -> dict[str, float]:
+    """Relative error of the inputs of a toy's linear layers, one scale a token: root of the mean square over tokens."""
+    source = refmodels.resolve(toy)
+    tokenizer, engine = refmodels.load_tokenizer_for(source), TorchEngine(refmodels.load(source))
+    squares: dict[EightBit, list[torch.Tensor]] = {"int8": [], "fp8": []}
+    for example in (e for task in TASKS for e in examples(task, split="held_out", count=count, seed=1)):
+        ids = torch.tensor([tokenizer.encode(example.prompt + example.answer)])
+        recorder = Recorder()
+        engine.prefill(ids, engine.new_cache(batch=1, capacity=ids.shape[1]), recorder=recorder)
+        for name, tensor in recorder.tensors.items():
+            if name.endswith(("attn_norm", "attn.context", "mlp_norm", "mlp.act")):
+                for code, found in squares.items():
+                    codes, scale = quantize_tokens(tensor, code)
+                    off = codes.float() * scale - tensor
+                    found.append((off.square().sum(-1) / tensor.square().sum(-1)).flatten())
+    return {code: float(torch.cat(found).mean().sqrt()) for code, found in squares.items()}
 
 
 def _row(side: SideResult) -> dict[str, Any]:
