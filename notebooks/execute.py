@@ -54,8 +54,17 @@ def execute(path: Path, *, timeout: int = 300) -> nbformat.NotebookNode:
 
 
 def _tidy(cell: nbformat.NotebookNode) -> None:
-    """Leave out what differs from run to run and means nothing: ids of styled tables, addresses of objects."""
+    """Leave out what differs from run to run and means nothing: where a stream was cut, ids of styled tables, addresses
+    of objects."""
+    whole: list[nbformat.NotebookNode] = []
     for output in cell.get("outputs", []):
+        if whole and output.output_type == whole[-1].output_type == "stream" and output.name == whole[-1].name:
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    if "outputs" in cell:
+        cell.outputs = whole
+    for output in whole:
         data = output.get("data", {})
         if "text/html" in data:
             for number, found in enumerate(dict.fromkeys(re.findall(r"T_([0-9a-f]{5})\b", data["text/html"]))):

@@ -143,6 +143,21 @@ def test_blocks_left_out_say_why(path: Path) -> None:
         assert block.kind in ("python", "bash", "text", "json", "diff", ""), f"{block}: what is {block.kind!r}?"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_diffs_are_real(path: Path) -> None:
+    """What a `diff` block adds is in the file that it names; a new file is there as a whole."""
+    for block in blocks(path):
+        if block.kind != "diff":
+            continue
+        named = re.search(r"^\+\+\+ b/(.*)$", block.code, flags=re.M)
+        new = "--- /dev/null" in block.code
+        text = (ROOT / (named[1] if named else "refmodels/families/__init__.py")).read_text(encoding="utf-8")
+        added = [line[1:] for line in block.code.splitlines() if re.match(r"\+(?!\+\+ )", line)]
+        if new:
+            assert "\n".join(added) + "\n" == text, f"{block} is not what the file says"
+        assert all(line in text.splitlines() for line in added), f"{block} adds what is not there"
+
+
 def test_few_blocks_are_left_out() -> None:
     all_ = [b for path in PAGES for b in blocks(path) if b.kind in ("python", "bash")]
     left_out = [b for b in all_ if b.reason is not None]
