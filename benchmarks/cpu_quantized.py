@@ -1,7 +1,7 @@
 """Speed of quantised bundles on the CPU engine: `python benchmarks/cpu_quantized.py [--rounds N]`.
 
-The Qwen2 of about 200 M parameters of benchmarks/cpu_generate.py, random, exported in fp32 and in quantised formats; all
-linear layers are quantised, the head too.  Every bundle runs in a process of its own, with the same number of threads,
+The Qwen2 of about 200 M parameters of benchmarks/cpu_generate.py, random, is exported in fp32 and in quantised
+formats; all linear layers are quantised, the head too.  Every bundle runs in a process of its own, with the same number of threads,
 one after another in each round: a prefill of 128 tokens and 64 decode steps after it.  Ratios are medians over rounds
 of the quotient within a round, because the speed of shared machines drifts.  Results go to
 benchmarks/results/cpu_quantized.json; exit code 1 if a goal is missed.
@@ -115,7 +115,7 @@ def measure(folder: Path, names: list[str], threads: int, rounds: int) -> tuple[
             sample: dict[str, Any] = {"bandwidth_gb_s": bandwidth(), "load_average": os.getloadavg()[0]}
             samples.append(sample | {name: ask(name) for name in names})
             speeds = ", ".join(f"{STEPS / samples[-1][name]['decode_s']:.0f}" for name in names)
-            print(f"round {number + 1}/{rounds}: decode tok/s {speeds}; {sample['bandwidth_gb_s']:.0f} GB/s", flush=True)
+            print(f"round {number + 1}/{rounds}: decode tok/s {speeds}; {sample['bandwidth_gb_s']:.0f} GB/s")
     finally:
         for worker in workers.values():
             worker.kill()
