@@ -1,9 +1,9 @@
 """Speed of quantised bundles on the CPU engine: `python benchmarks/cpu_quantized.py [--rounds N]`.
 
 The Qwen2 of about 200 M parameters of benchmarks/cpu_generate.py, random, is exported in fp32 and in quantised
-formats; all linear layers are quantised, the head too.  Every bundle runs in a process of its own, with the same number of threads,
-one after another in each round: a prefill of 128 tokens and 64 decode steps after it.  Ratios are medians over rounds
-of the quotient within a round, because the speed of shared machines drifts.  Results go to
+formats; all linear layers are quantised, the head too.  Every bundle runs in a process of its own, with the same number
+of threads, one after another in each round: a prefill of 128 tokens and 64 decode steps after it.  Ratios are medians
+over rounds of the quotient within a round, because the speed of shared machines drifts.  Results go to
 benchmarks/results/cpu_quantized.json; exit code 1 if a goal is missed.
 """
 
@@ -124,7 +124,7 @@ def measure(folder: Path, names: list[str], threads: int, rounds: int) -> tuple[
 
 def summarize(names: list[str], sizes: dict[str, int], loads: dict[str, float], samples: list[Any]) -> dict[str, Any]:
     def ratio(name: str, phase: str) -> float:
-        return statistics.median(s[BASE][f"{phase}_s"] / s[name][f"{phase}_s"] for s in samples)
+        return float(statistics.median(s[BASE][f"{phase}_s"] / s[name][f"{phase}_s"] for s in samples))
 
     rows = {
         name: {
@@ -162,7 +162,7 @@ def main() -> int:
     names = [BASE, *options.only] if options.only else list(FORMATS)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        steps = [("--make-model", folder / "model")]
+        steps: list[tuple[object, ...]] = [("--make-model", folder / "model")]
         steps += [("--make-bundle", folder / "model", name, folder / str(i)) for i, name in enumerate(names)]
         for step in steps:
             if child(*step).wait():
