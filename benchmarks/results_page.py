@@ -204,6 +204,104 @@ def cost(data: dict[str, Any]) -> Iterator[str]:
         )
 
 
+GOALS = {
+    "int8": 0.5,
+    "int4-awq, groups of 64": 2.0,
+    "int4-gptq, groups of 64": 2.0,
+    "smoothquant, per token": 0.5,
+    "fp8, per token": 0.5,
+    "KV cache int8": 0.5,
+}
+"""Points of accuracy that a scheme may lose, of the mean over the tasks of each toy."""
+
+
+def fidelity(data: dict[str, Any]) -> Iterator[str]:
+    settings, toys = data["settings"], data["toys"]
+    names = list(next(iter(toys.values()))["schemes"])
+    yield "## Fidelity of the schemes of quantisation"
+    yield (
+        f"The bundled toys, up to {settings['limit']} held-out examples a task (the finite tasks whole), against their "
+        "fp32 bundles on the same examples: points of accuracy lost as the mean over the eight tasks, with its "
+        f"interval of 95 %, and KL in nats and top-1 over every token of {settings['compared']} examples a task. KL "
+        f"of the fp32 bundles to the fp64 reference is at most {max(t['baseline_kl'] for t in toys.values()):.0e}. "
+        "What is not quantised is fp32; embedding and head are not quantised. Bundles on ONNX Runtime "
+        f"{data['versions']['onnxruntime']}; `{data['command']}`."
+    )
+    rows = []
+    for name in names:
+        found = {toy: entry["schemes"][name] for toy, entry in toys.items()}
+        points = [[100 * each["loss"][part] for part in ("value", "low", "high")] for each in found.values()]
+        losses = [f"{value:+.2f} ({low:+.2f} to {high:+.2f})" for value, low, high in points]
+        rows.append((name, *losses, f"≤ {GOALS[name]:g}" if name in GOALS else "", _goal(found, GOALS.get(name))))
+    yield table(("points lost", *toys, "goal", "met"), rows)
+    yield table(
+        ("mean KL", *toys, "top-1 %, least", "weights MB"),
+        (
+            (
+                name,
+                *(f"{entry['schemes'][name]['agreement']['kl_mean']:.2e}" for entry in toys.values()),
+                f"{100 * min(entry['schemes'][name]['agreement']['top1'] for entry in toys.values()):.2f}",
+                f"{sum(entry['schemes'][name]['weight_bytes'] for entry in toys.values()) / len(toys) / 1e6:.2f}",
+            )
+            for name in names
+        ),
+    )
+    yield _theory(toys, data["rounding_errors"])
+    worst = [
+        (100 * task["loss"]["value"], toy, name, kind, task)
+        for toy, entry in toys.items()
+        for name, side in entry["schemes"].items()
+        for kind, task in side["tasks"].items()
+    ]
+    yield "The tasks that lose most:"
+    yield table(
+        ("toy", "scheme", "task", "right before", "right", "of"),
+        (
+            (toy, name, kind, toys[toy]["baseline"]["tasks"][kind]["correct"], task["correct"], task["count"])
+            for _, toy, name, kind, task in sorted(worst, key=lambda row: -row[0])[:8]
+        ),
+    )
+
+
+def _theory(toys: dict[str, Any], errors: dict[str, float]) -> str:
+    """KL grows with the square of the relative error of what is rounded."""
+
+    def ratios(above: str, below: str) -> str:
+        kl = [[entry["schemes"][name]["agreement"]["kl_mean"] for name in (above, below)] for entry in toys.values()]
+        return ", ".join(f"{a / b:.3g}" for a, b in kl)
+
+    def inputs(code: str) -> str:
+        found = [entry["input_errors"][code] for entry in toys.values()]
+        return f"{min(found):.1%} to {max(found):.1%}"
+
+    int4, fp8 = ((errors[code] / errors["int8"]) ** 2 for code in ("int4", "fp8"))
+    both = [
+        sum(e["fp8"] ** 2 for e in (errors, entry["input_errors"]))
+        / sum(e["int8"] ** 2 for e in (errors, entry["input_errors"]))
+        for entry in toys.values()
+    ]
+    gptq, awq = (ratios("int4, groups of 64", f"int4-{method}, groups of 64") for method in ("gptq", "awq"))
+    return (
+        "Against theory: KL is of second order in the logits' error, so it should grow with the square of what "
+        "rounding does to weights and inputs. Normal random rows of 128 numbers have a relative error of "
+        f"{errors['int8']:.2%} in int8, {errors['int4']:.1%} in int4 (groups of 64), {errors['fp8']:.2%} in fp8, "
+        f"the toys' inputs, with outliers that cost int8 but not fp8, {inputs('int8')} in int8 and {inputs('fp8')} in "
+        f"fp8. So int4 should have {int4:.0f} x the KL of int8: measured {ratios('int4, groups of 64', 'int8')} "
+        f"({', '.join(toys)}). fp8 should have {min(both):.1f} to {max(both):.1f} x that of int8 weights and inputs, "
+        f"and up to {fp8:.0f} x where SmoothQuant takes the outliers away: measured "
+        f"{ratios('fp8, per token', 'smoothquant, per token')}. Rounding to nearest has {awq} x the KL of AWQ, and "
+        f"{gptq} x that of GPTQ."
+    )
+
+
+def _goal(found: dict[str, dict[str, Any]], goal: float | None) -> str:
+    """Whether every toy meets a goal, and which do not."""
+    if goal is None:
+        return ""
+    missed = [toy for toy, each in found.items() if 100 * each["loss"]["value"] > goal]
+    return "yes" if not missed else f"not {', '.join(missed)}"
+
+
 SECTIONS = {
     "gpu_attention": attention,
     "gpu_rms_norm": rms_norm,
@@ -212,6 +310,7 @@ SECTIONS = {
     "diff_mutations": mutations,
     "diff_noise": noise,
     "diff_cost": cost,
+    "fidelity": fidelity,
 }
 
 
