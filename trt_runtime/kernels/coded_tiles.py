@@ -192,11 +192,10 @@ def scales_of(scale, tile, unit, some, COLUMNS: tl.constexpr, GROUP: tl.constexp
 
 
 @triton.jit
-def fetch(memory, bytes, share):
-    """Have this block's part of memory brought into L2, without waiting for it."""
+def fetch_share(memory, size, share):
+    """Have this block's share of `size` bytes (multiples of 16) brought into L2, without waiting for it."""
     start = tl.program_id(0).to(tl.int64) * share
-    size = tl.minimum(bytes - start, share).to(tl.int32)
-    if size > 0:
-        tl.inline_asm_elementwise(
-            _FETCH, "=r,l,r", [memory.to(tl.int64) + start, size], dtype=tl.int32, is_pure=False, pack=1
-        )
+    mine = tl.minimum(size - start, share).to(tl.int32)
+    if mine > 0:
+        where = memory.to(tl.int64) + start
+        tl.inline_asm_elementwise(_FETCH, "=r,l,r", [where, mine], dtype=tl.int32, is_pure=False, pack=1)

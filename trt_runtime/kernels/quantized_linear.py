@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from trt_runtime.kernels.coded_tiles import (
     centred,
     codes,
-    fetch,
+    fetch_share,
     lifted,
     matrix,
     middle_of,
@@ -234,9 +234,9 @@ def coded_gemv_kernel(
             scales = scales_following
             zeros = zeros_following
     if OVERLAP and next_weight is not None:
-        fetch(next_weight, next_bytes, next_share)
+        fetch_share(next_weight, next_bytes, next_share)
     if OVERLAP and later_weight is not None:
-        fetch(later_weight, later_bytes, later_share)
+        fetch_share(later_weight, later_bytes, later_share)
     row = tl.arange(0, 16)
     for r in tl.static_range(SUMS):
         which = 8 * r + tl.arange(0, 8)
@@ -265,6 +265,11 @@ def coded_gemv_kernel(
                 if residual is not None:
                     y = y.to(kind).to(tl.float32) + tl.load(residual + where, mask=wanted, other=0.0).to(tl.float32)
                 tl.store(out + where, y.to(kind), mask=wanted)
+
+
+@triton.jit
+def _parts(words, zero, factor, kind: tl.constexpr, CODE: tl.constexpr, PART: tl.constexpr, FAST: tl.constexpr):
+    return (codes(words, zero, kind, CODE, PART, FAST) * factor).to(kind)
 
 
 @triton.jit
@@ -302,14 +307,20 @@ def dequantize_kernel(
         # Whoever reads out starts after this has ended; whoever read what lay there before has ended too.
         gdc_launch_dependents()
         gdc_wait()
-    column = tl.arange(0, 16)
-    column = column // 4 * (COLUMNS // 4) + column % 4
+    # The parts of a thread's words are next to each other in a row: 16 columns of int4, 8 of the others.
+    first = _parts(words, zero, factor, kind, CODE, 0, FAST)
+    second = _parts(words, zero, factor, kind, CODE, 1, FAST)
+    if PARTS == 4:
+        first = tl.join(first, _parts(words, zero, factor, kind, CODE, 2, FAST))
+        second = tl.join(second, _parts(words, zero, factor, kind, CODE, 3, FAST))
+        w = tl.permute(tl.join(first, second), (0, 4, 1, 2, 6, 7, 3, 5))
+    else:
+        w = tl.permute(tl.join(first, second), (0, 4, 1, 2, 6, 3, 5))
+    w = tl.reshape(w, (BLOCK, 16, COLUMNS))
     o = tile * 16 + tl.arange(0, 16)
-    for j in tl.static_range(PARTS):
-        w = matrix((codes(words, zero, kind, CODE, j, FAST) * factor).to(kind), BLOCK, True)
-        where = (unit * COLUMNS)[:, None] + 4 * j + column[None, :]
-        to = out + o.to(tl.int64)[None, :, None] * K + where[:, None, :]
-        tl.store(to, w, mask=(o < n)[None, :, None] & (where < K)[:, None, :])
+    column = (unit * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    to = out + o.to(tl.int64)[None, :, None] * K + column[:, None, :]
+    tl.store(to, w, mask=(o < n)[None, :, None] & (column < K)[:, None, :])
 
 
 def units_of(k: int, code: Code) -> int:

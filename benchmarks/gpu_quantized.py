@@ -1,0 +1,352 @@
+"""Quantised layers on one GPU against fp16, in one run: `python benchmarks/gpu_quantized.py`.
+
+The shapes of Qwen-7B, random codes.  Baselines are this project's own fp16 modules, in the same process: `gemv` at one
+token, cuBLAS for more.
+
+products   weight-only layers at 1 and 16 tokens: microseconds of a product that reads its weights from memory (a CUDA
+           graph over so many different ones that L2 does not matter).
+codes      layers whose inputs are quantised too (int8, fp8), at 64 tokens and more: the product alone, and with the
+           quantisation of its input; gate and up with silu and product, out and down with the residual.
+decode     whole decode steps by `TorchEngine(kernels=True)`: `generate` of 128 tokens after 128 (as
+           benchmarks/gpu_generate.py), and steps in a loop.
+methods    seconds that GPTQ and AWQ take for the layers of one block (export.quantization), in groups of 128, from
+           8192 tokens of random inputs (AWQ: 512 of them).
+
+Writes gpu_quantized.json to $OUT, or beside this file in results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_generate import (  # noqa: E402
+    CONFIGS,
+    PROMPT,
+    STEPS,
+    decode_loop,
+    measure,
+    random_decoder,
+    read_bandwidth,
+)
+from benchmarks.gpu_linear import graph_time  # noqa: E402
+from export.quantization.awq import search_clip, search_scale  # noqa: E402
+from export.quantization.gptq import Hessian, gptq  # noqa: E402
+from refmodels.checkpoint import empty_decoder  # noqa: E402
+from refmodels.families import spec_from_config  # noqa: E402
+from refmodels.model import Decoder  # noqa: E402
+from refmodels.quantization.formats import LinearFormat, group_formats, linear_modules  # noqa: E402
+from refmodels.quantization.linear import QuantizedLinear  # noqa: E402
+from refmodels.spec import ModelSpec  # noqa: E402
+from trt_runtime.engine import TorchEngine  # noqa: E402
+from trt_runtime.fused import Projection  # noqa: E402
+from trt_runtime.generate import GenerationConfig, generate  # noqa: E402
+from trt_runtime.quantized_projection import QuantizedProjection, put_together  # noqa: E402
+
+RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results") / "gpu_quantized.json"
+MODEL = "qwen-7b"
+SHAPES = {"qkv": (12288, 4096), "out": (4096, 4096), "gate and up": (11008, 4096), "down": (4096, 11008)}
+INT4, INT8 = LinearFormat(weight="int4", group=128), LinearFormat(weight="int8")
+WEIGHT_ONLY = {"int4": INT4, "int8": INT8, "fp8": LinearFormat(weight="fp8")}
+CODED = {"int8": LinearFormat(weight="int8", input="int8"), "fp8": LinearFormat(weight="fp8", input="fp8")}
+FEW, MANY = (1, 16), (64, 256, 1024, 4096)
+ROTATED_BYTES = 6e8
+TOKENS = 8192
+
+
+def random_parameter(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Codes over the range of int4 (or the middle of fp8's), and floats, of weights with a deviation of about 0.02."""
+    shape = like.shape
+    leaf = name.rpartition(".")[2]
+    if like.dtype == torch.int8:
+        return torch.randint(-7, 8, shape, device="cuda", dtype=torch.int8, generator=generator)
+    if like.dtype == torch.float8_e4m3fn:
+        x = torch.randn(shape, device="cuda", dtype=torch.float16, generator=generator)
+        return x.to(torch.float8_e4m3fn)
+    if leaf == "scale":
+        return torch.full(shape, 0.02 / 4.6, device="cuda", dtype=torch.float16)
+    value = torch.empty(shape, device="cuda", dtype=torch.float16)
+    return value.fill_(1.0) if name.endswith("norm.weight") else value.normal_(0, 0.02, generator=generator)
+
+
+def quantized_decoder(linear: LinearFormat, *, head: bool) -> Decoder:
+    spec = spec_from_config(CONFIGS[MODEL])
+    formats = {module: linear for module in linear_modules(spec.layers, gated=True, head=head)}
+    decoder = empty_decoder(replace(spec, quantization=group_formats(formats)))
+    generator = torch.Generator("cuda").manual_seed(0)
+    for name, parameter in list(decoder.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = random_parameter(name, parameter, generator)
+        if leaf == "scale" and linear.weight == "fp8":
+            value.fill_(0.02)
+        setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    return decoder.eval()
+
+
+def projections(
+    name: str, linear: LinearFormat | None, bytes_a_weight: float
+) -> list[Projection | QuantizedProjection]:
+    """So many layers of one shape that they do not fit in L2."""
+    n, k = SHAPES[name]
+    pair = name == "gate and up"
+    count = max(2, int(ROTATED_BYTES // (n * k * (1 + pair) * bytes_a_weight)))
+    generator = torch.Generator("cuda").manual_seed(0)
+    made: list[Projection | QuantizedProjection] = []
+    for _ in range(count):
+        if linear is None:
+            weight = torch.randn(n * (1 + pair), k, device="cuda", dtype=torch.float16) * k**-0.5
+            made.append(Projection(weight, None, gated=pair))
+            continue
+        layers = []
+        for _ in range(1 + pair):
+            layer = QuantizedLinear(k, n, bias=False, linear=linear)
+            for leaf, parameter in list(layer.named_parameters()):
+                setattr(layer, leaf, nn.Parameter(random_parameter(leaf, parameter, generator), requires_grad=False))
+            layers.append(layer)
+        put_together(nn.ModuleList(layers), [(layers[0], layers[1])] if pair else [])
+        made.append(QuantizedProjection(*layers))
+    return made
+
+
+def microseconds(modules: list[Any], call: Callable[[Any], Any]) -> float:
+    return graph_time(lambda: [call(module) for module in modules]) / len(modules) * 1e3
+
+
+@torch.no_grad()
+def products(bandwidth: float) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, (n, k) in SHAPES.items():
+        row: dict[str, Any] = {}
+        residual = name in ("out", "down")
+        for kind, linear in {"fp16": None, **WEIGHT_ONLY}.items():
+            size = 2.0 if linear is None else 0.5 if linear.weight == "int4" else 1.0
+            modules = projections(name, linear, size)
+            weights = n * k * (1 + (name == "gate and up"))
+            entry: dict[str, Any] = {
+                "floor_us": weights * (size + (2 / 128 if kind == "int4" else 0)) / bandwidth * 1e6
+            }
+            for tokens in FEW:
+                x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
+                onto = torch.randn(tokens, n, device="cuda", dtype=torch.float16) if residual else None
+                entry[f"us_{tokens}"] = microseconds(modules, functools.partial(_call, x=x, residual=onto))
+            row[kind] = entry
+            del modules
+            free()
+        found[name] = row
+        print(
+            f"{name:12s} "
+            + "; ".join(f"{kind} " + " ".join(f"{v:.1f}" for v in e.values()) for kind, e in row.items()),
+            flush=True,
+        )
+    return found
+
+
+def _call(module: Any, *, x: Tensor, residual: Tensor | None) -> Tensor:
+    y: Tensor = module(x, residual)
+    return y
+
+
+@torch.no_grad()
+def codes() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, (n, k) in SHAPES.items():
+        baseline = projections(name, None, 2)
+        row: dict[str, Any] = {"fp16": {}}
+        made = {code: projections(name, linear, 1) for code, linear in CODED.items()}
+        for tokens in MANY:
+            x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
+            onto = torch.randn(tokens, n, device="cuda", dtype=torch.float16) if name in ("out", "down") else None
+            few = slice(None) if tokens < 1024 else slice(2)
+            row["fp16"][tokens] = fp16 = microseconds(baseline[few], functools.partial(_call, x=x, residual=onto))
+            for code, modules in made.items():
+                quantised = modules[0]._quantized(x, tokens)
+                alone = microseconds(
+                    modules[few], functools.partial(_codes_only, quantised=quantised, x=x, residual=onto)
+                )
+                whole = microseconds(modules[few], functools.partial(_call, x=x, residual=onto))
+                row.setdefault(code, {})[tokens] = {
+                    "us": alone,
+                    "with_quantising_us": whole,
+                    "ratio": fp16 / alone,
+                    "ratio_with_quantising": fp16 / whole,
+                }
+        found[name] = row
+        line = " ".join(
+            f"{t}: {row['fp16'][t]:.1f}"
+            + "".join(
+                f" {c} {row[c][t]['us']:.1f} ({row[c][t]['ratio']:.2f}x, {row[c][t]['ratio_with_quantising']:.2f}x)"
+                for c in CODED
+            )
+            for t in MANY
+        )
+        print(f"{name:12s} {line}", flush=True)
+        del baseline, made
+        free()
+    for code in CODED:
+        ratios = {}
+        for tokens in MANY:
+            fp16 = sum(found[name]["fp16"][tokens] for name in SHAPES)
+            ratios[tokens] = {
+                "ratio": fp16 / sum(found[name][code][tokens]["us"] for name in SHAPES),
+                "ratio_with_quantising": fp16 / sum(found[name][code][tokens]["with_quantising_us"] for name in SHAPES),
+            }
+        found[f"a block, {code}"] = ratios
+        print(
+            f"a block, {code}: "
+            + " ".join(f"{t}: {r['ratio']:.2f}x ({r['ratio_with_quantising']:.2f}x)" for t, r in ratios.items())
+        )
+    return found
+
+
+def _codes_only(module: Any, *, quantised: tuple[Tensor, Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
+    y: Tensor = module._product_of_codes(*quantised, x, residual)
+    return y
+
+
+def decode(rounds: int) -> dict[str, Any]:
+    models: dict[str, tuple[Callable[[], Decoder], tuple[int, ...]]] = {
+        "fp16": (lambda: random_decoder(_plain_spec()), (1, 64)),
+        "int4": (lambda: quantized_decoder(INT4, head=False), (1,)),
+        "int4, head too": (lambda: quantized_decoder(INT4, head=True), (1, 64)),
+        "int8, head too": (lambda: quantized_decoder(INT8, head=True), (1,)),
+        "int8 inputs": (lambda: quantized_decoder(CODED["int8"], head=False), (1, 64)),
+        "fp8 inputs": (lambda: quantized_decoder(CODED["fp8"], head=False), (1, 64)),
+    }
+    found: dict[str, Any] = {}
+    for name, (make, batches) in models.items():
+        try:
+            engine = TorchEngine(make(), kernels=True)
+            free()
+            held = torch.cuda.memory_allocated()
+            for batch in batches:
+                ids = torch.randint(3, 150_000, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+
+                def run(tokens: int, ids: Tensor = ids, engine: TorchEngine = engine) -> None:
+                    generate(engine, None, ids.tolist(), GenerationConfig(max_new_tokens=tokens))
+
+                result = measure(run, batch, steps=STEPS, rounds=rounds)
+                result["loop"], table = decode_loop(engine, ids)
+                result |= {"held_gb": held / 1e9, "kernels": table[:8]}
+                found.setdefault(name, {})[batch] = result
+                base = found["fp16"][batch]
+                result["over_fp16"] = result["tokens_per_second"] / base["tokens_per_second"]
+                gain = base["loop"]["step_ms"] / result["loop"]["step_ms"]
+                print(
+                    f"{name:16s} batch {batch:2d}: {result['tokens_per_second']:7.1f} tok/s, "
+                    f"{result['over_fp16']:.2f} x fp16, loop {result['loop']['step_ms']:.3f} ms ({gain:.2f} x), "
+                    f"first token {result['first_token_ms']:.1f} ms, weights {held / 1e9:.2f} GB",
+                    flush=True,
+                )
+            del run, engine
+        except Exception as error:
+            traceback.print_exc()
+            found.setdefault(name, {})["error"] = repr(error)[:300]
+        free()
+    return found
+
+
+def _plain_spec() -> ModelSpec:
+    return spec_from_config(CONFIGS[MODEL])
+
+
+@torch.no_grad()
+def methods() -> dict[str, Any]:
+    """Of one block's layers; a few channels of the inputs are large, as in trained models."""
+    readers = {
+        "qkv": [(12288, 4096)],
+        "out": [(4096, 4096)],
+        "gate and up": [(11008, 4096)] * 2,
+        "down": [(4096, 11008)],
+    }
+    found: dict[str, Any] = {}
+    for name, shapes in readers.items():
+        found[name] = row = methods_of(name, shapes)
+        print(f"{name:12s} " + ", ".join(f"{what} {seconds:.2f} s" for what, seconds in row.items()), flush=True)
+        free()
+    rows = [found[name] for name in readers]
+    found["a block"] = totals = {
+        "gptq": sum(row["hessian"] + row["gptq"] for row in rows),
+        "gptq, act order": sum(row["hessian"] + row["gptq, act order"] for row in rows),
+        "awq": sum(row["awq scale"] + row["awq clip"] for row in rows),
+    }
+    print("a block: " + ", ".join(f"{what} {seconds:.2f} s" for what, seconds in totals.items()), flush=True)
+    return found
+
+
+def methods_of(name: str, shapes: list[tuple[int, int]]) -> dict[str, float]:
+    k = shapes[0][1]
+    x = torch.randn(TOKENS, k, device="cuda") * (1 + 20 * (torch.rand(k, device="cuda") > 0.99))
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.float16) * 0.02 for n, _ in shapes]
+    sample = x[:: TOKENS // 512]
+    row: dict[str, float] = {}
+
+    def timed(what: str, call: Callable[[], Any]) -> Any:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = call()
+        torch.cuda.synchronize()
+        row[what] = time.perf_counter() - start
+        return result
+
+    hessian = Hessian(name, k)
+    timed("hessian", lambda: hessian.observe(x))
+    for what, order in (("gptq", False), ("gptq, act order", True)):
+        timed(what, lambda order=order: [gptq(w, hessian.matrix, INT4, act_order=order) for w in weights])  # type: ignore[misc]
+    best = timed("awq scale", lambda: search_scale(weights, sample, [INT4] * len(weights)))
+    timed("awq clip", lambda: [search_clip(w * best.scale, sample / best.scale, INT4) for w in weights])
+    return row
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"products": None, "codes": None, "decode": None, "methods": None}
+    parser.add_argument("--part", choices=parts, action="append", help="repeat for several; default: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    bandwidth = read_bandwidth()
+    free()
+    print(f"{torch.cuda.get_device_name()}, reads {bandwidth / 1e12:.2f} TB/s", flush=True)
+    known |= {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "read_bytes_per_second": bandwidth,
+    }
+    runs: dict[str, Callable[[], dict[str, Any]]] = {
+        "decode": lambda: decode(arguments.rounds),
+        "codes": codes,
+        "methods": methods,
+        "products": lambda: products(bandwidth),
+    }
+    for part, run in runs.items():
+        if arguments.part is None or part in arguments.part:
+            known[part] = run()
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
