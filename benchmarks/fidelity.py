@@ -39,6 +39,7 @@ from trt_runtime.engine import TorchEngine
 
 OUTPUT = Path(__file__).parent / "results" / "fidelity.json"
 GROUP = 64
+SUMS = 2000
 SCHEMES: dict[str, str | QuantizeOptions] = {
     "fp16": "fp16",
     "bf16": "bf16",
@@ -86,16 +87,33 @@ def measure(toy: str, names: list[str], *, limit: int, compared: int, batch_size
             batch_size=batch_size,
             progress=lambda what, done, total: _log(what.replace(made, ""), done, total, began),
         )
+        sums = measure_sums(toy, baseline, bundles, batch_size=batch_size)
         check = evaluate([str(baseline)], model=toy, against="reference", limit=10, shapes=(), batch_size=batch_size)
     assert result.against is not None and check.sides[0].agreement is not None
     found = {name: _row(side) for name, side in zip(bundles, result.sides, strict=True)}
     return {
         "baseline": _row(result.against),
+        "sums": sums,
         "input_errors": input_errors(toy),
         "baseline_kl": check.sides[0].agreement.kl_mean,
         "schemes": {name: found.get(name) or failed[name] for name in names},
         "seconds": round(time.perf_counter() - began),
     }
+
+
+def measure_sums(toy: str, baseline: Path, bundles: dict[str, Path], *, batch_size: int) -> dict[str, Any]:
+    """Addition again with more examples: the task in which most answers change."""
+    result = evaluate(
+        [str(path) for path in bundles.values()],
+        model=toy,
+        against=str(baseline),
+        tasks=["addition"],
+        limit=SUMS,
+        compared=1,
+        shapes=(),
+        batch_size=batch_size,
+    )
+    return {name: dataclasses.asdict(side.tasks["addition"]) for name, side in zip(bundles, result.sides, strict=True)}
 
 
 def rounding_errors() -> dict[str, float]:

@@ -230,8 +230,7 @@ def fidelity(data: dict[str, Any]) -> Iterator[str]:
     rows = []
     for name in names:
         found = {toy: entry["schemes"][name] for toy, entry in toys.items()}
-        points = [[100 * each["loss"][part] for part in ("value", "low", "high")] for each in found.values()]
-        losses = [f"{value:+.2f} ({low:+.2f} to {high:+.2f})" for value, low, high in points]
+        losses = [_interval(each["loss"]) for each in found.values()]
         rows.append((name, *losses, f"≤ {GOALS[name]:g}" if name in GOALS else "", _goal(found, GOALS.get(name))))
     yield table(("points lost", *toys, "goal", "met"), rows)
     yield table(
@@ -247,6 +246,15 @@ def fidelity(data: dict[str, Any]) -> Iterator[str]:
         ),
     )
     yield _theory(toys, data["rounding_errors"])
+    yield "Addition again, the task in which most answers change, with more examples; points lost:"
+    yield table(
+        (f"{next(iter(next(iter(toys.values()))['sums'].values()))['count']} sums", *toys),
+        (
+            (name, *(_interval(entry["sums"][name]["loss"]) for entry in toys.values()))
+            for name in names
+            if name.startswith("int")
+        ),
+    )
     worst = [
         (100 * task["loss"]["value"], toy, name, kind, task)
         for toy, entry in toys.items()
@@ -292,6 +300,11 @@ def _theory(toys: dict[str, Any], errors: dict[str, float]) -> str:
         f"{ratios('fp8, per token', 'smoothquant, per token')}. Rounding to nearest has {awq} x the KL of AWQ, and "
         f"{gptq} x that of GPTQ."
     )
+
+
+def _interval(loss: dict[str, float]) -> str:
+    value, low, high = (100 * loss[part] for part in ("value", "low", "high"))
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _goal(found: dict[str, dict[str, Any]], goal: float | None) -> str:
