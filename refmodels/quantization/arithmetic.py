@@ -124,7 +124,8 @@ def quantize_tokens(x: Tensor, code: EightBit) -> tuple[Tensor, Tensor]:
     wide = x.to(wide_dtype(x.dtype))
     limit = LIMITS[code]
     amax = wide.abs().amax(-1, keepdim=True).clamp(min=LEAST_AMAX)
-    steps = (wide * (limit / amax)).clamp(-limit, limit)
+    # Not limit / amax with a Python number: torch makes that a reciprocal and a product, which is not the quotient.
+    steps = (wide * (torch.full_like(amax, limit) / amax)).clamp(-limit, limit)
     return to_codes(steps, code), amax / limit
 
 
