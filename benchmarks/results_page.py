@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from results_quantization import memory, on_the_cpu, peers, seconds_a_layer
+from results_table import table
 
 HERE = Path(__file__).parent
 PAGE = HERE / "RESULTS.md"
@@ -21,13 +24,6 @@ Made by `python benchmarks/results_page.py` from `benchmarks/results/*.json`, wh
 and what was noted beside them (`results/*.md`). GPU numbers are medians of one run on an NVIDIA H200, in CUDA
 graphs, with inputs rotated so that the L2 cache does not hold them.
 """
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    head = list(columns)
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    lines += [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
-    return "\n".join(lines)
 
 
 def attention(data: dict[str, Any]) -> Iterator[str]:
@@ -324,6 +320,10 @@ SECTIONS = {
     "diff_noise": noise,
     "diff_cost": cost,
     "fidelity": fidelity,
+    "cpu_quantized": on_the_cpu,
+    "quantization_time": seconds_a_layer,
+    "quantize_memory": memory,
+    "quantization_peers": peers,
 }
 
 

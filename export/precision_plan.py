@@ -52,8 +52,9 @@ def parameters_of(taps: Collection[str], names: Collection[str]) -> set[str]:
 
 def write_plan(plan: PrecisionPlan, path: Path) -> None:
     """Raises LogitLockError where `path` cannot be written."""
+    content = {name: value for name, value in dataclasses.asdict(plan).items() if value or name != "schemes"}
     try:
-        path.write_text(json.dumps(dataclasses.asdict(plan), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise LogitLockError(f"the precision plan {path} cannot be written: {error.strerror}") from None
 

@@ -346,7 +346,7 @@ def _set(values: Mapping[str, Any]) -> Any:
     [
         (lambda t, c: t.pop(f"{NAME}.weight_packed"), [NAME, "weight_packed", "lacks"]),
         (lambda t, c: t.pop(f"{NAME}.weight_scale"), [NAME, "weight_scale", "lacks"]),
-        (lambda t, c: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"][:, :1].clone()}), [NAME, "scales", "shape"]),
+        (lambda t, c: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"][:, :1].clone()}), [NAME, "scales"]),
         (lambda t, c: t[f"{NAME}.weight_scale"].fill_(float("nan")), [NAME, "NaN"]),
         (_set({"quant_method": "bitsandbytes"}), ["bitsandbytes", "compressed-tensors, gptq and awq"]),
         (_set({"format": "marlin-24"}), ["marlin-24"]),

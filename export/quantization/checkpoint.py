@@ -177,7 +177,7 @@ def write_folded(directory: Path, folded: Mapping[str, Tensor]) -> None:
     Not as safetensors: loaders take every such file for weights.
     """
     if folded:
-        numpy.savez(directory / FOLDED_NAME, **{site: scale.cpu().numpy() for site, scale in folded.items()})
+        numpy.savez(directory / FOLDED_NAME, **{site: scale.cpu().numpy() for site, scale in folded.items()})  # type: ignore[arg-type]
 
 
 def read_folded(directory: Path) -> dict[str, Tensor]:

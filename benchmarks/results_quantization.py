@@ -1,0 +1,117 @@
+"""The sections of RESULTS.md on quantisation: speed on the CPU, what it costs to quantise, other implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from results_table import table
+
+
+def on_the_cpu(data: dict[str, Any]) -> Iterator[str]:
+    yield "## Quantised bundles on the CPU"
+    yield (
+        "A random Qwen2 of 200 M parameters, every layer and the head quantised, on ONNX Runtime with 2 threads. "
+        "Decode is 64 tokens after a prompt of 128; all in one run, in turns, as a ratio to the fp32 bundle (the "
+        "median of the rounds). The goals are 3 × at int8 and 4 × at int4. `python benchmarks/cpu_quantized.py`."
+    )
+    columns = ("prefill tokens/s", "× fp32", "decode tokens/s", "× fp32", "bundle MB", "load s", "peak RSS MB")
+    yield table(
+        ("", *columns),
+        (
+            (
+                name,
+                f"{row['prefill_tokens_per_s']:.0f}",
+                f"{row['prefill_ratio']:.2f}",
+                f"{row['decode_tokens_per_s']:.0f}",
+                f"{row['decode_ratio']:.2f}",
+                f"{row['bundle_mb']:.0f}",
+                f"{row['load_s']:.2f}",
+                f"{row['peak_rss_mb_above_imports']:.0f}",
+            )
+            for name, row in data["rows"].items()
+        ),
+    )
+    yield (
+        "Weight-only int8 has no fast kernel on the CPU (MatMulNBits without int8 inputs dequantises the whole matrix "
+        "in every call), so that it runs as fp32; what is fast multiplies int8 by int8, and so does the reference."
+    )
+
+
+def seconds_a_layer(data: dict[str, Any]) -> Iterator[str]:
+    yield "## Quantising a layer of Qwen-7B on a GPU"
+    yield (
+        f"One layer's weights in groups of {data['group']}, on an {data['gpu']}, torch {data['torch']}; seconds. The "
+        f"Hessian is that of 8192 tokens. `{data['command']}`."
+    )
+    parts = ("gptq", "gptq_act_order", "awq_scale", "awq_clip", "hessian_of_8192_tokens")
+    yield table(
+        ("layer", "out × in", "GPTQ", "with act-order", "AWQ scale", "AWQ clip", "Hessian", "peak GiB"),
+        (
+            (
+                row["layer"],
+                f"{row['out']} × {row['in']}",
+                *(f"{row[part]['seconds']:.3f}" for part in parts),
+                f"{row['peak_gib']:.1f}",
+            )
+            for row in data["rows"]
+        ),
+    )
+
+
+def memory(data: dict[str, Any]) -> Iterator[str]:
+    settings = data["settings"]
+    yield "## Memory of quantising"
+    yield (
+        f"A random Qwen2 of {settings['layers']} layers of {settings['hidden']}, {settings['rows']} rows of "
+        f"{settings['tokens']} tokens, 2 threads: peak memory above the imports, against the size of the model in fp32 "
+        "and of one layer's activations. `python benchmarks/quantize_memory.py`."
+    )
+    yield table(
+        ("scheme", "extra GB", "model GB", "activations GB", "seconds"),
+        (
+            (
+                row["scheme"],
+                f"{row['extra_bytes'] / 1e9:.2f}",
+                f"{row['model_bytes'] / 1e9:.2f}",
+                f"{row['activation_bytes'] / 1e9:.2f}",
+                row["seconds"],
+            )
+            for row in data["results"]
+        ),
+    )
+    over = ", ".join(row["scheme"] for row in data["results"] if not row["passed"])
+    if over:
+        yield (
+            f"Over model and activations: {over}. What GPTQ holds beside them does not grow with the model: some six "
+            "fp64 matrices of the widest input squared (here 4096, 0.13 GB each), for one layer at a time."
+        )
+
+
+def peers(data: dict[str, Any]) -> Iterator[str]:
+    yield "## The methods against other implementations"
+    yield (
+        f"On the same weights and inputs: all linear layers of the toys, groups of {data['group']}, {data['tokens']} "
+        "tokens. The error of our output over theirs (below 1: ours is smaller), and the share of equal weights: "
+        f"least, median, largest. `{data['command']}`, in an environment of its own: the packages want other "
+        "versions of torch and transformers."
+    )
+    yield table(
+        ("package", "what", "format", "layers", "error, ours / theirs", "equal weights"),
+        (
+            (
+                f"{row['package']} {row['version']}",
+                row["what"],
+                row["format"],
+                row["layers"],
+                _spread(row["results"], "error_ratio"),
+                _spread(row["results"], "same"),
+            )
+            for row in data["rows"]
+        ),
+    )
+
+
+def _spread(results: dict[str, Any], name: str) -> str:
+    found = results.get(name)
+    return "" if found is None else " / ".join(f"{found[part]:.3f}" for part in ("min", "median", "max"))
