@@ -20,11 +20,9 @@ from pathlib import Path
 from refmodels.errors import LogitLockError
 from refmodels.records import read_json, read_record
 from refmodels.spec import ModelSpec
-from refmodels.taps import tap_names
 from trt_runtime.bundle import Precision
 
 SCHEMA = 1
-_LINEAR = ("attn.qkv", "attn.out", "mlp.gate", "mlp.up", "mlp.out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +38,7 @@ class PrecisionPlan:
 
 def linear_taps(spec: ModelSpec) -> list[str]:
     """The modules that a plan may name, in the order of execution; a tied head shares its weight and is not one."""
-    names = [n for n in tap_names(spec) if n.split(".", 2)[-1] in _LINEAR]
-    return names if spec.tied_head else [*names, "logits"]
+    return ["logits" if module == "head" else module for module in spec.linears]
 
 
 def parameters_of(taps: Collection[str], names: Collection[str]) -> set[str]:
