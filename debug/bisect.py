@@ -27,6 +27,7 @@ from export.precision_plan import PrecisionPlan, linear_taps, write_plan
 from refmodels.checkpoint import DTYPES, ModelSource, load
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
+from refmodels.taps import linear_name
 from trt_runtime.bundle import Precision
 from trt_runtime.engine import Engine, TorchEngine
 from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
@@ -77,7 +78,7 @@ class _MixedLinear(nn.Module):
 @contextmanager
 def _replaced(decoder: Decoder, layers: dict[str, nn.Module]) -> Iterator[None]:
     """Other modules in place of linear layers, by tap."""
-    places = {tap: "head" if tap == "logits" else tap for tap in layers}
+    places = {tap: linear_name(tap) for tap in layers}
     before = {tap: decoder.get_submodule(path) for tap, path in places.items()}
     for tap, path in places.items():
         _set(decoder, path, layers[tap])
@@ -183,7 +184,7 @@ def _fewest(measured: Callable[[int], float], most: int, kl_low: float, budget: 
 
 
 def _linear(decoder: Decoder, tap: str) -> nn.Linear:
-    module = decoder.get_submodule("head" if tap == "logits" else tap)
+    module = decoder.get_submodule(linear_name(tap))
     assert isinstance(module, nn.Linear)
     return module
 

@@ -19,7 +19,7 @@ from debug.modules import linear_of
 from refmodels.model import Decoder
 from refmodels.quantization.formats import LIMITS, EightBit
 from refmodels.quantization.linear import QuantizedLinear
-from refmodels.taps import input_of
+from refmodels.taps import input_of, linear_name
 
 _SHARE = 0.25
 _FP8_STEP = 2.0**-4
@@ -45,7 +45,7 @@ class CodeFlips:
         if layer != tap and self.spec.cache_code is not None:
             largest = max(self._cache[f"{layer}.key"], self._cache[f"{layer}.value"])
             return torch.full(tensors[tap].shape[:2], largest, dtype=torch.float64)
-        if self.spec.format_of("head" if tap == "logits" else tap) is None:
+        if self.spec.format_of(linear_name(tap)) is None:
             return None
         linear = linear_of(self.decoder, tap)
         assert isinstance(linear, QuantizedLinear)

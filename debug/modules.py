@@ -24,7 +24,7 @@ from refmodels.quantization.arithmetic import quantize_groups, quantize_static
 from refmodels.quantization.formats import CODE_TYPES
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.spec import RopeSpec
-from refmodels.taps import input_of
+from refmodels.taps import input_of, linear_name
 
 Kind = Literal["embed", "norm", "linear", "attention", "activation", "residual"]
 
@@ -138,7 +138,7 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
 
 def linear_of(decoder: Decoder, tap: str) -> nn.Linear | QuantizedLinear:
     """The linear layer that makes `tap`."""
-    layer = decoder.get_submodule("head" if tap == "logits" else tap)
+    layer = decoder.get_submodule(linear_name(tap))
     assert isinstance(layer, nn.Linear | QuantizedLinear)
     return layer
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from refmodels.errors import LogitLockError
 from refmodels.records import read_json, read_record
 from refmodels.spec import ModelSpec
+from refmodels.taps import linear_name
 from trt_runtime.bundle import Precision
 
 SCHEMA = 1
@@ -43,7 +44,7 @@ def linear_taps(spec: ModelSpec) -> list[str]:
 
 def parameters_of(taps: Collection[str], names: Collection[str]) -> set[str]:
     """Those of the parameter `names` that the linear layers at `taps` own."""
-    owners = {"head" if tap == "logits" else tap for tap in taps}
+    owners = {linear_name(tap) for tap in taps}
     return {name for name in names if name.rpartition(".")[0] in owners}
 
 
@@ -88,7 +89,7 @@ def read_schemes(path: Path, spec: ModelSpec, scheme: str | None) -> dict[str, s
         matching = [name for name in linear_taps(spec) if fnmatchcase(name, pattern)]
         if not matching:
             raise LogitLockError(f"{path} names {pattern!r}, which matches no linear layer of {spec.variant}")
-        found |= {"head" if name == "logits" else name: other for name in matching}
+        found |= {linear_name(name): other for name in matching}
     return found
 
 

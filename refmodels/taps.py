@@ -27,6 +27,11 @@ def tap_names(spec: ModelSpec) -> tuple[str, ...]:
     return (*names, "final_norm", "logits")
 
 
+def linear_name(tap: str) -> str:
+    """The name in `Decoder` of the linear layer that makes a tap: the tap's own, but for the head's."""
+    return "head" if tap == "logits" else tap
+
+
 def input_of(tap: str) -> str:
     """The tap that a linear layer reads, by the tap that it makes."""
     if tap == "logits":
