@@ -53,6 +53,8 @@ class CodeFlips:
         if code is None:
             return None
         x = tensors[input_of(tap)].double()
+        if linear.pre_quant_scale is not None and not linear.pre_quant_scale.is_meta:
+            x = linear.scaled(x)
         scale = linear.input_scale
         if scale is not None and not scale.is_meta:
             step = scale.double() * (1.0 if code == "int8" else LIMITS["fp8"] * _FP8_STEP)

@@ -161,6 +161,7 @@ def _quantized_linear(
     layer: QuantizedLinear, *, input: Tensor, weight: Tensor, bias: Tensor | None, rounding: str | None
 ) -> Tensor:
     """The layer with another weight, given in numbers, or another rounding of its input."""
+    input = layer.scaled(input)
     if rounding is not None:
         input, weight = (t if layer.order is None else t[..., layer.order] for t in (input, weight))
         input = rounded_input(layer, input, rounding)

@@ -56,7 +56,8 @@ def norm_code(decoder: nn.Module, norm: fx.Node) -> EightBit | None:
 
 
 def _by_token(linear: LinearFormat) -> bool:
-    return linear.input is not None and linear.input_scale == "token" and not linear.reordered
+    own = linear.reordered or linear.pre_quant_scale
+    return linear.input is not None and linear.input_scale == "token" and not own
 
 
 class _Layer:
@@ -78,6 +79,11 @@ class _Layer:
         if self.module.zero is not None:
             graph.parameters[f"{self.path}.zero"] = "int4" if packed else "plain" if self.in_groups else "row"
         x = self.x
+        if self.module.pre_quant_scale is not None:
+            graph.parameters[f"{self.path}.pre_quant_scale"] = "plain"
+            if self.working != graph.dtype:
+                x = graph.emit("Cast", [x], f"{self.y}.input_to_scale", to=self.working)
+            x = graph.emit("Mul", [x, f"{self.path}.pre_quant_scale"], f"{self.y}.scaled")
         if self.module.order is not None:
             graph.parameters[f"{self.path}.order"] = "plain"
             x = graph.emit("Gather", [x, f"{self.path}.order"], f"{self.y}.ordered", axis=-1)

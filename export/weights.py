@@ -104,6 +104,8 @@ def _random_part(
         return torch.randint(int(low), int(high) + 1, shape, dtype=parameter.dtype, generator=generator)
     if kind == "order":
         return torch.randperm(shape[0], generator=generator)
+    if kind == "pre_quant_scale":
+        return torch.empty(shape).uniform_(0.5, 2.0, generator=generator).to(dtype)
     step = _RANDOM_STEP if kind == "input_scale" else 2 * _RANDOM_SCALE / high
     return torch.full(shape, step, dtype=dtype)
 

@@ -22,7 +22,7 @@ from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES, family_of, spec_from_config
 from refmodels.families.config import Family
 from refmodels.model import Decoder
-from refmodels.quantization.config import read_config
+from refmodels.quantization.config import MODELOPT_NAME, read_config
 from refmodels.quantization.reading import QuantisedReader
 from refmodels.quantization.storage import Storage
 from refmodels.records import read_json
@@ -47,6 +47,7 @@ COMPANION_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    MODELOPT_NAME,
 )
 """What lies beside config.json and the weights, and belongs into a bundle or a copy of a model."""
 
@@ -99,7 +100,15 @@ def moved(source: ModelSource, directory: Path) -> ModelSource:
     """
     where = directory / "config.json"
     config, plain = read_json(where), replace(source.spec, quantization=None)
-    quantization, storage = read_config(config, upstream_modules(plain, source.family), str(where)) or (None, None)
+    modelopt = directory / MODELOPT_NAME
+    found = read_config(
+        config,
+        upstream_modules(plain, source.family),
+        str(where),
+        modelopt=read_json(modelopt) if modelopt.is_file() else None,
+        tensors=lambda: WeightFiles(directory).tensors,
+    )
+    quantization, storage = found or (None, None)
     spec = replace(plain, quantization=quantization)
     return replace(source, directory=directory, config=config, spec=spec, storage=storage)
 
@@ -152,9 +161,17 @@ def load(
         numerics: "exact" or "upstream" (see `Decoder`).
         variant: as for `resolve`.
     Raises:
-        LogitLockError: as `resolve` and `stream_parameters`.
+        LogitLockError: as `resolve` and `stream_parameters`; on a GPU, layers with a pre-quant scale (but in fp64).
     """
     source = model if isinstance(model, ModelSource) else resolve(model, variant=variant)
+    formats = [source.spec.format_of(module) for module in source.spec.linears]
+    scaled = any(linear is not None and linear.pre_quant_scale for linear in formats)
+    if scaled and torch.device(device).type == "cuda" and dtype != torch.float64:
+        # Whoever loads this may hand the layers to the kernels of `trt_runtime`, which leave the scale out.
+        raise LogitLockError(
+            f"{source.name} has layers with a pre-quant scale, which the kernels for GPUs leave out; use the CPU, or a "
+            "bundle that export makes"
+        )
     decoder = empty_decoder(source.spec, numerics=numerics)
     for name, value in stream_parameters(source, dtype=dtype, numerics=numerics):
         put_parameter(decoder, name, value.to(device))

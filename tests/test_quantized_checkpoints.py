@@ -51,14 +51,34 @@ FORMATS = {
     "w8a8-token": LinearFormat(weight="int8", input="int8"),
     "w8a8-tensor": LinearFormat(weight="int8", input="int8", input_scale="tensor"),
     "fp8-tensor": LinearFormat(weight="fp8", input="fp8", input_scale="tensor"),
+    "fp8-token": LinearFormat(weight="fp8", input="fp8"),
     "w4a8-group": LinearFormat(weight="int4", group=32, input="int8", input_scale="group"),
+    "w8a8-pre-quant-scale": LinearFormat(weight="int8", input="int8", input_scale="tensor", pre_quant_scale=True),
+    "int4-pre-quant-scale": LinearFormat(weight="int4", group=32, pre_quant_scale=True),
 }
 STORAGES = {
     "compressed-tensors": Storage(layout="compressed-tensors"),
     "gptq": Storage(layout="gptq"),
     "gptq_v2": Storage(layout="gptq", gptq_zero_offset=0),
     "awq": Storage(layout="awq"),
+    "modelopt": Storage(layout="modelopt"),
 }
+PLACES = {
+    "compressed-tensors": {name for name in FORMATS if "pre-quant-scale" not in name},
+    "gptq": {"int8", "int8-groups", "int4", "int4-zeros", "int4-reordered"},
+    "gptq_v2": {"int8", "int8-groups", "int4", "int4-zeros", "int4-reordered"},
+    "awq": {"int4", "int4-zeros"},
+    "modelopt": {
+        "int8",
+        "int4",
+        "w8a8-tensor",
+        "fp8-tensor",
+        "fp8-token",
+        "w8a8-pre-quant-scale",
+        "int4-pre-quant-scale",
+    },
+}
+"""What each layout can say."""
 SMALL = ["qwen_b1", "chatglm2_b1", "baichuan2_13b_b1", "gpt2_b1", "gpt_bigcode_mha_b1", "starcoder2_b1"]
 
 
@@ -137,7 +157,8 @@ def test_layer_against_floats(linear: LinearFormat) -> None:
     weight = quantized(linear)
     layer = layer_of(weight, linear, input_scale=torch.tensor(4.0 / LIMITS[linear.input or "int8"]))
     x = torch.randn(2, 3, 64)
-    rounded = x if weight.order is None else x[..., weight.order]
+    rounded = x if layer.pre_quant_scale is None else x * layer.pre_quant_scale
+    rounded = rounded if weight.order is None else rounded[..., weight.order]
     if linear.input is not None:
         if linear.input_scale == "tensor":
             assert layer.input_scale is not None
@@ -166,6 +187,8 @@ def layer_of(weight: QuantizedWeight, linear: LinearFormat, *, input_scale: Tens
             getattr(layer, name).data = value
     if layer.input_scale is not None:
         layer.input_scale.data = input_scale
+    if layer.pre_quant_scale is not None:
+        layer.pre_quant_scale.data = torch.rand(weight.codes.shape[1]) + 0.5
     assert layer.bias is not None
     layer.bias.data = torch.randn(len(weight.codes))
     return layer
@@ -174,24 +197,27 @@ def layer_of(weight: QuantizedWeight, linear: LinearFormat, *, input_scale: Tens
 # Layouts
 
 
-@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+@pytest.mark.parametrize("layout", STORAGES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_layouts_are_inverses(storage: Storage, name: str) -> None:
-    linear = FORMATS[name]
+def test_layouts_are_inverses(layout: str, name: str) -> None:
+    linear, storage = FORMATS[name], STORAGES[layout]
     weight = quantized(linear)
-    scale = torch.tensor(0.3) if linear.input_scale == "tensor" else None
-    possible = storage.layout == "compressed-tensors" or (
-        linear.input is None and linear.weight != "fp8" and (storage.layout == "gptq" or name in ("int4", "int4-zeros"))
-    )
-    if not possible:
+    if layout == "modelopt" and name == "fp8-tensor":
+        weight = replace(weight, scale=weight.scale.amax().expand_as(weight.scale))
+    constants = {}
+    if linear.input_scale == "tensor":
+        constants["input_scale"] = torch.tensor(0.3)
+    if linear.pre_quant_scale:
+        constants["pre_quant_scale"] = torch.rand(64) + 0.5
+    if name not in PLACES[layout]:
         with pytest.raises(refmodels.LogitLockError, match=f"{storage.layout} has no place for"):
-            storage.encode(weight, linear, input_scale=scale)
+            storage.encode(weight, linear, constants)
         return
-    stored = storage.encode(weight, linear, input_scale=scale)
-    found, found_scale = storage.decode(stored, linear, (24, 64), "layer")
+    stored = storage.encode(weight, linear, constants)
+    found, read = storage.decode(stored, linear, (24, 64), "layer")
     for ours, theirs in zip(vars(weight).values(), vars(found).values(), strict=True):
         assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours.float(), theirs.float()))
-    assert (found_scale is None) == (scale is None)
+    assert read.keys() == constants.keys() and all(torch.equal(read[n], constants[n]) for n in read)
 
 
 def test_gptq_words_by_hand() -> None:
@@ -348,7 +374,7 @@ def _set(values: Mapping[str, Any]) -> Any:
         (lambda t, c: t.pop(f"{NAME}.weight_scale"), [NAME, "weight_scale", "lacks"]),
         (lambda t, c: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"][:, :1].clone()}), [NAME, "scales"]),
         (lambda t, c: t[f"{NAME}.weight_scale"].fill_(float("nan")), [NAME, "NaN"]),
-        (_set({"quant_method": "bitsandbytes"}), ["bitsandbytes", "compressed-tensors, gptq and awq"]),
+        (_set({"quant_method": "bitsandbytes"}), ["bitsandbytes", "compressed-tensors, gptq, awq and modelopt"]),
         (_set({"format": "marlin-24"}), ["marlin-24"]),
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(num_bits=3), ["3-bit", "int4, int8 and fp8"]),
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(strategy="block"), ["block"]),

@@ -128,6 +128,16 @@ def test_inputs_that_are_not_quantised_are_named(tmp_path: Path) -> None:
     assert "input quantised otherwise: not at all" in [d.fault for d in result.culprits[0].diagnosis]
 
 
+def test_a_pre_quant_scale_that_is_ignored_is_named(tmp_path: Path) -> None:
+    model = str(Path(__file__).parent / "goldens_modelopt" / "int4_awq")
+    bundle = export_model(model, precision="fp32", backend="onnxruntime", output=tmp_path / "bundle")
+    layer = "blocks.0.attn.out"
+    fault = weights(f"{layer}.pre_quant_scale", np.ones_like)
+    result = diff_bundle(mutated(bundle, tmp_path / "wrong", fault), model, steps=1)
+    assert first(result) == layer
+    assert "pre-quant scale ignored" in [d.fault for d in result.culprits[0].diagnosis]
+
+
 @pytest.mark.parametrize("part", ["key", "value"])
 def test_a_wrong_scale_of_the_cache_is_found(part: str, tmp_path: Path) -> None:
     bundle = exported(tmp_path, "fp32", {"scheme": None, "cache": "int8"})
@@ -137,8 +147,8 @@ def test_a_wrong_scale_of_the_cache_is_found(part: str, tmp_path: Path) -> None:
 
 def test_every_fault_of_codes_is_planted() -> None:
     ours = {fault.name for fault in CATALOGUE if fault.variants.__module__ == quantized.__name__}
-    planted = {expected.split(":")[0] for _, _, expected in PLANTED.values()} | {"input quantised otherwise"}
-    assert ours == planted
+    planted = {expected.split(":")[0] for _, _, expected in PLANTED.values()}
+    assert ours == planted | {"input quantised otherwise", "pre-quant scale ignored"}
 
 
 # The model before quantisation as the reference

@@ -57,7 +57,11 @@ def linear(weight: Code, **options: Any) -> LinearFormat:
     return LinearFormat(weight=weight, **options)
 
 
-INTEGER = [linear("int8", input="int8"), linear("int8", input="int8", input_scale="tensor")]
+INTEGER = [
+    linear("int8", input="int8"),
+    linear("int8", input="int8", input_scale="tensor"),
+    linear("int8", input="int8", input_scale="tensor", pre_quant_scale=True),
+]
 """On ONNX Runtime: MatMulInteger."""
 BLOCKS = [
     linear("int4", group=16),
@@ -67,6 +71,7 @@ BLOCKS = [
     linear("int4", group=16, symmetric=False, input="int8", input_scale="group"),
     linear("int4", group=16, symmetric=False),
     linear("int4", group=16, symmetric=False, reordered=True),
+    linear("int4", group=16, pre_quant_scale=True),
 ]
 """On ONNX Runtime: MatMulNBits."""
 PLAIN = [
@@ -78,7 +83,7 @@ PLAIN = [
     linear("fp8", input="fp8", input_scale="tensor"),
 ]
 """On ONNX Runtime: dequantised."""
-FORMATS = [x for y in zip(cycle(INTEGER), BLOCKS, [*PLAIN, PLAIN[0]], strict=False) for x in y]
+FORMATS = [x for y in zip(cycle(INTEGER), BLOCKS, [*PLAIN, *PLAIN[:2]], strict=False) for x in y]
 FOR_TENSORRT = [f for f in FORMATS if f.symmetric and f.input_scale != "group"] + [
     linear("int4", group=16, reordered=True)
 ]

@@ -85,3 +85,10 @@ def inputs(m: Module, _: Tensor) -> Variants:
     yield "to int8, with a scale a token", {"rounding": "token"}
     if layer.format.group is not None:
         yield "to int8, with a scale a token and group", {"rounding": "group"}
+
+
+@fault("pre-quant scale ignored", "linear")
+def pre_quant_scale(m: Module, _: Tensor) -> Variants:
+    found = _codes(m)
+    if found is not None and found[0].pre_quant_scale is not None:
+        yield "", {"input": m["input"] / found[0].pre_quant_scale}

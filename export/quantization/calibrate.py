@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -73,16 +73,19 @@ def quantize_model(
         progress: called with what is done, how much of it and how much in all.
     Returns: `output`.
     Raises:
-        LogitLockError: a model that is quantised already, an output that is not empty, options that do not fit the
-            model, activations that are not finite, and as `stream_parameters`.
+        LogitLockError: a model that is quantised already, an output that is not empty, a layout that is none or has no
+            place for the formats, options that do not fit the model, activations that are not finite, and as
+            `stream_parameters`.
     """
     spec = source.spec
+    if layout not in get_args(Layout):
+        raise LogitLockError(f"--layout is {layout!r}; it must be one of {', '.join(get_args(Layout))}")
     if spec.quantization is not None:
         raise LogitLockError(f"{source.name} is quantised already ({spec.quantization.describe()})")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise LogitLockError(f"the output {output} is not an empty directory; choose another path")
     quantization = quantization_of(spec, options)
-    method = replace(options.method, method=_method(options, spec))
+    method = replace(options.method, method=_method(options, spec), per_tensor=layout == "modelopt")
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as made:
@@ -274,7 +277,9 @@ class _Run:
             if part == "value" and (divisor := result.folded.get("attn.out")) is not None:
                 # Folding divided the rows that make values; query heads of a group share the divisor.
                 largest = largest / divisor.view(a.kv_heads, -1, a.head_dim)[:, 0].to(largest.device)
-            found[f"{prefix}attn.{part}_scale"] = (largest.amax(1) / LIMITS[self.cache]).clamp(min=2.0**-24)
+            by_head = largest.amax(1)
+            largest = by_head.amax().expand_as(by_head) if self.method.per_tensor else by_head
+            found[f"{prefix}attn.{part}_scale"] = (largest / LIMITS[self.cache]).clamp(min=2.0**-24)
         return found
 
     def _write(

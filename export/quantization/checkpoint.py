@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from refmodels.checkpoint import ModelSource, match_names, upstream_modules
 from refmodels.errors import LogitLockError
 from refmodels.quantization.arithmetic import QuantizedWeight
-from refmodels.quantization.config import write_config
+from refmodels.quantization.config import MODELOPT_NAME, modelopt_file, write_config
 from refmodels.quantization.formats import QuantizationSpec
 from refmodels.quantization.reading import QuantisedReader
 from refmodels.quantization.storage import Storage
@@ -79,11 +80,12 @@ class CheckpointWriter:
             whole = QuantizedWeight(
                 codes=tensors["codes"], scale=tensors["scale"], zero=tensors.get("zero"), order=weights[name].order
             )
-            encoded = self.storage.encode(whole, self.reader.formats[module], input_scale=input_scales.get(name))
+            constants = {"input_scale": input_scales[name]} if name in input_scales else {}
+            encoded = self.storage.encode(whole, self.reader.formats[module], constants)
             for suffix, tensor in encoded.items():
                 self._put(f"{module}.{suffix}", tensor)
         for parameter, scale in cache_scales.items():
-            self._put(self.reader.cache_names[parameter], scale)
+            self._put(self.reader.cache_names[parameter], self.storage.encode_cache(scale))
         changed = {parameter: self.table[parameter] for parameter in floats}
         for name, tensor in to_checkpoint(changed, floats).items():
             self._put(name, tensor)
@@ -97,6 +99,10 @@ class CheckpointWriter:
         self._index()
         config = {**self.source.config, "quantization_config": self.config}
         _write_json(self.directory / "config.json", config)
+        if self.storage.layout == "modelopt":
+            producer = {"name": "logitlock", "version": importlib.metadata.version("logitlock")}
+            content = {"producer": producer, "quantization": modelopt_file(self.config)}
+            _write_json(self.directory / MODELOPT_NAME, content)
         _write_json(self.directory / PROVENANCE_NAME, dict(provenance))
         for path in copied:
             (self.directory / path.name).write_bytes(path.read_bytes())

@@ -98,7 +98,10 @@ def quantize(
     ] = None,
     layout: Annotated[
         str,
-        typer.Option(help="compressed-tensors (vLLM), gptq or awq: how codes are stored.", rich_help_panel=_OUTPUT),
+        typer.Option(
+            help="compressed-tensors (vLLM), gptq, awq or modelopt (TensorRT-LLM): how codes are stored.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = "compressed-tensors",
     json_output: JsonFlag = False,
 ) -> None:

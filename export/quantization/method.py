@@ -49,6 +49,8 @@ class MethodOptions:
         act_order, damping, block: of GPTQ.
         sample: tokens kept for AWQ, a site.
         percentile: of |x| that static input scales cover; 100: the largest.
+        per_tensor: fp8 weights have one scale in all where their input has one, and so have cached keys and values: all
+            that nvidia-modelopt's layout has a place for.
         scale_dtype: of the checkpoint: scales are rounded to it before codes are chosen.
     Raises:
         LogitLockError: a value out of its range.
@@ -63,6 +65,7 @@ class MethodOptions:
     block: int = 128
     sample: int = 2048
     percentile: float = 100.0
+    per_tensor: bool = False
     scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -267,9 +270,10 @@ def _round_site(
         gram = None
         if needs.hessian and observer is not None and observer.hessian is not None:
             gram = observer.hessian.matrix.to(weight.device)
+            given = _covering(weight, linear, options)[0] if _per_tensor(linear, options) else None
             quantized = gptq(
                 weight, gram, linear, act_order=options.act_order, damping=options.damping, block=options.block,
-                scale_dtype=options.scale_dtype,
+                scale=given, scale_dtype=options.scale_dtype,
             ).weight  # fmt: skip
         elif needs.sample and observer is not None and observer.sample is not None:
             x = observer.sample.tokens.to(weight.device)
@@ -324,10 +328,20 @@ def _nearest(
     zero: Tensor | None = None,
 ) -> QuantizedWeight:
     if scale is None:
-        scale, zero = weight_scale(weight, linear)
+        scale, zero = _covering(weight, linear, options)
     if options.scale_dtype is not None:
         scale = scale.to(options.scale_dtype).to(scale.dtype)
     return quantize_weight(weight, linear, scale=scale, zero=zero)
+
+
+def _covering(weight: Tensor, linear: LinearFormat, options: MethodOptions) -> tuple[Tensor, Tensor | None]:
+    """The scales [out, groups] of `weight_scale`, all equal where there is to be one; and zero points."""
+    scale, zero = weight_scale(weight, linear)
+    return (scale.amax().expand_as(scale) if _per_tensor(linear, options) else scale), zero
+
+
+def _per_tensor(linear: LinearFormat, options: MethodOptions) -> bool:
+    return options.per_tensor and linear.weight == "fp8" and _static(linear)
 
 
 def _split(quantized: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:

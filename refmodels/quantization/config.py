@@ -1,18 +1,23 @@
 """`quantization_config` of a Hugging Face config.json: what a checkpoint says of its quantised modules.
 
-Read: compressed-tensors (llm-compressor, vLLM), GPTQ (AutoGPTQ, GPTQModel) and AWQ (AutoAWQ); written: the layout that
-`Storage` names.  Modules are upstream's; a fused module of upstream's may be several of ours, and the reverse.
+Read: compressed-tensors (llm-compressor, vLLM), GPTQ (AutoGPTQ, GPTQModel), AWQ (AutoAWQ) and nvidia-modelopt; written:
+the layout that `Storage` names.  Modules are upstream's; a fused module of upstream's may be several of ours, and the
+reverse.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from refmodels.errors import LogitLockError
 from refmodels.quantization.formats import EightBit, LinearFormat, QuantizationSpec, group_formats
-from refmodels.quantization.storage import Storage, is_packed
+from refmodels.quantization.storage import MODELOPT_ALGORITHMS, Storage, is_packed, modelopt_algorithm, no_place
+
+MODELOPT_NAME = "hf_quant_config.json"
+"""nvidia-modelopt says here what it says in config.json, and sizes of groups, which it leaves out there."""
 
 _KEY = "quantization_config"
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
@@ -21,18 +26,33 @@ Modules = Mapping[str, tuple[str, ...]]
 """Our linear layers, and the upstream modules whose rows make each."""
 
 
-def read_config(config: Mapping[str, Any], modules: Modules, where: str) -> tuple[QuantizationSpec, Storage] | None:
+def read_config(
+    config: Mapping[str, Any],
+    modules: Modules,
+    where: str,
+    *,
+    modelopt: Mapping[str, Any] | None = None,
+    tensors: Callable[[], Collection[str]] = tuple,
+) -> tuple[QuantizationSpec, Storage] | None:
     """What a config.json says of quantisation; None: nothing.
 
+    Args:
+        config: the parsed config.json.
+        modules: upstream's, by ours.
+        where: how errors name the file.
+        modelopt: the parsed `MODELOPT_NAME`, where there is one.
+        tensors: names of the checkpoint's tensors; asked only where no config says what is stored.
     Raises:
         LogitLockError: a method or a format that is not supported, or fused modules of different formats.
     """
-    said = config.get(_KEY) or config.get("compression_config")
+    said, folder = config.get(_KEY) or config.get("compression_config"), where.removesuffix("config.json")
+    where = f"{where}: {_KEY}"
+    if modelopt is not None and (said is None or _object(said, where).get("quant_method") == "modelopt"):
+        where = f"{folder}{MODELOPT_NAME}: quantization"
+        said = {"quant_method": "modelopt", **_object(modelopt.get("quantization"), where)}
     if said is None:
         return None
-    where = f"{where}: {_KEY}"
-    if not isinstance(said, Mapping):
-        raise LogitLockError(f"{where} must be an object, got {type(said).__name__}")
+    said = _object(said, where)
     method = said.get("quant_method")
     if method == "compressed-tensors":
         formats, cache = _compressed(said, modules, where), _cache(said.get("kv_cache_scheme"), where)
@@ -41,9 +61,12 @@ def read_config(config: Mapping[str, Any], modules: Modules, where: str) -> tupl
         formats, cache = (_gptq if method == "gptq" else _awq)(said, modules, where), None
         second = said.get("checkpoint_format") == "gptq_v2"
         storage = Storage(layout=method, gptq_zero_offset=0 if second else 1)
+    elif method == "modelopt":
+        formats, cache = _modelopt(said, modules, where, tensors), _modelopt_cache(said, where)
+        storage = Storage(layout="modelopt")
     else:
         raise LogitLockError(
-            f"{where} has quant_method {method!r}; compressed-tensors, gptq and awq checkpoints can be read"
+            f"{where} has quant_method {method!r}; compressed-tensors, gptq, awq and modelopt checkpoints can be read"
         )
     found = group_formats(formats, cache=cache)
     return None if found is None else (found, storage)
@@ -57,6 +80,8 @@ def write_config(quantization: QuantizationSpec, modules: Modules, storage: Stor
     """
     quantised = {name for module in quantization.modules for name in modules[module]}
     ignored = sorted({name for names in modules.values() for name in names} - quantised)
+    if storage.layout == "modelopt":
+        return _to_modelopt(quantization, modules, ignored)
     if storage.layout != "compressed-tensors":
         if len(quantization.groups) != 1 or quantization.cache is not None:
             raise LogitLockError(f"the layout {storage.layout} knows one format for all modules and no quantised cache")
@@ -239,6 +264,101 @@ def _all_but(
 
 def _as_list(value: Any) -> Iterable[str]:
     return [value] if isinstance(value, str) else value
+
+
+# nvidia-modelopt
+
+
+def _modelopt(
+    said: Mapping[str, Any], modules: Modules, where: str, tensors: Callable[[], Collection[str]]
+) -> dict[str, LinearFormat]:
+    default = said.get("quant_algo")
+    mixed = _object(said.get("quantized_layers") or {}, f"{where}.quantized_layers")
+    left_out = [str(pattern) for pattern in said.get("exclude_modules") or said.get("ignore") or ()]
+    stored: Collection[str] | None = None
+
+    def of(upstream: str) -> LinearFormat | None:
+        nonlocal stored
+        if default is None or any(fnmatchcase(upstream, pattern) for pattern in left_out):
+            return None
+        layer = mixed.get(upstream) if default == "MIXED_PRECISION" else said
+        if layer is None:
+            return None
+        # Which layers have one is in no config: "pre_quant_scale" there is true of all, and wherever it was folded too.
+        stored = tensors() if stored is None else stored
+        layer = _object(layer, f"{where}.quantized_layers.{upstream}")
+        return _modelopt_format(layer, where, smoothed=f"{upstream}.pre_quant_scale" in stored)
+
+    return _per_module(modules, of, where)
+
+
+def _modelopt_format(said: Mapping[str, Any], where: str, *, smoothed: bool) -> LinearFormat:
+    algorithm = str(said.get("quant_algo"))
+    if algorithm not in MODELOPT_ALGORITHMS:
+        nearest = "W4A16_AWQ" if "4" in algorithm else "FP8"
+        raise LogitLockError(
+            f"{where} has quant_algo {algorithm!r}; of nvidia-modelopt {', '.join(MODELOPT_ALGORITHMS)} and mixtures "
+            f"of these can be read, of which {nearest} comes nearest to it"
+        )
+    code, grouped, scale = MODELOPT_ALGORITHMS[algorithm]
+    group = said.get("group_size")
+    if grouped and (not isinstance(group, int) or group < 1):
+        raise LogitLockError(
+            f"{where} has quant_algo {algorithm} and group_size {group!r}; it must be a number, as in {MODELOPT_NAME}"
+        )
+    return LinearFormat(
+        weight=code,
+        group=group if grouped else None,
+        input=None if scale is None else "fp8" if code == "fp8" else "int8",
+        input_scale=scale or "token",
+        pre_quant_scale=smoothed,
+    )
+
+
+def _modelopt_cache(said: Mapping[str, Any], where: str) -> EightBit | None:
+    algorithm = said.get("kv_cache_quant_algo")
+    if algorithm is None and isinstance(said.get("kv_cache_scheme"), Mapping):
+        return _cache(said["kv_cache_scheme"], where)
+    algorithm = algorithm or said.get("kv_cache_scheme")
+    if algorithm not in (None, "FP8"):
+        raise LogitLockError(f"{where} has a cache of {algorithm!r}; of nvidia-modelopt's, FP8 can be read")
+    return None if algorithm is None else "fp8"
+
+
+def _to_modelopt(quantization: QuantizationSpec, modules: Modules, ignored: list[str]) -> dict[str, Any]:
+    """For config.json; `modelopt_file` makes the other file of it."""
+    if quantization.cache not in (None, "fp8"):
+        raise LogitLockError(f"the layout modelopt has no {quantization.cache} cache, but an fp8 one")
+    layers: dict[str, dict[str, Any]] = {}
+    for group in quantization.groups:
+        linear, algorithm = group.format, modelopt_algorithm(group.format)
+        if algorithm is None:
+            raise no_place("modelopt", linear)
+        layer: dict[str, Any] = {"quant_algo": algorithm}
+        if linear.group is not None:
+            layer |= {"group_size": linear.group, "has_zero_point": False, "pre_quant_scale": linear.pre_quant_scale}
+        layers |= {name: layer for module in group.modules for name in modules[module]}
+    kinds = [layer for i, layer in enumerate(layers.values()) if layer not in list(layers.values())[:i]]
+    single = kinds[0] if len(kinds) == 1 else {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    return {
+        "quant_method": "modelopt",
+        **(single if kinds else {"quant_algo": None}),
+        "ignore": ignored,
+        "kv_cache_scheme": None if quantization.cache is None else {"dynamic": False, "num_bits": 8, "type": "float"},
+    }
+
+
+def modelopt_file(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of "quantization" in `MODELOPT_NAME`, from that of `quantization_config` in config.json."""
+    other = {key: value for key, value in config.items() if key not in ("quant_method", "ignore", "kv_cache_scheme")}
+    cache = None if config["kv_cache_scheme"] is None else "FP8"
+    return {**other, "kv_cache_quant_algo": cache, "exclude_modules": config["ignore"]}
+
+
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise LogitLockError(f"{where} must be an object, got {type(value).__name__}")
+    return value
 
 
 def _per_module(modules: Modules, of: Any, where: str) -> dict[str, LinearFormat]:

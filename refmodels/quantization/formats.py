@@ -42,6 +42,8 @@ class LinearFormat:
         input_scale: one for all inputs, found by calibration ("tensor"); or found as they come, one a token ("token"),
             or one a token and group of columns ("group"), which is what ONNX Runtime's fast CPU kernel does.
         reordered: codes are stored in another order of columns than the input has (GPTQ's act-order).
+        pre_quant_scale: the input is first multiplied by a constant, one a column: AWQ's and SmoothQuant's scale where
+            it is not folded into what makes the input (nvidia-modelopt).
     Raises:
         LogitLockError: a combination that nothing computes.
     """
@@ -52,6 +54,7 @@ class LinearFormat:
     input: EightBit | None = None
     input_scale: InputScale = "token"
     reordered: bool = False
+    pre_quant_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.group is not None and self.group < 1:
@@ -138,6 +141,8 @@ def describe_format(linear: LinearFormat) -> str:
         text += (
             f", {linear.input} inputs by {'token and group' if linear.input_scale == 'group' else linear.input_scale}"
         )
+    if linear.pre_quant_scale:
+        text += ", pre-quant scale"
     return text
 
 

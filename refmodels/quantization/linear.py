@@ -27,6 +27,7 @@ class QuantizedLinear(nn.Module):
         zero: [out, groups] int8; only where the format is not symmetric.
         input_scale: []; only with a constant input scale.
         order: [in] int64; only where the format is reordered.
+        pre_quant_scale: [in]; only where the format has one.
         bias: [out], or None.
     """
 
@@ -40,13 +41,19 @@ class QuantizedLinear(nn.Module):
         static = linear.input is not None and linear.input_scale == "tensor"
         self.input_scale = _constant() if static else None
         self.order = _constant(in_features, dtype=torch.int64) if linear.reordered else None
+        self.pre_quant_scale = _constant(in_features) if linear.pre_quant_scale else None
         self.bias = _constant(out_features) if bias else None
 
     @property
     def quantized(self) -> QuantizedWeight:
         return QuantizedWeight(codes=self.weight, scale=self.scale, zero=self.zero, order=self.order)
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """x [..., in] times the pre-quant scale, rounded to the working dtype; x where there is none."""
+        return x if self.pre_quant_scale is None else x * self.pre_quant_scale
+
     def forward(self, x: Tensor) -> Tensor:
+        x = self.scaled(x)
         if self.order is not None:
             x = x[..., self.order]
         if self.format.input is None:

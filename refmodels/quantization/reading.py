@@ -15,9 +15,6 @@ from refmodels.shards import StoredTensor, WeightFiles
 from refmodels.spec import ModelSpec
 from refmodels.weights import Part, WeightMap
 
-CACHE_SCALES: Mapping[str, str] = {"key_scale": "k_scale", "value_scale": "v_scale"}
-"""Our parameters of a quantised cache, and what they are called beside the projections of a checkpoint."""
-
 _BIAS = "bias"
 
 
@@ -44,7 +41,7 @@ class QuantisedReader:
         if quantization.cache is not None:
             for layer in range(spec.layers):
                 beside = self._upstream(f"blocks.{layer}.attn.qkv")[0].rpartition(".")[0]
-                for ours, theirs in CACHE_SCALES.items():
+                for ours, theirs in storage.cache_scales.items():
                     self.cache_names[f"blocks.{layer}.attn.{ours}"] = f"{beside}.{theirs}"
 
     def owns(self, name: str) -> bool:
@@ -93,28 +90,30 @@ class QuantisedReader:
                 )
             yield parameter, _positive(scale.expand(kv_heads), dtype, tensor.name)
         elif leaf == "weight":
-            weight, input_scale = self._layer(files, stored, owner)
+            weight, constants = self._layer(files, stored, owner)
             yield parameter, weight.codes.contiguous()
             yield f"{owner}.scale", _positive(weight.scale, dtype, owner)
             if weight.zero is not None:
                 yield f"{owner}.zero", weight.zero.contiguous()
-            if input_scale is not None:
-                yield f"{owner}.input_scale", _positive(input_scale, dtype, owner)
+            for kind, constant in constants.items():
+                yield f"{owner}.{kind}", _positive(constant, dtype, owner)
             if weight.order is not None:
                 yield f"{owner}.order", weight.order
 
     def _layer(
         self, files: WeightFiles, stored: Mapping[str, StoredTensor], owner: str
-    ) -> tuple[QuantizedWeight, Tensor | None]:
+    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
         found = [self._rows(files, stored, part) for part in self.table[f"{owner}.weight"]]
         weights = [weight for weight, _ in found]
-        first, input_scale = found[0]
-        for weight, scale in found[1:]:
-            pairs = (first.order, weight.order, "orders of columns"), (input_scale, scale, "input scales")
-            for one, other, what in pairs:
-                if one is not None and other is not None and not torch.equal(one, other):
+        first, constants = found[0]
+        for weight, others in found[1:]:
+            pairs = [(kind, constant, others[kind]) for kind, constant in constants.items()]
+            if first.order is not None and weight.order is not None:
+                pairs.append(("order of columns", first.order, weight.order))
+            for what, one, other in pairs:
+                if not torch.equal(one, other):
                     raise LogitLockError(
-                        f"the parts of {owner} have different {what} in this checkpoint, but they are one layer here"
+                        f"the parts of {owner} differ in their {what} in this checkpoint, but they are one layer here"
                     )
         if len(weights) > 1:
             zeros = [w.zero for w in weights if w.zero is not None]
@@ -124,11 +123,11 @@ class QuantisedReader:
                 zero=torch.cat(zeros) if zeros else None,
                 order=first.order,
             )
-        return first, input_scale
+        return first, constants
 
     def _rows(
         self, files: WeightFiles, stored: Mapping[str, StoredTensor], part: Part
-    ) -> tuple[QuantizedWeight, Tensor | None]:
+    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
         """The rows that one checkpoint module contributes."""
         module = part.name.removesuffix(".weight")
         tensors = {s: files.read(stored[f"{module}.{s}"]) for s in self.storage.suffixes if f"{module}.{s}" in stored}
@@ -137,7 +136,7 @@ class QuantisedReader:
         if bias is not None and f"{module}.{_BIAS}" not in known and bool((files.read(bias) != 0).any()):
             raise LogitLockError(f"{bias.name} in {bias.file} is not zero, but {self.spec.variant} has no such bias")
         shape = (part.shape[1], part.shape[0]) if part.transposed else (part.shape[0], part.shape[1])
-        weight, input_scale = self.storage.decode(tensors, self.formats[module], shape, module)
+        weight, constants = self.storage.decode(tensors, self.formats[module], shape, module)
         rows = part.of_rows
         return (
             QuantizedWeight(
@@ -146,7 +145,7 @@ class QuantisedReader:
                 zero=None if weight.zero is None else rows(weight.zero),
                 order=weight.order,
             ),
-            input_scale,
+            constants,
         )
 
     def _upstream(self, module: str) -> list[str]:

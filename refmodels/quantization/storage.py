@@ -1,4 +1,4 @@
-"""Quantised weights as published checkpoints store them: compressed-tensors, GPTQ and AWQ.
+"""Quantised weights as published checkpoints store them: compressed-tensors, GPTQ, AWQ and nvidia-modelopt.
 
 `decode` and `encode` are inverses.  A module X of [out, in] has, instead of X.weight:
 
@@ -9,6 +9,10 @@
                          less one, except in "gptq_v2"), scales [groups, out], g_idx [in]   (AutoGPTQ: qlinear_cuda.py)
     awq                  qweight int32 [in, out * 4 / 32], qzeros int32 [groups, out * 4 / 32], scales [groups, out];
                          eight columns to a word in the order 0 2 4 6 1 3 5 7               (AutoAWQ: WQLinear_GEMM)
+    modelopt             weight uint8 [out / 2, in] (int4: two rows to a byte, the even one in the low bits) or
+                         int8 / float8 [out, in], weight_scale [out, groups], [out] or [] (one for the matrix: fp8 with
+                         a constant input scale), input_scale [], pre_quant_scale [in]
+                                                                            (modelopt 0.47: export/quant_utils.py)
 """
 
 from __future__ import annotations
@@ -21,10 +25,10 @@ import torch
 from torch import Tensor
 
 from refmodels.errors import LogitLockError
-from refmodels.quantization.arithmetic import QuantizedWeight
-from refmodels.quantization.formats import CODE_TYPES, Code, LinearFormat
+from refmodels.quantization.arithmetic import QuantizedWeight, pack_int4, unpack_int4
+from refmodels.quantization.formats import CODE_TYPES, Code, InputScale, LinearFormat, describe_format
 
-Layout = Literal["compressed-tensors", "gptq", "awq"]
+Layout = Literal["compressed-tensors", "gptq", "awq", "modelopt"]
 
 _BITS: Mapping[Code, int] = {"int4": 4, "int8": 8}
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -35,7 +39,23 @@ _SUFFIXES: Mapping[Layout, tuple[str, ...]] = {
     ),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
+    "modelopt": ("weight", "weight_scale", "input_scale", "pre_quant_scale"),
 }  # fmt: skip
+
+_CACHE_SCALES: Mapping[str, str] = {"key_scale": "k_scale", "value_scale": "v_scale"}
+_CONSTANTS = ("input_scale", "pre_quant_scale")
+"""Parameters of a layer that say what happens with its input."""
+
+MODELOPT_ALGORITHMS: Mapping[str, tuple[Code, bool, InputScale | None]] = {
+    "FP8": ("fp8", False, "tensor"),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8", False, "token"),
+    "W4A16_AWQ": ("int4", True, None),
+    "W8A16": ("int8", False, None),
+    "W8A8_SQ_PER_CHANNEL": ("int8", False, "tensor"),
+}
+"""nvidia-modelopt's names of formats: weight, whether in groups, scale of inputs (quantised to the same code)."""
+
+MODELOPT_TYPES: Mapping[Code, torch.dtype] = {**CODE_TYPES, "int4": torch.uint8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +73,29 @@ class Storage:
         """What may stand behind a module's name, instead of `weight`; `bias` is a tensor like any other."""
         return _SUFFIXES[self.layout]
 
+    @property
+    def cache_scales(self) -> Mapping[str, str]:
+        """Our parameters of a quantised cache, and what they are called beside the projections of a checkpoint."""
+        if self.layout != "modelopt":
+            return _CACHE_SCALES
+        # Under these names whether or not there are such projections.
+        return {ours: f"{theirs[0]}_proj.{theirs}" for ours, theirs in _CACHE_SCALES.items()}
+
     def required(self, linear: LinearFormat, has: Callable[[str], bool]) -> list[str]:
         """Suffixes that a module of this format must have; `has` says which ones it does."""
-        if self.layout != "compressed-tensors":
+        if self.layout in ("gptq", "awq"):
             return ["qweight", "qzeros", "scales", *(["g_idx"] if linear.reordered else [])]
-        codes = "weight" if has("weight") or not is_packed(linear) else "weight_packed"
+        packed = self.layout == "compressed-tensors" and is_packed(linear) and not has("weight")
+        codes = "weight_packed" if packed else "weight"
         needed = [codes, "weight_scale"]
         needed += ["weight_zero_point"] if not linear.symmetric else []
-        needed += ["input_scale"] if linear.input is not None and linear.input_scale == "tensor" else []
+        needed += _constants(linear)
         return needed + (["weight_g_idx"] if linear.reordered else [])
 
     def decode(
         self, tensors: Mapping[str, Tensor], linear: LinearFormat, shape: tuple[int, int], where: str
-    ) -> tuple[QuantizedWeight, Tensor | None]:
-        """The weight and the constant input scale of one module.
+    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
+        """The weight of one module, and `input_scale` [] and `pre_quant_scale` [in] where its format has them.
 
         Args:
             tensors: what is stored, by suffix.
@@ -98,19 +127,28 @@ class Storage:
         order = self._order(tensors, linear, in_features, where)
         if order is not None:
             codes = codes[:, order]
-        input_scale = None
-        if linear.input is not None and linear.input_scale == "tensor":
-            input_scale = _get(tensors, "input_scale", where).reshape(())
-        return QuantizedWeight(codes=codes, scale=scale, zero=zero, order=order), input_scale
+        constants = {}
+        for name in _constants(linear):
+            constant, wanted = _get(tensors, name, where), () if name == "input_scale" else (in_features,)
+            constants[name] = constant.reshape(wanted) if constant.numel() == 1 else constant
+            _expect(constants[name], wanted, f"{name} of {where}")
+        if self.layout == "modelopt":
+            for name in _CONSTANTS:
+                if name in tensors and name not in constants:
+                    raise LogitLockError(f"{where} has a tensor {name}, but the config says that it has none")
+        return QuantizedWeight(codes=codes, scale=scale, zero=zero, order=order), constants
 
     def encode(
-        self, weight: QuantizedWeight, linear: LinearFormat, *, input_scale: Tensor | None = None
+        self, weight: QuantizedWeight, linear: LinearFormat, constants: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """What to store of one module, by suffix; the inverse of `decode`.
 
         Raises:
-            LogitLockError: the layout has no place for such a format.
+            LogitLockError: the layout has no place for such a format, or for such scales.
         """
+        constants = constants or {}
+        if self.layout == "modelopt":
+            return _to_modelopt(weight, linear, constants)
         codes, zero = weight.codes, weight.zero
         index: Tensor | None = None
         if weight.order is not None:
@@ -118,11 +156,12 @@ class Storage:
             index = torch.empty_like(columns)
             index[weight.order] = columns
             codes = codes[:, weight.order.argsort()]
-        if self.layout == "compressed-tensors":
-            return _to_compressed(codes, weight.scale, zero, index, linear, input_scale)
+        if self.layout == "compressed-tensors" and not linear.pre_quant_scale:
+            return _to_compressed(codes, weight.scale, zero, index, linear, constants.get("input_scale"))
         bits = _BITS.get(linear.weight)
-        if linear.input is not None or bits is None or (self.layout == "awq" and (bits != 4 or index is not None)):
-            raise LogitLockError(f"the layout {self.layout} has no place for {linear}")
+        floats = linear.input is None and not linear.pre_quant_scale
+        if not floats or bits is None or (self.layout == "awq" and (bits != 4 or index is not None)):
+            raise no_place(self.layout, linear)
         unsigned = codes.to(torch.int32) + 2 ** (bits - 1)
         zeros = (torch.zeros_like(weight.scale) if zero is None else zero).to(torch.int32) + 2 ** (bits - 1)
         if self.layout == "awq":
@@ -139,8 +178,27 @@ class Storage:
             "g_idx": (torch.arange(codes.shape[1]) // group if index is None else index).to(torch.int32),
         }
 
+    def encode_cache(self, scale: Tensor) -> Tensor:
+        """What to store of the scales [kv_heads] of a layer's cached keys or values.
+
+        Raises:
+            LogitLockError: several where the layout has one.
+        """
+        if self.layout != "modelopt":
+            return scale
+        if bool((scale != scale[0]).any()):
+            raise LogitLockError("the layout modelopt has one scale for all heads of a cache, but these have several")
+        return scale[0]
+
     def _codes(self, tensors: Mapping[str, Tensor], linear: LinearFormat, where: str) -> tuple[Tensor, Tensor | None]:
         """Codes [out, in] in the order of the input, and zero points."""
+        if self.layout == "modelopt":
+            codes, wanted = _get(tensors, "weight", where), MODELOPT_TYPES[linear.weight]
+            if codes.dtype != wanted:
+                raise LogitLockError(
+                    f"the weight of {where} is {_name(codes.dtype)}; in this layout {linear.weight} is {_name(wanted)}"
+                )
+            return (unpack_int4(codes.t()).t() if linear.weight == "int4" else codes), None
         if self.layout == "compressed-tensors":
             if "weight" in tensors and tensors["weight"].dtype == CODE_TYPES[linear.weight]:
                 zero = tensors.get("weight_zero_point")
@@ -165,7 +223,7 @@ class Storage:
         return _signed(_unpack(packed.t().contiguous(), bits), bits), _signed(zeros.t(), bits)
 
     def _scale(self, tensors: Mapping[str, Tensor], where: str) -> Tensor:
-        if self.layout == "compressed-tensors":
+        if self.layout in ("compressed-tensors", "modelopt"):
             scale = _get(tensors, "weight_scale", where)
             return scale[:, None] if scale.ndim == 1 and scale.numel() > 1 else scale
         return _get(tensors, "scales", where).t()
@@ -215,9 +273,53 @@ def _to_compressed(
     return stored
 
 
+def _to_modelopt(weight: QuantizedWeight, linear: LinearFormat, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if modelopt_algorithm(linear) is None:
+        raise no_place("modelopt", linear)
+    codes, scale = weight.codes, weight.scale
+    if linear.weight == "int4":
+        if len(codes) % 2:
+            raise LogitLockError(f"the layout modelopt packs rows of int4 in pairs, but a weight has {len(codes)}")
+        codes = pack_int4(codes.t()).t()
+    elif linear.weight == "fp8" and linear.input_scale == "tensor":
+        if bool((scale != scale[0]).any()):
+            raise LogitLockError(
+                "the layout modelopt has one scale a weight where fp8 inputs have a constant scale, but the rows of "
+                "this one have several"
+            )
+        scale = scale[0, 0]
+    else:
+        scale = scale[:, 0]
+    # Fused modules share their constants, and a file holds no tensor twice.
+    stored = {"weight": codes, "weight_scale": scale, **constants}
+    return {suffix: tensor.contiguous().clone() for suffix, tensor in stored.items()}
+
+
+def modelopt_algorithm(linear: LinearFormat) -> str | None:
+    """What nvidia-modelopt calls a format; None: it has none for it."""
+    if not linear.symmetric or linear.reordered:
+        return None
+    key = (linear.weight, linear.group is not None, None if linear.input is None else linear.input_scale)
+    return next((name for name, kind in MODELOPT_ALGORITHMS.items() if kind == key), None)
+
+
 def is_packed(linear: LinearFormat) -> bool:
     """Whether compressed-tensors packs the codes into words ("pack-quantized"): int4, and weight-only int8."""
     return linear.weight == "int4" or (linear.weight == "int8" and linear.input is None)
+
+
+def _constants(linear: LinearFormat) -> list[str]:
+    has = linear.input is not None and linear.input_scale == "tensor", linear.pre_quant_scale
+    return [name for name, there in zip(_CONSTANTS, has, strict=True) if there]
+
+
+def no_place(layout: Layout, linear: LinearFormat) -> LogitLockError:
+    """The error of a format that a layout cannot store."""
+    return LogitLockError(f"the layout {layout} has no place for {describe_format(linear)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _packed_bits(linear: LinearFormat, where: str) -> int:
