@@ -14,6 +14,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ pytest.importorskip("triton")
 from test_torch_engine import FusedOnCpu, OnHost
 
 from trt_runtime.engine import TorchEngine
-from trt_runtime.kernels import packing, quantized_gemm, quantized_linear
+from trt_runtime.kernels import packing, quantized_gemm, quantized_gemm_hopper, quantized_linear
 from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
 from trt_runtime.quantized_projection import AHEAD_BYTES, PackedLinear, QuantizedProjection, fetch_ahead, pack
 
@@ -244,7 +245,21 @@ def test_small_codes_of_inputs(code: Any) -> None:
     check_codes(code, 5, 200, HALF)
 
 
-def check_gemm(code: Any, n: int, k: int, tokens: int, dtype: torch.dtype, *, gated: bool, static: bool) -> None:
+def one_gemm(**given: Any) -> None:
+    execute([quantized_gemm.gemm(**given)])
+
+
+def check_gemm(
+    code: Any,
+    n: int,
+    k: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    gated: bool,
+    static: bool,
+    run: Callable[..., None] = one_gemm,
+) -> None:
     linear = LinearFormat(weight=code, input=code, input_scale="tensor" if static else "token")
     weights = Weights(linear, n, k, dtype, gated=gated)
     g = torch.Generator().manual_seed(tokens)
@@ -255,7 +270,7 @@ def check_gemm(code: Any, n: int, k: int, tokens: int, dtype: torch.dtype, *, ga
     one = torch.tensor(0.02 if code == "int8" else 0.006, dtype=dtype, device=DEVICE)
     codes, scales = (quantize_static(x, one, code), one) if static else quantize_tokens(x, code)
     out = torch.full((tokens, n), float("nan"), dtype=dtype, device=DEVICE)
-    launch = quantized_gemm.gemm(
+    run(
         n=n,
         k=k,
         tokens=tokens,
@@ -271,7 +286,6 @@ def check_gemm(code: Any, n: int, k: int, tokens: int, dtype: torch.dtype, *, ga
         static=static,
         gated=gated,
     )
-    execute([launch])
     ys = [coded_product(codes, scales, p.codes, p.scale, dtype) for p in weights.parts]
     ys = [y + b for y, b in zip(ys, bias.split(n), strict=True)]
     y = (F.silu(ys[0]) * ys[1] if gated else ys[0]) + residual
@@ -289,12 +303,35 @@ def test_small_products_of_codes(code: Any) -> None:
     check_gemm(code, 40, 256, 33, HALF, gated=True, static=True)
 
 
+@on_kernels
+@pytest.mark.parametrize("kind", [torch.int32, torch.float32], ids=str)
+def test_small_finished_sums(kind: torch.dtype) -> None:
+    """Of a product whose parts of k are summed apart: the rest of it, and nothing else of its arguments."""
+    n, tokens, tile = 70, 5, quantized_gemm_hopper.Tile(tokens=128, rows=64, stages=2, splits=2)
+    g = torch.Generator().manual_seed(0)
+    sums = torch.randint(-9999, 9999, (2, tokens, n), generator=g).to(kind).to(DEVICE)
+    codes = torch.zeros(16, dtype=torch.int8, device=DEVICE)
+    scale, bias, residual = (torch.randn(*s, generator=g).to(HALF).to(DEVICE) for s in ((n,), (n,), (tokens, n)))
+    for static in (False, True):
+        scales = torch.tensor(0.01, dtype=HALF) if static else torch.rand(tokens, generator=g) / 100
+        out = torch.full((tokens, n), float("nan"), dtype=HALF, device=DEVICE)
+        _, finish = quantized_gemm_hopper.gemm(
+            n=n, k=32, tokens=tokens, dtype="fp16", code="int8" if kind == torch.int32 else "fp8", x=codes, scale=scale,
+            input_scale=scales.to(DEVICE), weight=codes, out=out, tile=tile, processors=1, sums=sums, bias=bias,
+            residual=residual, static=static,
+        )  # fmt: skip
+        execute([finish])
+        by_token = scales.to(DEVICE).float() if static else scales.to(DEVICE)[:, None]
+        y = (sums.sum(0).float() * (by_token * scale.float())).to(HALF) + bias + residual
+        assert torch.equal(out, y)
+
+
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the GPU runs the small cases itself")
 def test_interpreted() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_small", __file__]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"{2 * len(FORMATS) + 5} passed" in result.stdout
+    assert f"{2 * len(FORMATS) + 7} passed" in result.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from refmodels.model import RmsNorm
 from refmodels.quantization.linear import QuantizedLinear
+from trt_runtime.kernels.launch import Launch
 
 MOST_TOKENS = 16
 """Rows of one product by `kernels.quantized_linear.gemv`."""
@@ -25,8 +26,12 @@ SLICED_TOKENS = 64
 """Rows for which it runs slice by slice; for more, the weight is dequantised once and cuBLAS multiplies.  By estimate:
 reading the codes four times moves 2 bytes a weight, dequantising and reading the result 4.5."""
 
-LIBRARY_TOKENS = 65
-"""Rows from which on cuBLAS has the faster fp8 products."""
+MANY_TOKENS = 65
+"""Rows from which on products of codes are faster by `kernels.quantized_gemm_hopper`, or, on GPUs that it does not
+serve, those of fp8 by cuBLAS."""
+
+LIBRARY_TOKENS = 1024
+"""Rows from which on cuBLAS multiplies fp8 no slower than `kernels.quantized_gemm_hopper`: by measurement, a tie."""
 
 AHEAD_BYTES = 8 * 2**20
 """What one product has fetched into L2 for the next two: by measurement, on an H200."""
@@ -149,6 +154,7 @@ class QuantizedProjection(nn.Module):
     Attributes:
         packed: the packed weight of a weight-only layer on a GPU, else None.
         ahead: what `fetch_ahead` says.
+        processors: multiprocessors of a GPU that `kernels.quantized_gemm_hopper` serves, else 0.
     """
 
     def __init__(self, linear: QuantizedLinear, up: QuantizedLinear | None = None) -> None:
@@ -157,6 +163,7 @@ class QuantizedProjection(nn.Module):
         self.coded = linear.scale.is_cuda and _coded(linear)
         self.packed: Tensor | None = None
         self.ahead: tuple[tuple[Tensor, int], ...] = ()
+        self.processors = 0
         both = _both if up is not None else _one
         if isinstance(linear, PackedLinear):
             self.packed, self.tiles = both(linear.packed), both(linear.tiles)
@@ -164,6 +171,8 @@ class QuantizedProjection(nn.Module):
         elif self.coded:
             self.codes, self.scale = both(linear.weight.data), both(linear.scale.data).flatten()
             self.wide_scale = self.scale.float()
+            gpu = torch.cuda.get_device_properties(self.codes.device)
+            self.processors = gpu.multi_processor_count if (gpu.major, gpu.minor) == (9, 0) else 0
         self.bias = linear.bias
         if up is not None and linear.bias is not None and up.bias is not None:
             self.bias = nn.Parameter(torch.cat([linear.bias, up.bias]), requires_grad=False)
@@ -254,28 +263,40 @@ class QuantizedProjection(nn.Module):
 
         form, n, k = self.linear.format, self.linear.out_features, self.linear.in_features
         assert form.input is not None
-        rows, static = codes.numel() // k, self.linear.input_scale is not None
-        if form.input == "fp8" and rows >= LIBRARY_TOKENS and n % 16 == 0:
+        rows = codes.numel() // k
+        library_tokens = LIBRARY_TOKENS if self.processors else MANY_TOKENS
+        if form.input == "fp8" and rows >= library_tokens and n % 16 == 0:
             return self._by_library(codes.view(rows, k), scales, x, residual)
         out = x.new_empty(*x.shape[:-1], n)
-        launch = quantized_gemm.gemm(
-            n=n,
-            k=k,
-            tokens=rows,
-            dtype=ELEMENT_TYPES[x.dtype],
-            code=form.input,
-            x=codes,
-            input_scale=scales,
-            weight=self.codes,
-            scale=self.scale,
-            out=out,
-            bias=self.bias,
-            residual=residual,
-            static=static,
-            gated=self.up is not None,
-        )
-        execute([launch])
+        given: dict[str, Any] = {
+            "n": n,
+            "k": k,
+            "tokens": rows,
+            "dtype": ELEMENT_TYPES[x.dtype],
+            "code": form.input,
+            "x": codes,
+            "input_scale": scales,
+            "weight": self.codes,
+            "scale": self.scale,
+            "out": out,
+            "bias": self.bias,
+            "residual": residual,
+            "static": self.linear.input_scale is not None,
+            "gated": self.up is not None,
+        }
+        execute(self._on_hopper(given) if self.processors and rows >= MANY_TOKENS else [quantized_gemm.gemm(**given)])
         return out
+
+    def _on_hopper(self, given: dict[str, Any]) -> list[Launch]:
+        from trt_runtime.kernels import quantized_gemm_hopper as hopper
+
+        sized = {name: given[name] for name in ("n", "k", "tokens", "code", "gated")}
+        tile = hopper.tile_of(**sized, processors=self.processors)
+        sums = None
+        if tile.splits > 1:
+            kind = torch.int32 if given["code"] == "int8" else torch.float32
+            sums = self.codes.new_empty(tile.splits, given["tokens"], given["n"], dtype=kind)
+        return hopper.gemm(**given, tile=tile, processors=self.processors, sums=sums)
 
     def _by_library(self, codes: Tensor, scales: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
         from trt_runtime.fused import gated
