@@ -49,7 +49,6 @@ def search_scale(
     magnitude: Tensor | None = None,
     share: Callable[[Tensor], Tensor] | None = None,
     grid: int = 20,
-    scale_dtype: torch.dtype | None = None,
 ) -> AwqScale:
     """Find the scale of an input that is best for all linears that read it.
 
@@ -60,7 +59,6 @@ def search_scale(
         magnitude: mean |x| of all inputs, [in], where more than the sample is known.
         share: makes statistics [in] equal where channels must share a scale (`fold.share`).
         grid: alpha is 0, 1 / grid, ..., 1.
-        scale_dtype: of the scales of the weights in the checkpoint.
     Raises:
         LogitLockError: nothing to search for, shapes that do not fit, inputs that are quantised.
     """
@@ -81,7 +79,7 @@ def search_scale(
         error = 0.0
         for weight, linear in quantized:
             scaled = weight * scale
-            rounded = _rounded(scaled, linear, *weight_scale(scaled, linear), scale_dtype)
+            rounded = quantize_weight(scaled, linear).dequantized()
             error += _energy(rounded / scale - weight, sample)
         nearest = error if found is None else nearest
         if found is None or error < found[0]:
@@ -126,7 +124,6 @@ def search_clip(
     *,
     grid: int = 20,
     least: float = 0.5,
-    scale_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scales (and zero points) of a weight whose groups are clipped where it lowers the output error.
 
@@ -147,9 +144,7 @@ def search_clip(
     sample = _compact(x)
     # [groups, group, group]: the inner products of the channels of each group.
     gram = torch.einsum("tgi,tgj->gij", *[sample.unflatten(1, (groups, -1))] * 2)
-    parts = [
-        _clip_rows(rows.to(x.dtype), sample, gram, linear, grid, least, scale_dtype) for rows in weight.split(_ROWS)
-    ]
+    parts = [_clip_rows(rows.to(x.dtype), sample, gram, linear, grid, least) for rows in weight.split(_ROWS)]
     zeros = [zero for _, zero in parts if zero is not None]
     return torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None
 
@@ -161,7 +156,6 @@ def _clip_rows(
     linear: LinearFormat,
     grid: int,
     least: float,
-    scale_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
     groups = len(gram)
     amax = weight.unflatten(1, (groups, -1)).abs().amax(2, keepdim=True)
@@ -172,7 +166,7 @@ def _clip_rows(
         limit = amax * (1 - step / grid)
         clipped = weight.unflatten(1, (groups, -1)).clamp(-limit, limit).flatten(1)
         scale, zero = weight_scale(clipped, linear)
-        difference = (_rounded(weight, linear, scale, zero, scale_dtype) - weight).unflatten(1, (groups, -1))
+        difference = (_rounded(weight, linear, scale, zero) - weight).unflatten(1, (groups, -1))
         error = (torch.einsum("ogi,gij->ogj", difference, gram) * difference).sum(2)
         better = error < best
         best = torch.where(better, error, best)
@@ -180,7 +174,7 @@ def _clip_rows(
         if best_zero is not None and zero is not None:
             best_zero = torch.where(better, zero, best_zero)
     whole = [
-        (_rounded(weight, linear, scale, zero, scale_dtype) - weight).matmul(sample.t()).square().sum(1, keepdim=True)
+        (_rounded(weight, linear, scale, zero) - weight).matmul(sample.t()).square().sum(1, keepdim=True)
         for scale, zero in ((first_scale, first_zero), (best_scale, best_zero))
     ]
     kept = whole[1] < whole[0]
@@ -188,11 +182,8 @@ def _clip_rows(
     return torch.where(kept, best_scale, first_scale), zero
 
 
-def _rounded(
-    weight: Tensor, linear: LinearFormat, scale: Tensor, zero: Tensor | None, scale_dtype: torch.dtype | None
-) -> Tensor:
-    stored = scale if scale_dtype is None else scale.to(scale_dtype).to(scale.dtype)
-    return quantize_weight(weight, linear, scale=stored, zero=zero).dequantized()
+def _rounded(weight: Tensor, linear: LinearFormat, scale: Tensor, zero: Tensor | None) -> Tensor:
+    return quantize_weight(weight, linear, scale=scale, zero=zero).dequantized()
 
 
 def _compact(x: Tensor) -> Tensor:

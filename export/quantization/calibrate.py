@@ -102,7 +102,7 @@ def quantize_model(
                 "model": source.name.rpartition("/")[2],
                 "checkpoint_hash": checkpoint_hash(source),
                 "scheme": options.scheme,
-                "method": {**dataclasses.asdict(method), "scale_dtype": None},
+                "method": dataclasses.asdict(method),
                 "quantization": dataclasses.asdict(quantization),
                 "calibration": run.data_used,
                 "layers": reports,

@@ -85,7 +85,6 @@ def gptq(
     block: int = 128,
     scale: Tensor | None = None,
     zero: Tensor | None = None,
-    scale_dtype: torch.dtype | None = None,
 ) -> GptqResult:
     """Codes of a weight that minimise its output error on the inputs that made the Hessian.
 
@@ -103,7 +102,6 @@ def gptq(
         damping: multiple of the mean of diag(H) that is added to the diagonal.
         block: columns between updates of the rest of the weight ("lazy batch updates").
         scale, zero: [out, groups], given instead of found (a clipped scale, for example).
-        scale_dtype: scales are rounded to it before codes are chosen: what a checkpoint of that dtype will hold.
     Returns: the weight; its error and the error relative to tr(W H W^T), with the undamped H.
     Raises:
         LogitLockError: a Hessian of another shape, a format with stored order, a weight that is not finite, damping
@@ -130,7 +128,7 @@ def gptq(
     if scale is None:
         scale = original.new_empty(len(original), columns // group)
         zero = None if linear.symmetric else torch.empty_like(scale, dtype=torch.int8)
-    scale = _stored(scale.to(wide), scale_dtype)
+    scale = scale.to(wide)
 
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
     factor = _inverse_factor(hessian, damping, order).to(wide)
@@ -148,7 +146,7 @@ def gptq(
             g = slice(group_of[c], group_of[c] + 1)
             if not static and c % group == 0:
                 found, offset = weight_scale(state[:, c : c + group], group_format)
-                scale[:, g] = _stored(found, scale_dtype)
+                scale[:, g] = found
                 if zero is not None and offset is not None:
                     zero[:, g] = offset
             column, offset = part[:, i : i + 1], None if zero is None else zero[:, g]
@@ -170,10 +168,6 @@ def _nearest(column: Tensor, scale: Tensor, zero: Tensor | None, code: Code) -> 
     """As `quantize_weight`, which looks at every number for NaN first: a synchronisation a column on a GPU."""
     steps = column / scale
     return to_codes(steps if zero is None else steps.round() + zero, code)
-
-
-def _stored(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return scale if dtype is None else scale.to(dtype).to(scale.dtype)
 
 
 def _inverse_factor(hessian: Tensor, damping: float, order: Tensor | None) -> Tensor:

@@ -51,7 +51,6 @@ class MethodOptions:
         percentile: of |x| that static input scales cover; 100: the largest.
         per_tensor: fp8 weights have one scale in all where their input has one, and so have cached keys and values: all
             that nvidia-modelopt's layout has a place for.
-        scale_dtype: of the checkpoint: scales are rounded to it before codes are chosen.
     Raises:
         LogitLockError: a value out of its range.
     """
@@ -66,7 +65,6 @@ class MethodOptions:
     sample: int = 2048
     percentile: float = 100.0
     per_tensor: bool = False
-    scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name, good, must in (
@@ -235,7 +233,6 @@ def _find_scale(
             magnitude=observer.maximum.mean.to(device),
             share=partial(share, spec, site),
             grid=options.grid,
-            scale_dtype=options.scale_dtype,
         )
         result.awq[site] = found
         return found.scale if found.alpha or found.by_weight else None
@@ -273,7 +270,7 @@ def _round_site(
             given = _covering(weight, linear, options)[0] if _per_tensor(linear, options) else None
             quantized = gptq(
                 weight, gram, linear, act_order=options.act_order, damping=options.damping, block=options.block,
-                scale=given, scale_dtype=options.scale_dtype,
+                scale=given,
             ).weight  # fmt: skip
         elif needs.sample and observer is not None and observer.sample is not None:
             x = observer.sample.tokens.to(weight.device)
@@ -281,7 +278,7 @@ def _round_site(
             scale, zero = weight_scale(weight, linear)
             if options.clip:
                 folded = x if divisor is None else x / divisor
-                scale, zero = search_clip(weight, folded, linear, grid=options.grid, scale_dtype=options.scale_dtype)
+                scale, zero = search_clip(weight, folded, linear, grid=options.grid)
             quantized = _nearest(weight, linear, options, scale, zero)
         else:
             quantized = _nearest(weight, linear, options)
@@ -329,8 +326,6 @@ def _nearest(
 ) -> QuantizedWeight:
     if scale is None:
         scale, zero = _covering(weight, linear, options)
-    if options.scale_dtype is not None:
-        scale = scale.to(options.scale_dtype).to(scale.dtype)
     return quantize_weight(weight, linear, scale=scale, zero=zero)
 
 
