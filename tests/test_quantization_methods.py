@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 from functools import lru_cache
 
 import numpy as np
@@ -17,8 +18,15 @@ from torch import Tensor
 import refmodels
 from export.quantization.awq import candidate_scale, search_clip, search_scale
 from export.quantization.fold import BLOCK_SITES, TAPS, Site, can_fold, fold, readers, share, width
-from export.quantization.gptq import Hessian, gptq, layer_error
-from export.quantization.method import InputObserver, MethodOptions, QuantizedLayers, observed_sites, quantize_layers
+from export.quantization.gptq import Hessian, damped_root, gptq, layer_error, row_errors
+from export.quantization.method import (
+    InputObserver,
+    MethodOptions,
+    QuantizedLayers,
+    _gptq,
+    observed_sites,
+    quantize_layers,
+)
 from export.quantization.observers import SKETCH_ERROR, MaxObserver, PercentileObserver, TokenSample
 from export.quantization.smoothquant import smooth_scale
 from refmodels.checkpoint import put_parameter
@@ -545,6 +553,39 @@ def test_methods_bring_a_whole_toy_nearer_than_rounding(name: str) -> None:
                 # AWQ chooses for gate and up together.
                 assert report.error < report.nearest_error * (1 if label == "gptq" else 1.05), f"{label} of {layer}"
     assert kl["awq"] < kl["rtn"] and kl["gptq"] < kl["rtn"], kl
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("name", TOYS)
+def test_gptq_with_clipped_scales_has_less_error(name: str, group: int | None) -> None:
+    """In every layer: rows that clipping makes worse stay as they are."""
+    linear = dataclasses.replace(INT4, group=group)
+    errors = []
+    for clip in (None, True):
+        _, results = quantized(name, linear, MethodOptions(method="gptq", clip=clip))
+        reports = [report for result in results.values() for report in result.reports.values()]
+        errors.append([report.error for report in reports if report.error is not None])
+    ratios = [clipped / plain for plain, clipped in zip(*errors, strict=True)]
+    assert ratios and max(ratios) < 1, ratios
+    assert statistics.median(ratios) < (0.92 if group is None else 0.98), ratios
+
+
+@pytest.mark.parametrize("linear", [INT4, FORMATS["int4 zero points"], LinearFormat(weight="fp8")])
+def test_clipped_gptq_takes_the_better_of_every_row(linear: LinearFormat) -> None:
+    weight, x = made_layer(8)
+    weight, hessian = weight.float(), hessian_of(x.float())
+    options = MethodOptions(method="gptq", clip=True)
+    found = _gptq(weight, hessian, linear, options)
+    root = damped_root(hessian, options.damping)
+    assert torch.allclose(root.t() @ root, hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64), rtol=1e-4)
+    scale, zero = search_clip(weight, root, linear)
+    parts = [gptq(weight, hessian, linear).weight, gptq(weight, hessian, linear, scale=scale, zero=zero).weight]
+    errors = [row_errors(weight, part.dequantized(), hessian) for part in parts]
+    assert torch.equal(row_errors(weight, found.dequantized(), hessian), torch.minimum(*errors))
+    assert (found.zero is None) == linear.symmetric
+    if linear.weight == "int4":
+        coded = dataclasses.replace(linear, input="int8", input_scale="group")
+        assert torch.equal(_gptq(weight, hessian, coded, options).codes, found.codes)
 
 
 @pytest.mark.parametrize("name", ["qwen", "gpt"])

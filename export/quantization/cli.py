@@ -74,6 +74,15 @@ def quantize(
     act_order: Annotated[
         bool, typer.Option("--act-order", help="GPTQ: columns of large inputs first.", rich_help_panel=_HOW)
     ] = False,
+    clip: Annotated[
+        bool | None,
+        typer.Option(
+            "--clip/--no-clip",
+            help="AWQ, GPTQ: clip groups of weights where it lowers the error; GPTQ takes twice the time.",
+            show_default="AWQ: yes, GPTQ: no",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     damping: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal.", rich_help_panel=_HOW)] = 0.01,
     percentile: Annotated[
         float, typer.Option(help="Constant input scales: of |x| that they cover.", rich_help_panel=_HOW)
@@ -123,7 +132,7 @@ def quantize(
         head=head,
         cache=cast(EightBit | None, kv_cache),
         plan=precision_plan,
-        method=MethodOptions(alpha=alpha, act_order=act_order, damping=damping, percentile=percentile),
+        method=MethodOptions(alpha=alpha, act_order=act_order, clip=clip, damping=damping, percentile=percentile),
     )
     target = output
     if target is None:

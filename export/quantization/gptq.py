@@ -70,9 +70,26 @@ def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     Args:
         weight, quantized: [out, in], floats; hessian: [in, in].
     """
-    wide = hessian.dtype
-    difference = weight.to(wide) - quantized.to(wide)
-    return float(((difference @ hessian) * difference).sum(dtype=torch.float64))
+    return float(row_errors(weight, quantized, hessian).sum())
+
+
+def row_errors(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
+    """The same of every output alone, [out] fp64."""
+    difference = weight.to(hessian.dtype) - quantized.to(hessian.dtype)
+    return ((difference @ hessian) * difference).sum(1, dtype=torch.float64)
+
+
+def damped_root(hessian: Tensor, damping: float) -> Tensor:
+    """X [in, in] in the dtype of H, with X^T X the damped H: stands for the inputs where inner products are all.
+
+    Raises:
+        LogitLockError: not positive definite.
+    """
+    lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damping))
+    if bool(failed):
+        raise _not_definite(damping)
+    root: Tensor = lower.t().to(hessian.dtype)
+    return root
 
 
 def gptq(
@@ -136,7 +153,7 @@ def gptq(
     groups = torch.arange(columns) // group
     group_of = (groups if order is None else groups[order.cpu()]).tolist()
     codes = torch.empty_like(state, dtype=CODE_TYPES[linear.weight])
-    group_format = dataclasses.replace(linear, group=None)
+    group_format = dataclasses.replace(linear, group=None, input=None)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         part, inverse = state[:, start:stop], factor[start:stop, start:stop]
@@ -176,19 +193,29 @@ def _inverse_factor(hessian: Tensor, damping: float, order: Tensor | None) -> Te
     With J the reversal of rows, J H J = L L^T gives H = (J L J)(J L J)^T, and U = (J L J)^-1: one factorisation and one
     triangular inverse, where the authors' code takes an inverse and two factorisations.
     """
+    damped = _damped(hessian, damping)
+    if order is not None:
+        damped = damped[order][:, order]
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if bool(failed):
+        raise _not_definite(damping)
+    identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return factor
+
+
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    """H + damping * mean(diag H) I, fp64."""
     damped = hessian.to(torch.float64, copy=True)
     diagonal = damped.diagonal()
     mean = diagonal.mean() if bool(diagonal.any()) else diagonal.new_ones(())
     # A channel that was always zero has no other entry in its row: it is rounded to nearest and moves no other column.
     diagonal[diagonal == 0] = mean
     diagonal += damping * mean
-    if order is not None:
-        damped = damped[order][:, order]
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    if bool(failed):
-        raise LogitLockError(
-            f"the Hessian is not positive definite with damping {damping:g}; use more damping or more calibration data"
-        )
-    identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
-    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return factor
+    return damped
+
+
+def _not_definite(damping: float) -> LogitLockError:
+    return LogitLockError(
+        f"the Hessian is not positive definite with damping {damping:g}; use more damping or more calibration data"
+    )

@@ -11,7 +11,7 @@ Then every weight is rounded, knowing its inputs as they are after folding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from export.quantization.awq import AwqScale, search_clip, search_scale
 from export.quantization.fold import BLOCK_SITES, Site, can_fold, divided, fold, readers, share, width
-from export.quantization.gptq import Hessian, gptq, layer_error
+from export.quantization.gptq import Hessian, damped_root, gptq, layer_error, row_errors
 from export.quantization.observers import MaxObserver, PercentileObserver, TokenSample
 from export.quantization.smoothquant import smooth_scale
 from refmodels.errors import LogitLockError
@@ -45,7 +45,8 @@ class MethodOptions:
         method: "awq" concerns weights whose inputs stay floats, "smoothquant" those whose inputs are quantised; layers
             of the other kind are rounded to nearest.
         alpha: of SmoothQuant.
-        grid, clip: steps of AWQ's searches; whether groups are clipped.
+        grid: steps of AWQ's searches.
+        clip: whether AWQ and GPTQ clip groups where it lowers the error; None: AWQ does.
         act_order, damping, block: of GPTQ.
         sample: tokens kept for AWQ, a site.
         percentile: of |x| that static input scales cover; 100: the largest.
@@ -58,7 +59,7 @@ class MethodOptions:
     method: Method = "rtn"
     alpha: float = 0.5
     grid: int = 20
-    clip: bool = True
+    clip: bool | None = None
     act_order: bool = False
     damping: float = 0.01
     block: int = 128
@@ -267,16 +268,12 @@ def _round_site(
         gram = None
         if needs.hessian and observer is not None and observer.hessian is not None:
             gram = observer.hessian.matrix.to(weight.device)
-            given = _covering(weight, linear, options)[0] if _per_tensor(linear, options) else None
-            quantized = gptq(
-                weight, gram, linear, act_order=options.act_order, damping=options.damping, block=options.block,
-                scale=given,
-            ).weight  # fmt: skip
+            quantized = _gptq(weight, gram, linear, options)
         elif needs.sample and observer is not None and observer.sample is not None:
             x = observer.sample.tokens.to(weight.device)
             gram = x.t() @ x
             scale, zero = weight_scale(weight, linear)
-            if options.clip:
+            if options.clip is not False:
                 folded = x if divisor is None else x / divisor
                 scale, zero = search_clip(weight, folded, linear, grid=options.grid)
             quantized = _nearest(weight, linear, options, scale, zero)
@@ -314,6 +311,33 @@ def _report(
     whole = layer_error(original, torch.zeros_like(original), gram) or 1.0
     return LayerReport(
         error=layer_error(original, undone, gram) / whole, nearest_error=layer_error(original, nearest, gram) / whole
+    )
+
+
+def _gptq(weight: Tensor, hessian: Tensor, linear: LinearFormat, options: MethodOptions) -> QuantizedWeight:
+    """Codes by GPTQ; with `clip`, of every row those of clipped scales where their error is lower."""
+    run = partial(
+        gptq, weight, hessian, linear, act_order=options.act_order, damping=options.damping, block=options.block
+    )
+    if _per_tensor(linear, options):
+        return run(scale=_covering(weight, linear, options)[0]).weight
+    plain = run().weight
+    if not options.clip:
+        return plain
+    # The search looks at inner products of inputs only.  What happens with inputs later is none of its business.
+    sample = damped_root(hessian, options.damping)
+    scale, zero = search_clip(weight, sample, replace(linear, input=None), grid=options.grid)
+    clipped = run(scale=scale, zero=zero).weight
+    lower = row_errors(weight, clipped.dequantized(), hessian) < row_errors(weight, plain.dequantized(), hessian)
+
+    def chosen(one: Tensor, other: Tensor) -> Tensor:
+        # As bytes: float8 cannot be selected everywhere.
+        rows = torch.where(lower[:, None], one.view(torch.uint8), other.view(torch.uint8))
+        return rows.view(one.dtype)
+
+    zeros = None if plain.zero is None or clipped.zero is None else chosen(clipped.zero, plain.zero)
+    return QuantizedWeight(
+        codes=chosen(clipped.codes, plain.codes), scale=chosen(clipped.scale, plain.scale), zero=zeros
     )
 
 
