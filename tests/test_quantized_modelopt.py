@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from command import logitlock
+from conftest import case_source
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -207,6 +208,24 @@ def test_our_checkpoints_are_read_back(name: str, tmp_path: Path) -> None:
     for (key, a), (_, b) in zip(made.named_parameters(), native.named_parameters(), strict=True):
         assert torch.equal(a.float(), b.float()), key
     assert torch.equal(logits, native.step(ids, native.new_cache(batch=1, capacity=12)))
+
+
+@pytest.mark.parametrize("case", ["qwen_b1", "chatglm2_b1", "gpt2_b1", "gpt_bigcode_mha_b1", "starcoder2_b1"])
+def test_families(case: str, tmp_path: Path) -> None:
+    """Fused, split and [in, out] projections; scales of the cache beside projections that there are not."""
+    source = case_source(case)
+    data = CalibrationData(rows=[[1, 2, 3, 4, 5, 6, 7, 8]], origin="a test")
+    read = []
+    for layout in ("modelopt", "compressed-tensors"):
+        options = QuantizeOptions(scheme="int4-awq", group=16)
+        read.append(refmodels.load(quantize_model(source, tmp_path / layout, options, data=data, layout=layout)))
+    for (key, a), (_, b) in zip(*(model.named_parameters() for model in read), strict=True):
+        assert torch.equal(a.float(), b.float()), key
+    options = QuantizeOptions(scheme="fp8", inputs="tensor", cache="fp8")
+    made = refmodels.load(quantize_model(source, tmp_path / "fp8", options, data=data, layout="modelopt"))
+    assert made.spec.cache_code == "fp8" and made.blocks[0].attn.key_scale.unique().numel() == 1
+    names = [name for name in stored(tmp_path / "fp8") if name.endswith((".k_proj.k_scale", ".v_proj.v_scale"))]
+    assert len(names) == 2 * source.spec.layers
 
 
 def test_gptq_keeps_to_one_scale_a_tensor(tmp_path: Path) -> None:
