@@ -9,8 +9,6 @@ codes      layers whose inputs are quantised too (int8, fp8), at 64 tokens and m
            quantisation of its input; gate and up with silu and product, out and down with the residual.
 decode     whole decode steps by `TorchEngine(kernels=True)`: `generate` of 128 tokens after 128 (as
            benchmarks/gpu_generate.py), and steps in a loop.
-methods    seconds that GPTQ and AWQ take for the layers of one block (export.quantization), in groups of 128, from
-           8192 tokens of random inputs (AWQ: 512 of them).
 
 Writes gpu_quantized.json to $OUT, or beside this file in results/.
 """
@@ -23,7 +21,6 @@ import gc
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,8 +44,6 @@ from benchmarks.gpu_generate import (  # noqa: E402
     read_bandwidth,
 )
 from benchmarks.gpu_linear import graph_time  # noqa: E402
-from export.quantization.awq import search_clip, search_scale  # noqa: E402
-from export.quantization.gptq import Hessian, gptq  # noqa: E402
 from refmodels.checkpoint import empty_decoder  # noqa: E402
 from refmodels.families import spec_from_config  # noqa: E402
 from refmodels.model import Decoder  # noqa: E402
@@ -68,20 +63,21 @@ WEIGHT_ONLY = {"int4": INT4, "int8": INT8, "fp8": LinearFormat(weight="fp8")}
 CODED = {"int8": LinearFormat(weight="int8", input="int8"), "fp8": LinearFormat(weight="fp8", input="fp8")}
 FEW, MANY = (1, 16), (64, 256, 1024, 4096)
 ROTATED_BYTES = 6e8
-TOKENS = 8192
 
 
-def random_parameter(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Codes over the range of int4 (or the middle of fp8's), and floats, of weights with a deviation of about 0.02."""
+def random_parameter(name: str, like: Tensor, linear: LinearFormat | None, generator: torch.Generator) -> Tensor:
+    """Codes over the range of int4 or int8 (or the middle of fp8's), and floats, of weights that deviate by 0.02."""
+    most = 7 if linear is not None and linear.weight == "int4" else 127
     shape = like.shape
     leaf = name.rpartition(".")[2]
     if like.dtype == torch.int8:
-        return torch.randint(-7, 8, shape, device="cuda", dtype=torch.int8, generator=generator)
+        return torch.randint(-most, most + 1, shape, device="cuda", dtype=torch.int8, generator=generator)
     if like.dtype == torch.float8_e4m3fn:
         x = torch.randn(shape, device="cuda", dtype=torch.float16, generator=generator)
         return x.to(torch.float8_e4m3fn)
     if leaf == "scale":
-        return torch.full(shape, 0.02 / 4.6, device="cuda", dtype=torch.float16)
+        deviation = 1.0 if linear is not None and linear.weight == "fp8" else most / 3**0.5
+        return torch.full(shape, 0.02 / deviation, device="cuda", dtype=torch.float16)
     value = torch.empty(shape, device="cuda", dtype=torch.float16)
     return value.fill_(1.0) if name.endswith("norm.weight") else value.normal_(0, 0.02, generator=generator)
 
@@ -93,9 +89,7 @@ def quantized_decoder(linear: LinearFormat, *, head: bool) -> Decoder:
     generator = torch.Generator("cuda").manual_seed(0)
     for name, parameter in list(decoder.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        value = random_parameter(name, parameter, generator)
-        if leaf == "scale" and linear.weight == "fp8":
-            value.fill_(0.02)
+        value = random_parameter(name, parameter, linear, generator)
         setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     return decoder.eval()
 
@@ -118,7 +112,9 @@ def projections(
         for _ in range(1 + pair):
             layer = QuantizedLinear(k, n, bias=False, linear=linear)
             for leaf, parameter in list(layer.named_parameters()):
-                setattr(layer, leaf, nn.Parameter(random_parameter(leaf, parameter, generator), requires_grad=False))
+                setattr(
+                    layer, leaf, nn.Parameter(random_parameter(leaf, parameter, linear, generator), requires_grad=False)
+                )
             layers.append(layer)
         put_together(nn.ModuleList(layers), [(layers[0], layers[1])] if pair else [])
         made.append(QuantizedProjection(*layers))
@@ -266,54 +262,6 @@ def _plain_spec() -> ModelSpec:
     return spec_from_config(CONFIGS[MODEL])
 
 
-@torch.no_grad()
-def methods() -> dict[str, Any]:
-    """Of one block's layers; a few channels of the inputs are large, as in trained models."""
-    readers = {
-        "qkv": [(12288, 4096)],
-        "out": [(4096, 4096)],
-        "gate and up": [(11008, 4096)] * 2,
-        "down": [(4096, 11008)],
-    }
-    found: dict[str, Any] = {}
-    for name, shapes in readers.items():
-        found[name] = row = methods_of(name, shapes)
-        print(f"{name:12s} " + ", ".join(f"{what} {seconds:.2f} s" for what, seconds in row.items()), flush=True)
-        free()
-    rows = [found[name] for name in readers]
-    found["a block"] = totals = {
-        "gptq": sum(row["hessian"] + row["gptq"] for row in rows),
-        "gptq, act order": sum(row["hessian"] + row["gptq, act order"] for row in rows),
-        "awq": sum(row["awq scale"] + row["awq clip"] for row in rows),
-    }
-    print("a block: " + ", ".join(f"{what} {seconds:.2f} s" for what, seconds in totals.items()), flush=True)
-    return found
-
-
-def methods_of(name: str, shapes: list[tuple[int, int]]) -> dict[str, float]:
-    k = shapes[0][1]
-    x = torch.randn(TOKENS, k, device="cuda") * (1 + 20 * (torch.rand(k, device="cuda") > 0.99))
-    weights = [torch.randn(n, k, device="cuda", dtype=torch.float16) * 0.02 for n, _ in shapes]
-    sample = x[:: TOKENS // 512]
-    row: dict[str, float] = {}
-
-    def timed(what: str, call: Callable[[], Any]) -> Any:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = call()
-        torch.cuda.synchronize()
-        row[what] = time.perf_counter() - start
-        return result
-
-    hessian = Hessian(name, k)
-    timed("hessian", lambda: hessian.observe(x))
-    for what, order in (("gptq", False), ("gptq, act order", True)):
-        timed(what, lambda order=order: [gptq(w, hessian.matrix, INT4, act_order=order) for w in weights])  # type: ignore[misc]
-    best = timed("awq scale", lambda: search_scale(weights, sample, [INT4] * len(weights)))
-    timed("awq clip", lambda: [search_clip(w * best.scale, sample / best.scale, INT4) for w in weights])
-    return row
-
-
 def free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
@@ -321,7 +269,7 @@ def free() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"products": None, "codes": None, "decode": None, "methods": None}
+    parts = {"products": None, "codes": None, "decode": None}
     parser.add_argument("--part", choices=parts, action="append", help="repeat for several; default: all")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -338,7 +286,6 @@ def main() -> None:
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "decode": lambda: decode(arguments.rounds),
         "codes": codes,
-        "methods": methods,
         "products": lambda: products(bandwidth),
     }
     for part, run in runs.items():

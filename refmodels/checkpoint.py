@@ -161,17 +161,9 @@ def load(
         numerics: "exact" or "upstream" (see `Decoder`).
         variant: as for `resolve`.
     Raises:
-        LogitLockError: as `resolve` and `stream_parameters`; on a GPU, layers with a pre-quant scale (but in fp64).
+        LogitLockError: as `resolve` and `stream_parameters`.
     """
     source = model if isinstance(model, ModelSource) else resolve(model, variant=variant)
-    formats = [source.spec.format_of(module) for module in source.spec.linears]
-    scaled = any(linear is not None and linear.pre_quant_scale for linear in formats)
-    if scaled and torch.device(device).type == "cuda" and dtype != torch.float64:
-        # Whoever loads this may hand the layers to the kernels of `trt_runtime`, which leave the scale out.
-        raise LogitLockError(
-            f"{source.name} has layers with a pre-quant scale, which the kernels for GPUs leave out; use the CPU, or a "
-            "bundle that export makes"
-        )
     decoder = empty_decoder(source.spec, numerics=numerics)
     for name, value in stream_parameters(source, dtype=dtype, numerics=numerics):
         put_parameter(decoder, name, value.to(device))

@@ -51,7 +51,7 @@ from test_torch_engine import FusedOnCpu, OnHost
 from trt_runtime.engine import TorchEngine
 from trt_runtime.kernels import packing, quantized_gemm, quantized_gemm_hopper, quantized_linear
 from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
-from trt_runtime.quantized_projection import AHEAD_BYTES, PackedLinear, QuantizedProjection, fetch_ahead, pack
+from trt_runtime.quantized_projection import AHEAD_BYTES, PackedLinear, QuantizedProjection, fetch_ahead, pack, paired
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -78,6 +78,9 @@ FORMATS = [
     LinearFormat(weight="fp8"),
     LinearFormat(weight="fp8", group=64),
 ]
+
+
+SCALED = LinearFormat(weight="int4", group=32, pre_quant_scale=True)
 
 
 class Weights:
@@ -160,13 +163,15 @@ def layer(linear: LinearFormat, *, bias: bool, seed: int) -> QuantizedLinear:
         made.order.data = torch.randperm(64, generator=g)
     if made.input_scale is not None:
         made.input_scale.data = torch.tensor(0.03)
+    if made.pre_quant_scale is not None:
+        made.pre_quant_scale.data = 0.5 + torch.rand(64, generator=g)
     if made.bias is not None:
         made.bias.data = torch.randn(40, generator=g)
     return made
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("linear", [FORMATS[3], FORMATS[5], FORMATS[6], FORMATS[9]], ids=str)
+@pytest.mark.parametrize("linear", [FORMATS[3], FORMATS[5], FORMATS[6], FORMATS[9], SCALED], ids=str)
 def test_a_packed_layer_is_still_the_reference(linear: LinearFormat, bias: bool) -> None:
     linears = [layer(linear, bias=bias, seed=seed) for seed in (1, 2)]
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -177,6 +182,11 @@ def test_a_packed_layer_is_still_the_reference(linear: LinearFormat, bias: bool)
     both = QuantizedProjection(*linears)
     assert both.packed is not None and both.packed.shape[0] == 6
     assert torch.equal(both.packed, torch.cat([linear.packed for linear in linears]))  # type: ignore[union-attr]
+
+
+def test_layers_that_scale_their_own_inputs_are_no_pair() -> None:
+    assert not paired(*(layer(SCALED, bias=False, seed=seed) for seed in (1, 2)))
+    assert paired(*(layer(replace(SCALED, pre_quant_scale=False), bias=False, seed=seed) for seed in (1, 2)))
 
 
 def test_what_is_fetched_ahead() -> None:
@@ -199,6 +209,19 @@ def test_small_products(linear: LinearFormat) -> None:
         check_gemv(linear, n, k, tokens, HALF, gated=gated, block=(2, 1, 1) if tokens == 11 else None)
     if linear.group in (None, 16):
         check_gemv(linear, 20, 208, 1, HALF)
+
+
+@on_kernels
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_small_projections_scale_their_input(tokens: int) -> None:
+    """A pre-quant scale is the kernels' caller's to multiply by."""
+    linear = layer(SCALED, bias=True, seed=1).half().to(DEVICE)
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    wanted = linear.double()(x.double())
+    linear.half()
+    pack(linear)
+    error = float((QuantizedProjection(linear)(x).double() - wanted).norm() / wanted.norm())
+    assert error <= 4 * torch.finfo(HALF).eps
 
 
 @on_kernels
@@ -331,7 +354,7 @@ def test_interpreted() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_small", __file__]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"{2 * len(FORMATS) + 7} passed" in result.stdout
+    assert f"{2 * len(FORMATS) + 9} passed" in result.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -409,6 +432,19 @@ def test_every_tap_of_quantised_models_on_the_gpu(
     engine = OnHost(TorchEngine(refmodels.load(source, dtype=dtype, device="cuda"), kernels=True))
     prompts = random_prompts(engine.spec.vocab_size, (20, 13, 9)[:batch], seed=0)
     truth, rounded = refmodels.load(source, dtype=torch.float64), refmodels.load(source, dtype=dtype)
+    result = diff_engine(engine, truth, rounded, prompts, steps=3)
+    assert result.verdict == "aligned", verdict_line(result)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("golden", ["int4_awq", "int8_sq"])
+def test_every_tap_of_checkpoints_with_pre_quant_scales_on_the_gpu(golden: str, batch: int) -> None:
+    source = refmodels.resolve(Path(__file__).parent / "goldens_modelopt" / golden)
+    engine = OnHost(TorchEngine(refmodels.load(source, dtype=HALF, device="cuda"), kernels=True))
+    prompts = random_prompts(engine.spec.vocab_size, (6, 5, 3)[:batch], seed=0)
+    truth, rounded = refmodels.load(source, dtype=torch.float64), refmodels.load(source, dtype=HALF)
     result = diff_engine(engine, truth, rounded, prompts, steps=3)
     assert result.verdict == "aligned", verdict_line(result)
 

@@ -373,9 +373,3 @@ def test_scales_that_the_layout_cannot_say() -> None:
     with pytest.raises(refmodels.LogitLockError, match="rows of int4 in pairs"):
         int4 = LinearFormat(weight="int4", group=8)
         storage.encode(quantize_weight(torch.randn(3, 8), int4), int4)
-
-
-def test_kernels_are_not_given_what_they_leave_out() -> None:
-    """Refused before anything is put on a GPU; the kernels would compute without the scale."""
-    with pytest.raises(refmodels.LogitLockError, match="pre-quant scale, which the kernels for GPUs leave out"):
-        refmodels.load(GOLDENS / "int4_awq", dtype=torch.float16, device="cuda")

@@ -78,7 +78,8 @@ def paired(gate: nn.Module, up: nn.Module) -> bool:
     """Whether two layers of codes can be one product: one format, one order and one scale of the input."""
     if not isinstance(gate, QuantizedLinear) or not isinstance(up, QuantizedLinear) or gate.format != up.format:
         return False
-    return not gate.format.reordered and gate.input_scale is None and (gate.bias is None) == (up.bias is None)
+    own = gate.format.reordered or gate.format.pre_quant_scale or gate.input_scale is not None
+    return not own and (gate.bias is None) == (up.bias is None)
 
 
 def _arrange(*linears: QuantizedLinear) -> None:
@@ -191,7 +192,8 @@ class QuantizedProjection(nn.Module):
     def after(self, norm: nn.Module, x: Tensor) -> Tensor:
         """forward(norm(x)); where the norm's kernel can quantise what it makes, it does."""
         form = self.linear.format
-        if not self.coded or form.input is None or form.input_scale != "token" or not isinstance(norm, RmsNorm):
+        plain = form.input_scale == "token" and not form.pre_quant_scale
+        if not self.coded or form.input is None or not plain or not isinstance(norm, RmsNorm):
             y: Tensor = self(norm(x))
             return y
         from trt_runtime.kernels.torch_host import quantized_rms_norm
@@ -202,12 +204,14 @@ class QuantizedProjection(nn.Module):
         return self._product_of_codes(self._ordered(codes), scales.flatten(), normed, None)
 
     def _ordered(self, x: Tensor) -> Tensor:
+        x = self.linear.scaled(x)
         return x if self.linear.order is None else x[..., self.linear.order]
 
     def _product(self, linear: QuantizedLinear, x: Tensor) -> Tensor:
         if not isinstance(linear, PackedLinear):
             y: Tensor = linear(x)
             return y
+        x = linear.scaled(x)
         x = x if linear.order is None else x[..., linear.order]
         return F.linear(x, _dequantized(linear), linear.bias)
 

@@ -120,10 +120,25 @@ def coded_gemv_kernel(
                 if offset is not None and (FINE or u == 0):
                     unit_ = (i * WARPS + warp) * RUN + u
                     zeros = zeros + (scales_of(offset, first, unit_, some, COLUMNS, GROUP, GROUPS),)
+    row = tl.arange(0, 16)
+    biases = ()
+    if bias is not None:
+        for m in tl.static_range(TILES):
+            o = (block if GATED else block * TILES + m) * 16 + row
+            biases = biases + (tl.load(bias + (m * n if GATED else 0) + o, mask=o < n, other=0.0),)
     if OVERLAP:
         # Nobody writes weights: these are under way before the kernel ahead has written x.
         gdc_launch_dependents()
         gdc_wait()
+    onto = ()
+    if residual is not None:
+        # Not when it is needed: at the end nothing hides the latency.
+        for m in tl.static_range(1 if GATED else TILES):
+            for r in tl.static_range(SUMS):
+                o = (block if GATED else block * TILES + m) * 16 + row
+                which = 8 * r + tl.arange(0, 8)
+                wanted = (o < n)[:, None] & (which < tokens)[None, :]
+                onto = onto + (tl.load(residual + which[None, :] * n + o[:, None], mask=wanted, other=0.0),)
     # Eight columns in a row are a thread's, of one token of eight.
     e = tl.arange(0, 256)
     eighth = e // 32
@@ -179,18 +194,6 @@ def coded_gemv_kernel(
                         totals = totals + (tl.zeros((WARPS, 16, 8), tl.float32),)
                     odd = odd + (tl.zeros((WARPS, 16, 8), tl.float32),)
                 for u in tl.static_range(RUN):
-                    if STEPS > DEPTH:
-                        next = ((start + DEPTH + d) * WARPS + warp) * RUN + u
-                        later = next < (UNITS if GATED else tl.where(tile < tiles, UNITS, 0))
-                        at = place + (tile.to(tl.int64) * UNITS + (start + DEPTH + d) * WARPS * RUN + u) * 128
-                        loaded = tl.load(at, mask=later[:, None], other=0, eviction_policy="evict_first")
-                        following = following + (loaded,)
-                        if FINE or (u == 0 and not WHOLE):
-                            more = scales_of(scale, tile, next, later, COLUMNS, GROUP, GROUPS)
-                            scales_following = scales_following + (more,)
-                        if offset is not None and (FINE or u == 0):
-                            more = scales_of(offset, tile, next, later, COLUMNS, GROUP, GROUPS)
-                            zeros_following = zeros_following + (more,)
                     words = words_of(held[(d * TILES + m) * RUN + u], WARPS)
                     for j in tl.static_range(PARTS):
                         if LIFTED:
@@ -228,6 +231,20 @@ def coded_gemv_kernel(
                         else:
                             whole_run = totals[r] * s
                         sums = sums + (acc[m * SUMS + r] + whole_run,)
+                # Asked for into the registers that have just been used: nothing has to be moved, and so waited for.
+                if STEPS > DEPTH:
+                    for u in tl.static_range(RUN):
+                        next = ((start + DEPTH + d) * WARPS + warp) * RUN + u
+                        later = next < (UNITS if GATED else tl.where(tile < tiles, UNITS, 0))
+                        at = place + (tile.to(tl.int64) * UNITS + (start + DEPTH + d) * WARPS * RUN + u) * 128
+                        loaded = tl.load(at, mask=later[:, None], other=0, eviction_policy="evict_first")
+                        following = following + (loaded,)
+                        if FINE or (u == 0 and not WHOLE):
+                            more = scales_of(scale, tile, next, later, COLUMNS, GROUP, GROUPS)
+                            scales_following = scales_following + (more,)
+                        if offset is not None and (FINE or u == 0):
+                            more = scales_of(offset, tile, next, later, COLUMNS, GROUP, GROUPS)
+                            zeros_following = zeros_following + (more,)
             acc = sums
         if STEPS > DEPTH:
             held = following
@@ -237,7 +254,6 @@ def coded_gemv_kernel(
         fetch_share(next_weight, next_bytes, next_share)
     if OVERLAP and later_weight is not None:
         fetch_share(later_weight, later_bytes, later_share)
-    row = tl.arange(0, 16)
     for r in tl.static_range(SUMS):
         which = 8 * r + tl.arange(0, 8)
         y = tl.zeros((16, 8), tl.float32)
@@ -250,7 +266,7 @@ def coded_gemv_kernel(
                 factor = tl.load(scale + mine * 16 + row % 8 * 2 + row // 8, mask=inside, other=0.0)
                 whole *= factor.to(tl.float32)[:, None]
             if bias is not None:
-                whole += tl.load(bias + (m * n if GATED else 0) + o, mask=inside, other=0.0).to(tl.float32)[:, None]
+                whole += biases[m].to(tl.float32)[:, None]
             if GATED:
                 whole = whole.to(kind).to(tl.float32)
                 if m == 0:
@@ -263,7 +279,7 @@ def coded_gemv_kernel(
                 where = which[None, :] * n + o[:, None]
                 wanted = inside[:, None] & (which < tokens)[None, :]
                 if residual is not None:
-                    y = y.to(kind).to(tl.float32) + tl.load(residual + where, mask=wanted, other=0.0).to(tl.float32)
+                    y = y.to(kind).to(tl.float32) + onto[r if GATED else m * SUMS + r].to(tl.float32)
                 tl.store(out + where, y.to(kind), mask=wanted)
 
 
@@ -338,8 +354,9 @@ def _fast() -> bool:
     return not triton.knobs.runtime.interpret
 
 
-def block_of(n: int, k: int, *, gated: bool) -> tuple[int, ...]:
-    """Warps of a block, runs that each holds in advance, and tiles of rows, for a product [n, k].
+def block_of(n: int, k: int, *, tokens: int, gated: bool) -> tuple[int, ...]:
+    """Warps of a block, runs that each holds in advance, tiles of rows, and the most registers of a thread if there is
+    such a limit, for a product [n, k].
 
     What made whole decode steps of Qwen-7B in int4 fastest on an H200 (benchmarks/gpu_quantized.py).  More registers,
     for more tiles or runs, are no gain: blocks that do not fit at once wait for the others to finish.
@@ -347,10 +364,13 @@ def block_of(n: int, k: int, *, gated: bool) -> tuple[int, ...]:
     if gated:
         return 4, 1, 1
     if n > 32768:
-        return 2, 4, 1
+        return (4, 2, 2) if tokens == 1 else (2, 4, 1)
     if k > 8192:
         return 8, 3, 1
-    return (4, 2, 1) if n > 8192 else (8, 4, 1)
+    if n > 8192:
+        # 84 registers: six blocks on a multiprocessor, and so all of Qwen-7B's query, key and value at once.
+        return (4, 2, 1, 84) if tokens == 1 else (4, 2, 1)
+    return 8, 4, 1
 
 
 def gemv(
@@ -386,7 +406,7 @@ def gemv(
             stand still.
         block: instead of `block_of` (for measurements).
     """
-    warps, depth, rows, *registers = block or block_of(n, k, gated=gated)
+    warps, depth, rows, *registers = block or block_of(n, k, tokens=tokens, gated=gated)
     rows = 2 if gated else rows
     group = min(group or k, k)
     run = 2 if group == k or group % (2 * WORDS * CODES[code]) == 0 else 1
