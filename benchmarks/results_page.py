@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from results_quantization import memory, on_the_cpu, peers, seconds_a_layer
+from results_quantization import memory, on_a_gpu, on_the_cpu, peers, seconds_a_layer
 from results_table import table
 
 HERE = Path(__file__).parent
@@ -321,6 +321,7 @@ SECTIONS = {
     "diff_cost": cost,
     "fidelity": fidelity,
     "cpu_quantized": on_the_cpu,
+    "gpu_quantized": on_a_gpu,
     "quantization_time": seconds_a_layer,
     "quantize_memory": memory,
     "quantization_peers": peers,
