@@ -147,12 +147,14 @@ def memory(data: dict[str, Any]) -> Iterator[str]:
             for row in data["results"]
         ),
     )
-    over = ", ".join(row["scheme"] for row in data["results"] if not row["passed"])
-    if over:
-        yield (
-            f"Over model and activations: {over}. What GPTQ holds beside them does not grow with the model: some six "
-            "fp64 matrices of the widest input squared (here 4096, 0.13 GB each), for one layer at a time."
-        )
+    yield (
+        "The goal is model and activations, and all keep it. GPTQ holds, beside them, two fp64 matrices of the widest "
+        "input squared for one layer at a time."
+        if all(row["passed"] for row in data["results"])
+        else "The goal is model and activations, and "
+        + ", ".join(row["scheme"] for row in data["results"] if not row["passed"])
+        + " misses it."
+    )
 
 
 def peers(data: dict[str, Any]) -> Iterator[str]:

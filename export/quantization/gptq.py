@@ -28,31 +28,36 @@ class Hessian:
 
     def __init__(self, name: str, width: int) -> None:
         self.name, self.width, self.tokens = name, width, 0
-        self._sum: Tensor | None = None
+        # The mean so far, not the sum: whoever wants it gets it without a copy.
+        self._mean: Tensor | None = None
 
     def observe(self, x: Tensor) -> None:
         """x: [..., width].  Raises LogitLockError: another width, NaN or infinity; the layer is named."""
         tokens = tokens_of(x, self.name, self.width)
-        self.tokens += len(tokens)
-        if self._sum is None:
-            self._sum = tokens.t() @ tokens
-        else:
-            self._sum.addmm_(tokens.t(), tokens)
+        before, self.tokens = self.tokens, self.tokens + len(tokens)
+        if self._mean is None:
+            self._mean = tokens.new_zeros(self.width, self.width)
+        if self.tokens:
+            self._mean.addmm_(tokens.t(), tokens, beta=before / self.tokens, alpha=2 / self.tokens)
 
     def merge(self, other: Hessian) -> None:
         """Raises LogitLockError: of another layer or width."""
         if (other.name, other.width) != (self.name, self.width):
             raise LogitLockError(f"Hessians of {self.name} and {other.name} cannot be merged")
-        self.tokens += other.tokens
-        if other._sum is not None:
-            self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum.to(self._sum.device)
+        if other._mean is None or not other.tokens:
+            return
+        before, self.tokens = self.tokens, self.tokens + other.tokens
+        theirs = other._mean * (other.tokens / self.tokens)
+        self._mean = (
+            theirs if self._mean is None else self._mean * (before / self.tokens) + theirs.to(self._mean.device)
+        )
 
     @property
     def matrix(self) -> Tensor:
-        """Raises LogitLockError: no token was observed."""
-        if self._sum is None or not self.tokens:
+        """Not a copy.  Raises LogitLockError: no token was observed."""
+        if self._mean is None or not self.tokens:
             raise LogitLockError(f"the input of {self.name} was never observed; GPTQ needs at least one token")
-        return self._sum * (2 / self.tokens)
+        return self._mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +153,7 @@ def gptq(
     scale = scale.to(wide)
 
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
-    factor = _inverse_factor(hessian, damping, order).to(wide)
+    factor = _inverse_factor(hessian, damping, order, wide)
     state = original.clone() if order is None else original[:, order]
     groups = torch.arange(columns) // group
     group_of = (groups if order is None else groups[order.cpu()]).tolist()
@@ -187,21 +192,24 @@ def _nearest(column: Tensor, scale: Tensor, zero: Tensor | None, code: Code) -> 
     return to_codes(steps if zero is None else steps.round() + zero, code)
 
 
-def _inverse_factor(hessian: Tensor, damping: float, order: Tensor | None) -> Tensor:
-    """U, upper triangular, with U^T U = (H + damping * mean(diag H) I)^-1; fp64 [in, in], columns in `order`.
+def _inverse_factor(hessian: Tensor, damping: float, order: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """U, upper triangular, with U^T U = (H + damping * mean(diag H) I)^-1; [in, in] of `dtype`, columns in `order`.
 
-    With J the reversal of rows, J H J = L L^T gives H = (J L J)(J L J)^T, and U = (J L J)^-1: one factorisation and one
-    triangular inverse, where the authors' code takes an inverse and two factorisations.
+    With J the reversal of rows, J H J = L L^T gives H = (J L J)(J L J)^T, and U = (J L J)^-1 = J L^-1 J: one
+    factorisation and one triangular inverse, in fp64, where the authors' code takes an inverse and two factorisations.
+    Both happen in place: matrices of this size are most of GPTQ's memory.
     """
-    damped = _damped(hessian, damping)
-    if order is not None:
-        damped = damped[order][:, order]
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    arranged = hessian if order is None else hessian[order][:, order]
+    # Transposed, which changes nothing, because LAPACK wants columns in a row.
+    lower = _damped(arranged.flip(0, 1), damping).mT
+    failed = torch.empty((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
     if bool(failed):
         raise _not_definite(damping)
-    identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
-    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return factor
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.to(dtype).flip(0, 1).contiguous()
 
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
