@@ -24,7 +24,8 @@ MOST_TOKENS = 16
 
 SLICED_TOKENS = 64
 """Rows for which it runs slice by slice; for more, the weight is dequantised once and cuBLAS multiplies.  By estimate:
-reading the codes four times moves 2 bytes a weight, dequantising and reading the result 4.5."""
+reading the codes four times moves 2 bytes a weight, dequantising and reading the result 4.5.  Four slices were measured
+(a step of Qwen-7B in int4 at 64 rows: 11 ms on an H200), dequantising at 64 rows was not."""
 
 MANY_TOKENS = 65
 """Rows from which on products of codes are faster by `kernels.quantized_gemm_hopper`, or, on GPUs that it does not
