@@ -6,42 +6,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Two words in a register at a time; lop3 0xea is (a & b) | c.
-_INT4_HALF_0 = tl.constexpr("lop3.b32 $0, $1, 0x000f000f, 0x64006400, 0xea;")
-_INT4_HALF_2 = tl.constexpr("{.reg .b32 t; shr.u32 t, $1, 8; lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea;}")
-# 1024 + 16 u, times 1/16, plus 960.
-_INT4_HALF_1 = tl.constexpr(
-    "{.reg .b32 t, c, d; lop3.b32 t, $1, 0x00f000f0, 0x64006400, 0xea; mov.b32 c, 0x2c002c00; mov.b32 d, 0x63806380; "
-    "fma.rn.f16x2 $0, t, c, d;}"
-)
-_INT4_HALF_3 = tl.constexpr(
-    "{.reg .b32 t, c, d; shr.u32 t, $1, 8; lop3.b32 t, t, 0x00f000f0, 0x64006400, 0xea; mov.b32 c, 0x2c002c00; "
-    "mov.b32 d, 0x63806380; fma.rn.f16x2 $0, t, c, d;}"
-)
-# (1024 + 16 u) / 16 - 72 = u - 8
-_INT4_CENTRED_1 = tl.constexpr(
-    "{.reg .b32 t, c, d; lop3.b32 t, $1, 0x00f000f0, 0x64006400, 0xea; mov.b32 c, 0x2c002c00; mov.b32 d, 0xd480d480; "
-    "fma.rn.f16x2 $0, t, c, d;}"
-)
-_INT4_CENTRED_3 = tl.constexpr(
-    "{.reg .b32 t, c, d; shr.u32 t, $1, 8; lop3.b32 t, t, 0x00f000f0, 0x64006400, 0xea; mov.b32 c, 0x2c002c00; "
-    "mov.b32 d, 0xd480d480; fma.rn.f16x2 $0, t, c, d;}"
-)
 _FETCH = tl.constexpr(
     "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
     "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}"
 )
-_LIFT_0 = tl.constexpr("and.b32 $0, $1, 0x000f000f;")
-_LIFT_1 = tl.constexpr("and.b32 $0, $1, 0x00f000f0;")
-_LIFT_2 = tl.constexpr("{.reg .b32 t; shr.u32 t, $1, 8; and.b32 $0, t, 0x000f000f;}")
-_LIFT_3 = tl.constexpr("{.reg .b32 t; shr.u32 t, $1, 8; and.b32 $0, t, 0x00f000f0;}")
 _MINUS_8 = tl.constexpr("mov.b32 $0, 0x80088008; // $1")
-_INT4_BF_0 = tl.constexpr("lop3.b32 $0, $1, 0x000f000f, 0x43004300, 0xea;")
-_INT4_BF_1 = tl.constexpr("{.reg .b32 t; shr.u32 t, $1, 4; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea;}")
-_INT4_BF_2 = tl.constexpr("{.reg .b32 t; shr.u32 t, $1, 8; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea;}")
-_INT4_BF_3 = tl.constexpr("{.reg .b32 t; shr.u32 t, $1, 12; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea;}")
-_INT8_HALF_0 = tl.constexpr("lop3.b32 $0, $1, 0x00ff00ff, 0x64006400, 0xea;")
-_INT8_HALF_1 = tl.constexpr("{.reg .b32 t; shr.u32 t, $1, 8; lop3.b32 $0, t, 0x00ff00ff, 0x64006400, 0xea;}")
 _FP8_HALF_0 = tl.constexpr(
     "{.reg .b32 s, t; shl.b32 s, $1, 8; and.b32 s, s, 0x80008000; shl.b32 t, $1, 7; "
     "lop3.b32 $0, t, 0x3f803f80, s, 0xea;}"
@@ -49,6 +18,34 @@ _FP8_HALF_0 = tl.constexpr(
 _FP8_HALF_1 = tl.constexpr(
     "{.reg .b32 s, t; and.b32 s, $1, 0x80008000; shr.u32 t, $1, 1; lop3.b32 $0, t, 0x3f803f80, s, 0xea;}"
 )
+
+
+@triton.constexpr_function
+def masked(shift, mask, magic):
+    """Assembly: (words >> shift) & mask | magic, two words in a register; without magic, no or."""
+    # lop3 0xea is (a & b) | c.
+    words = "t" if shift else "$1"
+    taken = f"lop3.b32 $0, {words}, {mask}, {magic}, 0xea;" if magic else f"and.b32 $0, {words}, {mask};"
+    return f"{{.reg .b32 t; shr.u32 t, $1, {shift}; {taken}}}" if shift else taken
+
+
+@triton.constexpr_function
+def sixteenth(shift, addend):
+    """Assembly: (1024 + 16 u) / 16 plus a number, in fp16, of the second code in words >> shift."""
+    moved, words = (f"shr.u32 t, $1, {shift}; ", "t") if shift else ("", "$1")
+    return (
+        f"{{.reg .b32 t, c, d; {moved}lop3.b32 t, {words}, 0x00f000f0, 0x64006400, 0xea; mov.b32 c, 0x2c002c00; "
+        f"mov.b32 d, {addend}; fma.rn.f16x2 $0, t, c, d;}}"
+    )
+
+
+@triton.jit
+def _two_words(text: tl.constexpr, words, kind: tl.constexpr):
+    # The type must be named here: one that is passed on is not taken.
+    if kind == tl.float16:
+        return tl.inline_asm_elementwise(text, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise(text, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.constexpr_function
@@ -61,43 +58,26 @@ def middle_of(kind, code):
 @triton.jit
 def unsigned(words, kind: tl.constexpr, CODE: tl.constexpr, PART: tl.constexpr, FAST: tl.constexpr):
     """1024 + u (fp16) or 128 + u (bf16) of the integer codes in one part of the words."""
-    if FAST and CODE == "int4" and kind == tl.float16:
-        if PART == 0:
-            return tl.inline_asm_elementwise(_INT4_HALF_0, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        elif PART == 1:
-            return tl.inline_asm_elementwise(_INT4_HALF_1, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        elif PART == 2:
-            return tl.inline_asm_elementwise(_INT4_HALF_2, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        else:
-            return tl.inline_asm_elementwise(_INT4_HALF_3, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    if FAST and CODE == "int4" and kind == tl.float16 and PART % 2 == 1:
+        # Plus 960: 1024 + u.
+        return _two_words(sixteenth(4 * PART - 4, "0x63806380"), words, kind)
     elif FAST and CODE == "int4":
-        if PART == 0:
-            return tl.inline_asm_elementwise(_INT4_BF_0, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-        elif PART == 1:
-            return tl.inline_asm_elementwise(_INT4_BF_1, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-        elif PART == 2:
-            return tl.inline_asm_elementwise(_INT4_BF_2, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-        else:
-            return tl.inline_asm_elementwise(_INT4_BF_3, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+        magic: tl.constexpr = "0x64006400" if kind == tl.float16 else "0x43004300"
+        return _two_words(masked(4 * PART, "0x000f000f", magic), words, kind)
     elif FAST and kind == tl.float16:
-        if PART == 0:
-            return tl.inline_asm_elementwise(_INT8_HALF_0, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        else:
-            return tl.inline_asm_elementwise(_INT8_HALF_1, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        return _two_words(masked(8 * PART, "0x00ff00ff", "0x64006400"), words, kind)
     else:
         u = (words >> (4 * PART)) & 0xF if CODE == "int4" else (words >> (8 * PART)) & 0xFF
-        magic: tl.constexpr = 0x6400 if kind == tl.float16 else 0x4300
-        return (u | magic).to(tl.int16).to(kind, bitcast=True)
+        start: tl.constexpr = 0x6400 if kind == tl.float16 else 0x4300
+        return (u | start).to(tl.int16).to(kind, bitcast=True)
 
 
 @triton.jit
 def fp8(words, PART: tl.constexpr, kind: tl.constexpr, FAST: tl.constexpr):
     """The e4m3 number in a byte of int16 as fp16 or bf16: its bits in place, its exponent's bias corrected."""
     if FAST and kind == tl.float16:
-        if PART == 0:
-            moved = tl.inline_asm_elementwise(_FP8_HALF_0, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        else:
-            moved = tl.inline_asm_elementwise(_FP8_HALF_1, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        text: tl.constexpr = _FP8_HALF_0 if PART == 0 else _FP8_HALF_1
+        moved = _two_words(text, words, kind)
         return moved * 256.0
     bits = words >> (8 * PART)
     if kind == tl.float16:
@@ -124,10 +104,9 @@ def codes(words, offset, kind: tl.constexpr, CODE: tl.constexpr, PART: tl.conste
 @triton.jit
 def centred(words, kind: tl.constexpr, CODE: tl.constexpr, PART: tl.constexpr, FAST: tl.constexpr):
     """`codes` where zero is zero."""
-    if FAST and CODE == "int4" and kind == tl.float16 and PART == 1:
-        return tl.inline_asm_elementwise(_INT4_CENTRED_1, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-    elif FAST and CODE == "int4" and kind == tl.float16 and PART == 3:
-        return tl.inline_asm_elementwise(_INT4_CENTRED_3, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    if FAST and CODE == "int4" and kind == tl.float16 and PART % 2 == 1:
+        # Less 72: u - 8.
+        return _two_words(sixteenth(4 * PART - 4, "0xd480d480"), words, kind)
     else:
         return codes(words, tl.full((1, 1, 1, 1, 1, 1), middle_of(kind, CODE), kind), kind, CODE, PART, FAST)
 
@@ -136,14 +115,8 @@ def centred(words, kind: tl.constexpr, CODE: tl.constexpr, PART: tl.constexpr, F
 def lifted(words, PART: tl.constexpr, FAST: tl.constexpr):
     """u * 2^-24, or in odd parts u * 2^-20, of int4 codes: what their bits are where they lie, as fp16 subnormals."""
     if FAST:
-        if PART == 0:
-            return tl.inline_asm_elementwise(_LIFT_0, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        elif PART == 1:
-            return tl.inline_asm_elementwise(_LIFT_1, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        elif PART == 2:
-            return tl.inline_asm_elementwise(_LIFT_2, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        else:
-            return tl.inline_asm_elementwise(_LIFT_3, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        mask: tl.constexpr = "0x000f000f" if PART % 2 == 0 else "0x00f000f0"
+        return _two_words(masked(8 * (PART // 2), mask, ""), words, tl.float16)
     else:
         bits = (words >> (8 * (PART // 2))) & (0x0F if PART % 2 == 0 else 0xF0)
         return bits.to(tl.int16).to(tl.float16, bitcast=True)
@@ -153,7 +126,7 @@ def lifted(words, PART: tl.constexpr, FAST: tl.constexpr):
 def minus_8(words, FAST: tl.constexpr):
     """Minus what `lifted` makes of u = 8, in the layout of the words."""
     if FAST:
-        return tl.inline_asm_elementwise(_MINUS_8, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        return _two_words(_MINUS_8, words, tl.float16)
     else:
         return (words * 0 - 32760).to(tl.int16).to(tl.float16, bitcast=True)
 
