@@ -419,6 +419,14 @@ def test_fused_modules_are_the_quantised_reference(case: str, name: str, tmp_pat
     assert result.verdict == "aligned", verdict_line(result)
 
 
+def check_every_tap(source: refmodels.ModelSource, dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+    engine = OnHost(TorchEngine(refmodels.load(source, dtype=dtype, device="cuda"), kernels=True))
+    prompts = random_prompts(engine.spec.vocab_size, lengths, seed=0)
+    truth, rounded = refmodels.load(source, dtype=torch.float64), refmodels.load(source, dtype=dtype)
+    result = diff_engine(engine, truth, rounded, prompts, steps=3)
+    assert result.verdict == "aligned", verdict_line(result)
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("batch", [1, 3])
@@ -428,12 +436,7 @@ def test_fused_modules_are_the_quantised_reference(case: str, name: str, tmp_pat
 def test_every_tap_of_quantised_models_on_the_gpu(
     case: str, name: str, dtype: torch.dtype, batch: int, tmp_path: Path
 ) -> None:
-    source = quantised(case, name, tmp_path)
-    engine = OnHost(TorchEngine(refmodels.load(source, dtype=dtype, device="cuda"), kernels=True))
-    prompts = random_prompts(engine.spec.vocab_size, (20, 13, 9)[:batch], seed=0)
-    truth, rounded = refmodels.load(source, dtype=torch.float64), refmodels.load(source, dtype=dtype)
-    result = diff_engine(engine, truth, rounded, prompts, steps=3)
-    assert result.verdict == "aligned", verdict_line(result)
+    check_every_tap(quantised(case, name, tmp_path), dtype, (20, 13, 9)[:batch])
 
 
 @gpu
@@ -442,11 +445,7 @@ def test_every_tap_of_quantised_models_on_the_gpu(
 @pytest.mark.parametrize("golden", ["int4_awq", "int8_sq"])
 def test_every_tap_of_checkpoints_with_pre_quant_scales_on_the_gpu(golden: str, batch: int) -> None:
     source = refmodels.resolve(Path(__file__).parent / "goldens_modelopt" / golden)
-    engine = OnHost(TorchEngine(refmodels.load(source, dtype=HALF, device="cuda"), kernels=True))
-    prompts = random_prompts(engine.spec.vocab_size, (6, 5, 3)[:batch], seed=0)
-    truth, rounded = refmodels.load(source, dtype=torch.float64), refmodels.load(source, dtype=HALF)
-    result = diff_engine(engine, truth, rounded, prompts, steps=3)
-    assert result.verdict == "aligned", verdict_line(result)
+    check_every_tap(source, HALF, (6, 5, 3)[:batch])
 
 
 @gpu

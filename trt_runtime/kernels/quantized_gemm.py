@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from refmodels.errors import LogitLockError
 from trt_runtime.kernels.launch import ElementType, Launch
-from trt_runtime.kernels.rms_norm import LIMITS, MAX_WIDTH, _e4m3_bits, _int8_bits, _larger
+from trt_runtime.kernels.rms_norm import LIMITS, MAX_WIDTH, coded, magnitude
 
 EightBit = Literal["int8", "fp8"]
 
@@ -40,14 +40,12 @@ def quantize_kernel(
     if static is not None:
         scaled = tl.div_rn(wide, tl.zeros_like(wide) + tl.load(static).to(tl.float32))
     else:
-        amax = _larger(tl.reduce(tl.abs(wide), 0, _larger), 2.0**-96)
+        amax = magnitude(wide)
         scaled = wide * tl.div_rn(LIMIT, amax)
         tl.store(scales + row, tl.div_rn(amax, LIMIT))
     # A constant int8 scale may find a code below -127.
     lowest: tl.constexpr = -128.0 if static is not None and LIMIT == 127.0 else -LIMIT
-    code = tl.minimum(tl.maximum(scaled, lowest), LIMIT)
-    coded = _int8_bits(code) if LIMIT == 127.0 else _e4m3_bits(code)
-    tl.store(quantized + row * WIDTH + column, coded, mask=inside)
+    tl.store(quantized + row * WIDTH + column, coded(scaled, lowest, LIMIT), mask=inside)
 
 
 @triton.jit

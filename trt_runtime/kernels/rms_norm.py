@@ -57,6 +57,19 @@ def _e4m3_bits(value):
 
 
 @triton.jit
+def magnitude(x):
+    """The largest |x|, but not less than 2^-96; NaN if there is one."""
+    return _larger(tl.reduce(tl.abs(x), 0, _larger), 2.0**-96)
+
+
+@triton.jit
+def coded(scaled, lowest: tl.constexpr, LIMIT: tl.constexpr):
+    """The nearest codes between `lowest` and LIMIT, as bytes: int8 if the limit is its, else e4m3."""
+    code = tl.minimum(tl.maximum(scaled, lowest), LIMIT)
+    return _int8_bits(code) if LIMIT == 127.0 else _e4m3_bits(code)
+
+
+@triton.jit
 def rms_norm_kernel(
     x,
     weight,
@@ -89,10 +102,9 @@ def rms_norm_kernel(
     tl.store(y + row * WIDTH + column, out, mask=inside)
     if quantized is not None:
         rounded = out.to(tl.float32)
-        amax = _larger(tl.reduce(tl.abs(rounded), 0, _larger), 2.0**-96)
-        code = tl.minimum(tl.maximum(rounded * tl.div_rn(LIMIT, amax), -LIMIT), LIMIT)
-        coded = _int8_bits(code) if LIMIT == 127.0 else _e4m3_bits(code)
-        tl.store(quantized + row * WIDTH + column, coded, mask=inside)
+        amax = magnitude(rounded)
+        codes = coded(rounded * tl.div_rn(LIMIT, amax), -LIMIT, LIMIT)
+        tl.store(quantized + row * WIDTH + column, codes, mask=inside)
         tl.store(scales + row, tl.div_rn(amax, LIMIT))
 
 
