@@ -7,10 +7,12 @@ products   weight-only layers at 1 and 16 tokens: microseconds of a product that
            graph over so many different ones that L2 does not matter).
 codes      layers whose inputs are quantised too (int8, fp8), at 64 tokens and more: the product alone, and with the
            quantisation of its input; gate and up with silu and product, out and down with the residual.
-decode     whole decode steps by `TorchEngine(kernels=True)`: `generate` of 128 tokens after 128 (as
-           benchmarks/gpu_generate.py), and steps in a loop.
+decode     whole decode steps of one row by `TorchEngine(kernels=True)`: `generate` of 128 tokens after 128 (as
+           benchmarks/gpu_generate.py), and steps in a loop; of int4 also with a launch for every product.
+batches    the same, of 64 rows.
 
-Writes gpu_quantized.json to $OUT, or beside this file in results/.
+Writes gpu_quantized.json to $OUT, or beside this file in results/: what was there of other parts stays, and the machine
+of every part is named.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from refmodels.model import Decoder  # noqa: E402
 from refmodels.quantization.formats import LinearFormat, group_formats, linear_modules  # noqa: E402
 from refmodels.quantization.linear import QuantizedLinear  # noqa: E402
 from refmodels.spec import ModelSpec  # noqa: E402
+from trt_runtime import fused  # noqa: E402
 from trt_runtime.engine import TorchEngine  # noqa: E402
 from trt_runtime.fused import Projection  # noqa: E402
 from trt_runtime.generate import GenerationConfig, generate  # noqa: E402
@@ -61,6 +64,7 @@ SHAPES = {"qkv": (12288, 4096), "out": (4096, 4096), "gate and up": (11008, 4096
 INT4, INT8 = LinearFormat(weight="int4", group=128), LinearFormat(weight="int8")
 WEIGHT_ONLY = {"int4": INT4, "int8": INT8, "fp8": LinearFormat(weight="fp8")}
 CODED = {"int8": LinearFormat(weight="int8", input="int8"), "fp8": LinearFormat(weight="fp8", input="fp8")}
+APART = "int4, head too; a launch a product"
 FEW, MANY = (1, 16), (64, 256, 1024, 4096)
 ROTATED_BYTES = 6e8
 
@@ -217,45 +221,69 @@ def _codes_only(module: Any, *, quantised: tuple[Tensor, Tensor], x: Tensor, res
 
 
 def decode(rounds: int) -> dict[str, Any]:
-    models: dict[str, tuple[Callable[[], Decoder], tuple[int, ...]]] = {
-        "fp16": (lambda: random_decoder(_plain_spec()), (1, 64)),
-        "int4": (lambda: quantized_decoder(INT4, head=False), (1,)),
-        "int4, head too": (lambda: quantized_decoder(INT4, head=True), (1, 64)),
-        "int8, head too": (lambda: quantized_decoder(INT8, head=True), (1,)),
-        "int8 inputs": (lambda: quantized_decoder(CODED["int8"], head=False), (1, 64)),
-        "fp8 inputs": (lambda: quantized_decoder(CODED["fp8"], head=False), (1, 64)),
-    }
+    return steps(
+        {
+            "fp16": lambda: random_decoder(_plain_spec()),
+            "int4": lambda: quantized_decoder(INT4, head=False),
+            "int4, head too": lambda: quantized_decoder(INT4, head=True),
+            APART: lambda: quantized_decoder(INT4, head=True),
+            "int8, head too": lambda: quantized_decoder(INT8, head=True),
+        },
+        1,
+        rounds,
+    )
+
+
+def batches(rounds: int) -> dict[str, Any]:
+    return steps(
+        {
+            "fp16": lambda: random_decoder(_plain_spec()),
+            "int4, head too": lambda: quantized_decoder(INT4, head=True),
+            "int8 inputs": lambda: quantized_decoder(CODED["int8"], head=False),
+            "fp8 inputs": lambda: quantized_decoder(CODED["fp8"], head=False),
+        },
+        64,
+        rounds,
+    )
+
+
+def steps(models: dict[str, Callable[[], Decoder]], batch: int, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, (make, batches) in models.items():
+    chain_blocks = fused.chain_blocks
+    for name, make in models.items():
         try:
+            fused.chain_blocks = _no_chains if name == APART else chain_blocks
             engine = TorchEngine(make(), kernels=True)
             free()
             held = torch.cuda.memory_allocated()
-            for batch in batches:
-                ids = torch.randint(3, 150_000, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+            ids = torch.randint(3, 150_000, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
 
-                def run(tokens: int, ids: Tensor = ids, engine: TorchEngine = engine) -> None:
-                    generate(engine, None, ids.tolist(), GenerationConfig(max_new_tokens=tokens))
+            def run(tokens: int, ids: Tensor = ids, engine: TorchEngine = engine) -> None:
+                generate(engine, None, ids.tolist(), GenerationConfig(max_new_tokens=tokens))
 
-                result = measure(run, batch, steps=STEPS, rounds=rounds)
-                result["loop"], table = decode_loop(engine, ids)
-                result |= {"held_gb": held / 1e9, "kernels": table[:8]}
-                found.setdefault(name, {})[batch] = result
-                base = found["fp16"][batch]
-                result["over_fp16"] = result["tokens_per_second"] / base["tokens_per_second"]
-                gain = base["loop"]["step_ms"] / result["loop"]["step_ms"]
-                print(
-                    f"{name:16s} batch {batch:2d}: {result['tokens_per_second']:7.1f} tok/s, "
-                    f"{result['over_fp16']:.2f} x fp16, loop {result['loop']['step_ms']:.3f} ms ({gain:.2f} x), "
-                    f"first token {result['first_token_ms']:.1f} ms, weights {held / 1e9:.2f} GB",
-                    flush=True,
-                )
+            result = measure(run, batch, steps=STEPS, rounds=rounds)
+            result["loop"], table = decode_loop(engine, ids)
+            found[name] = result | {"held_gb": held / 1e9, "kernels": table[:8]}
+            over = result["tokens_per_second"] / found["fp16"]["tokens_per_second"]
+            gain = found["fp16"]["loop"]["step_ms"] / result["loop"]["step_ms"]
+            print(
+                f"{name:32s} batch {batch:2d}: {result['tokens_per_second']:7.1f} tok/s, {over:.2f} x fp16, "
+                f"loop {result['loop']['step_ms']:.3f} ms ({gain:.2f} x), "
+                f"first token {result['first_token_ms']:.1f} ms, weights {held / 1e9:.2f} GB",
+                flush=True,
+            )
             del run, engine
         except Exception as error:
             traceback.print_exc()
             found.setdefault(name, {})["error"] = repr(error)[:300]
+        finally:
+            fused.chain_blocks = chain_blocks
         free()
     return found
+
+
+def _no_chains(decoder: Decoder) -> None:
+    """A launch for every product, as on GPUs that `kernels.quantized_chain` does not serve."""
 
 
 def _plain_spec() -> ModelSpec:
@@ -269,15 +297,19 @@ def free() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"products": None, "codes": None, "decode": None}
-    parser.add_argument("--part", choices=parts, action="append", help="repeat for several; default: all")
+    parser.add_argument(
+        "--part",
+        choices=("products", "codes", "decode", "batches"),
+        action="append",
+        help="repeat for several; default: all",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     bandwidth = read_bandwidth()
     free()
     print(f"{torch.cuda.get_device_name()}, reads {bandwidth / 1e12:.2f} TB/s", flush=True)
-    known |= {
+    machine = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -285,12 +317,13 @@ def main() -> None:
     }
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "decode": lambda: decode(arguments.rounds),
+        "batches": lambda: batches(arguments.rounds),
         "codes": codes,
         "products": lambda: products(bandwidth),
     }
     for part, run in runs.items():
         if arguments.part is None or part in arguments.part:
-            known[part] = run()
+            known[part] = {"machine": machine, "rows": run()}
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(known, indent=1) + "\n")
 

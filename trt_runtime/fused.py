@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from refmodels.model import Block, Decoder, Mlp, activate
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.taps import active_recorder
+from trt_runtime.chained import BlockChain, chain_blocks
 from trt_runtime.quantized_projection import (
     PackedLinear,
     QuantizedProjection,
@@ -82,13 +83,21 @@ def gated(x: Tensor) -> Tensor:
 
 
 class FusedBlock(nn.Module):
-    """A block of the decoder; `block` is the reference's, with `Projection`s in it."""
+    """A block of the decoder; `block` is the reference's, with `Projection`s in it.
+
+    Attributes:
+        chain: does what follows the attention, for one token; it also makes the query, key and value of the
+            `following` block (at most one), which finds them in its `qkv`.
+    """
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
         mlp = block.mlp
         self.gate_up = _both(mlp) if mlp.spec.gated and mlp.spec.activation == "silu" else None
+        self.chain: BlockChain | None = None
+        self.following: list[FusedBlock] = []
+        self.qkv: Tensor | None = None
 
     def forward(
         self,
@@ -103,8 +112,15 @@ class FusedBlock(nn.Module):
         if active_recorder() is not None:
             watched: tuple[Tensor, Tensor, Tensor] = block(x, past_key, past_value, cache_lengths, visible, *positions)
             return watched
-        qkv = _after(block.attn_norm, block.attn.qkv, x)
+        chain = self.chain if math.prod(x.shape[:-1]) == 1 else None
+        made, self.qkv = self.qkv, None
+        qkv = _after(block.attn_norm, block.attn.qkv, x) if chain is None or made is None else made
         context, key, value = block.attend(qkv, past_key, past_value, cache_lengths, visible, *positions)
+        if chain is not None:
+            x, made = chain.run(context, x)
+            for following in self.following:
+                following.qkv = made
+            return x, key, value
         x = block.attn.out(context, x)
         if self.gate_up is not None:
             act = _after(block.mlp_norm, self.gate_up, x)
@@ -149,6 +165,7 @@ def fused_decoder(decoder: Decoder) -> Decoder:
     for i, block in enumerate(fused.blocks):
         assert isinstance(block, Block)
         fused.blocks[i] = FusedBlock(block)
+    chain_blocks(fused)
     fetch_ahead([*(p for block in fused.blocks if isinstance(block, FusedBlock) for p in block.products()), fused.head])
     return fused.eval()
 

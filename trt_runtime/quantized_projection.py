@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from refmodels.model import RmsNorm
 from refmodels.quantization.linear import QuantizedLinear
 from trt_runtime.kernels.launch import Launch
+
+if TYPE_CHECKING:
+    from trt_runtime.kernels.quantized_chain import ChainRunner, Product
 
 MOST_TOKENS = 16
 """Rows of one product by `kernels.quantized_linear.gemv`."""
@@ -156,6 +159,7 @@ class QuantizedProjection(nn.Module):
     Attributes:
         packed: the packed weight of a weight-only layer on a GPU, else None.
         ahead: what `fetch_ahead` says.
+        runner: runs this layer for one token, where `kernels.quantized_chain` does (`chained.chain_blocks` says).
         processors: multiprocessors of a GPU that `kernels.quantized_gemm_hopper` serves, else 0.
     """
 
@@ -165,6 +169,7 @@ class QuantizedProjection(nn.Module):
         self.coded = linear.scale.is_cuda and _coded(linear)
         self.packed: Tensor | None = None
         self.ahead: tuple[tuple[Tensor, int], ...] = ()
+        self.runner: ChainRunner | None = None
         self.processors = 0
         both = _both if up is not None else _one
         if isinstance(linear, PackedLinear):
@@ -191,8 +196,12 @@ class QuantizedProjection(nn.Module):
         return y if residual is None else residual + y
 
     def after(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """forward(norm(x)); where the norm's kernel can quantise what it makes, it does."""
+        """forward(norm(x)), in one kernel where there is one; or the norm's kernel quantises what it makes."""
         form = self.linear.format
+        if self.runner is not None and math.prod(x.shape[:-1]) == 1 and isinstance(norm, RmsNorm):
+            out = x.new_empty(*x.shape[:-1], self.linear.out_features)
+            self.runner.run([self.product(input=x.contiguous(), norm=norm, out=out)])
+            return out
         plain = form.input_scale == "token" and not form.pre_quant_scale
         if not self.coded or form.input is None or not plain or not isinstance(norm, RmsNorm):
             y: Tensor = self(norm(x))
@@ -221,6 +230,9 @@ class QuantizedProjection(nn.Module):
         from trt_runtime.kernels.torch_host import execute
 
         out = x.new_empty(*x.shape[:-1], self.linear.out_features)
+        if rows == 1 and self.runner is not None:
+            self.runner.run([self.product(input=x.contiguous(), residual=residual, out=out)])
+            return out
         ordered = self._ordered(x).contiguous().view(rows, -1)
         onto = None if residual is None else residual.contiguous().view(rows, -1)
         for start in range(0, rows, MOST_TOKENS):
@@ -237,6 +249,45 @@ class QuantizedProjection(nn.Module):
             )
             execute([launch])
         return out
+
+    @property
+    def chainable(self) -> bool:
+        """Whether `kernels.quantized_chain` serves this layer."""
+        from trt_runtime.kernels import quantized_chain
+
+        linear, form = self.linear, self.linear.format
+        plain = form.weight == "int4" and not form.reordered and not form.pre_quant_scale and linear.zero is None
+        half = self.packed is not None and linear.scale.dtype == torch.float16
+        sizes = {"rows": linear.out_features, "columns": linear.in_features}
+        served = quantized_chain.serves(**sizes, group=form.group)
+        return plain and half and served and quantized_chain.on(linear.scale.device)
+
+    def product(
+        self,
+        *,
+        input: Tensor | None = None,
+        norm: RmsNorm | None = None,
+        residual: Tensor | int | None = None,
+        out: Tensor | None = None,
+    ) -> Product:
+        """This layer in a chain; arguments as `kernels.quantized_chain.Product`."""
+        from trt_runtime.kernels.quantized_chain import Product
+
+        assert self.packed is not None
+        return Product(
+            rows=self.linear.out_features,
+            columns=self.linear.in_features,
+            weight=self.packed,
+            scale=self.tiles,
+            input=input,
+            norm=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else norm.norm.eps,
+            weight_in_float=norm is not None and norm.norm.weight_in_float,
+            bias=self.bias,
+            residual=residual,
+            gated=self.up is not None,
+            out=out,
+        )
 
     def _quantized(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Codes of x and their scales, one a token or the layer's own."""

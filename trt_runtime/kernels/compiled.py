@@ -27,6 +27,7 @@ from refmodels.errors import LogitLockError
 from refmodels.records import read_record
 from refmodels.spec import ModelSpec
 from trt_runtime.kernels import attention, rms_norm
+from trt_runtime.kernels.driver import load_function, start
 from trt_runtime.kernels.launch import AttentionShape, ElementType, Launch, NormShape
 
 CAPABILITIES = (80, 89, 90, 120)
@@ -362,7 +363,10 @@ class KernelLauncher:
     def __init__(self, target: Target, images: Mapping[str, bytes]) -> None:
         self.capability = target.capability
         self._kernels = {k.key: k for k in target.kernels}
-        self._functions = {key: _load(self._kernels[key], image) for key, image in images.items()}
+        self._functions = {
+            key: load_function(image, self._kernels[key].entry, self._kernels[key].shared)
+            for key, image in images.items()
+        }
 
     def rms_norm(
         self,
@@ -430,20 +434,7 @@ class KernelLauncher:
             _launch(launch, self._kernels[key], self._functions[key], stream)
 
 
-def _load(kernel: Kernel, image: bytes) -> Any:
-    """The CUfunction of an image, allowed its shared memory.  Its module stays loaded as long as the context."""
-    from cuda.bindings import driver
-
-    module = _checked(driver.cuModuleLoadData(image), f"loading the kernel {kernel.entry}")
-    function = _checked(driver.cuModuleGetFunction(module, kernel.entry.encode()), f"finding {kernel.entry}")
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(function, attribute, kernel.shared), f"shared memory of {kernel.entry}")
-    return function
-
-
 def _launch(launch: Launch, kernel: Kernel, function: Any, stream: int) -> None:
-    from cuda.bindings import driver
-
     values: list[Any] = []
     kinds: list[Any] = []
     for name, kind in _argument_types(launch).items():
@@ -458,26 +449,13 @@ def _launch(launch: Launch, kernel: Kernel, function: Any, stream: int) -> None:
         kinds.append(ctypes.c_void_p if kind.startswith("*") else ctypes.c_float if kind == "fp32" else ctypes.c_int32)
     values += [0] * kernel.scratch
     kinds += [ctypes.c_void_p] * kernel.scratch
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
-    config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
-    config.sharedMemBytes = kernel.shared
-    config.hStream = driver.CUstream(stream)
-    if kernel.overlap:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs = [attribute]
-        config.numAttrs = 1
-    _checked(driver.cuLaunchKernelEx(config, function, (tuple(values), tuple(kinds)), 0), f"launching {kernel.entry}")
-
-
-def _checked(result: tuple[Any, ...], what: str) -> Any:
-    """The value beside a CUDA driver call's return code."""
-    from cuda.bindings import driver
-
-    code = result[0]
-    if code != driver.CUresult.CUDA_SUCCESS:
-        name = driver.cuGetErrorName(code)[1]
-        raise LogitLockError(f"{what}: CUDA error {name.decode() if isinstance(name, bytes) else code}")
-    return result[1] if len(result) > 1 else None
+    start(
+        function,
+        kernel.entry,
+        (tuple(values), tuple(kinds)),
+        grid=launch.grid,
+        threads=kernel.threads,
+        shared=kernel.shared,
+        stream=stream,
+        overlap=kernel.overlap,
+    )

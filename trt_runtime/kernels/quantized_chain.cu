@@ -1,0 +1,459 @@
+// Products with int4 weights that follow one another, for one token, in one launch.  quantized_chain.py says how it is
+// launched and packing.py how the codes lie.
+//
+// A block has one multiprocessor to itself.  One warp does nothing but have weights brought into a ring of shared
+// memory, product after product: nobody writes weights, so it waits for nothing but room.  The other warps multiply.
+// Between two products every block needs the results of all others; meanwhile the ring fills, so that the memory does
+// not stand still.  Results travel in words of two numbers and a tag that says of which launch they are: who reads them
+// sees by the tag whether they are there, and nobody has to wait until what he wrote is visible to all.
+//
+// The matrix units multiply bytes.  The numbers of a group of the input become integers below 2^30, times one power of
+// two, and those four bytes with signs: the four are columns of one operand.  The codes, as numbers 0..15 and 16 times
+// 0..15 where they are in their bytes, are the other.  So the sum of a group is exact, up to what an input has below
+// 2^-30 of the group's largest.
+//
+// An input with a norm is taken as a whole, another panel by panel: when the first of `down`'s columns are multiplied,
+// the last of them need not have been made.
+//
+// Defined by the host: SHARED_BYTES.
+
+#include "hopper.cuh"
+
+struct Product {
+    const uint4* weight;    // [tiles, units, 32]: 16 rows by 64 columns a unit; if gated, tiles of `up` after `gate`'s
+    const uint4* scale;     // fp16 [tiles, groups, 16]
+    const u64* input;       // fp16 [columns]; or null: the results of the product before
+    const u64* norm;        // fp16 [columns]: RMSNorm's weight; or null
+    const u16* bias;        // fp16 [rows], if gated [2 * rows]; or null
+    const u16* residual;    // fp16 [rows]; or null
+    const u64* earlier;     // residual among the results of an earlier product; or null
+    u64* results;           // [rows / 2]: for later products of this launch; or null
+    u16* out;               // fp16 [rows]; or null
+    int rows, columns;
+    int first;              // the block that has the first tile
+    int gated;
+    int weight_in_float;
+    float eps;
+};
+
+// Memory that a later launch reads, and how much of it each block has brought into L2: multiples of 16 bytes.
+struct Ahead {
+    const unsigned char* memory;
+    u32 bytes, share;
+};
+
+struct Chain {
+    Product products[4];
+    Ahead ahead[4];
+    u32* counters;          // launches, and blocks that have ended: two that start as zero
+    int count;
+};
+
+constexpr int WARPS = 16, THREADS = 32 * WARPS;
+constexpr int GROUP = 128, TILE = 16, UNIT = 64;
+constexpr int STAGE_GROUPS = WARPS, PANEL = 2 * STAGE_GROUPS;
+constexpr int GROUP_BYTES = GROUP * TILE / 2, SCALE_BYTES = 2 * TILE;
+constexpr int CODE_BYTES = STAGE_GROUPS * GROUP_BYTES, STAGE_BYTES = CODE_BYTES + STAGE_GROUPS * SCALE_BYTES;
+constexpr int COLUMNS = 2 * PANEL * GROUP;  // of digits that there is room for
+constexpr int STAGES = 10;
+// Stages that are asked for and not yet there.  More would keep the memory no busier, but the results waiting.
+constexpr int UNDER_WAY = 2;
+// Tiles whose sums wait to be added up.
+constexpr int SLOTS = 6;
+
+struct Memory {
+    uint4 ring[STAGES][STAGE_BYTES / 16];
+    uint4 digits[COLUMNS / UNIT][4][4];     // [unit, digit, run of 16 columns]
+    float factors[COLUMNS / GROUP];
+    float parts[2][SLOTS][TILE][WARPS + 1];
+    alignas(16) float squares[WARPS];
+    u64 full[STAGES], empty[STAGES];
+};
+
+static_assert(sizeof(Memory) == SHARED_BYTES, "the host asks for another size");
+
+__device__ __forceinline__ void join() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+// Four results, if they are there.
+__device__ __forceinline__ bool load_results(u64& four, const u64* p, u32 tag) {
+    ulonglong2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory");
+    four = (u32)v.x | v.y << 32;
+    return (u32)(v.x >> 32) == tag && (u32)(v.y >> 32) == tag;
+}
+
+// d = c + codes in one half of the bytes (the low or the high nibbles) * digits
+__device__ __forceinline__ void multiply(int (&d)[4], uint4 a, u32 mask, u32 b0, u32 b1, const int (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a.x & mask), "r"(a.y & mask), "r"(a.z & mask), "r"(a.w & mask), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]),
+          "r"(c[2]), "r"(c[3]));
+}
+
+// d += number * digits, the number in every byte of `a`
+__device__ __forceinline__ void multiply(int (&d)[4], u32 a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %6}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a), "r"(b0), "r"(b1));
+}
+
+// What a thread keeps of a group of the input: digits of its columns, and what takes the 8 off the codes.  Four columns
+// of the matrix units' result are sums of the codes in low nibbles, four of those in high ones: so each thread has
+// digits for one of the two, and zeros for the other.
+struct Group {
+    uint4 low, high;
+    int minus_8[4];
+    float factor;
+};
+
+__device__ __forceinline__ void take(Group& group, const Memory& memory, int g, bool inside, int lane) {
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    uint4 a = none, b = none;
+    group.factor = 0;
+    if (inside) {
+        a = memory.digits[2 * g][lane / 4 % 4][lane % 4], b = memory.digits[2 * g + 1][lane / 4 % 4][lane % 4];
+        group.factor = memory.factors[g];
+    }
+    group.low = lane < 16 ? make_uint4(a.x, a.y, b.x, b.y) : none;
+    group.high = lane < 16 ? none : make_uint4(a.z, a.w, b.z, b.w);
+    int d[4] = {0, 0, 0, 0};
+    multiply(d, 0xf8f8f8f8, group.low.x, group.low.y);
+    multiply(d, 0xf8f8f8f8, group.low.z, group.low.w);
+    multiply(d, 0x80808080, group.high.x, group.high.y);
+    multiply(d, 0x80808080, group.high.z, group.high.w);
+    for (int j = 0; j < 4; j++) group.minus_8[j] = d[j];
+}
+
+// Two groups' sums of this thread's two rows and two digits.
+__device__ __forceinline__ void add(
+    float (&sums)[4], const Group& g, uint4 a0, uint4 a1, u32 a_scale, const Group& h, uint4 b0, uint4 b1, u32 b_scale
+) {
+    const u32 low = 0x0f0f0f0f, high = 0xf0f0f0f0;
+    int d[4], e[4];
+    multiply(d, a0, low, g.low.x, g.low.y, g.minus_8);
+    multiply(e, b0, low, h.low.x, h.low.y, h.minus_8);
+    multiply(d, a0, high, g.high.x, g.high.y, d);
+    multiply(e, b0, high, h.high.x, h.high.y, e);
+    multiply(d, a1, low, g.low.z, g.low.w, d);
+    multiply(e, b1, low, h.low.z, h.low.w, e);
+    multiply(d, a1, high, g.high.z, g.high.w, d);
+    multiply(e, b1, high, h.high.z, h.high.w, e);
+    float g_upper = number(a_scale & 0xffff) * g.factor, g_lower = number(a_scale >> 16) * g.factor;
+    float h_upper = number(b_scale & 0xffff) * h.factor, h_lower = number(b_scale >> 16) * h.factor;
+    sums[0] = g_upper * (float)d[0], sums[1] = g_upper * (float)d[1];
+    sums[2] = g_lower * (float)d[2], sums[3] = g_lower * (float)d[3];
+    sums[0] += h_upper * (float)e[0], sums[1] += h_upper * (float)e[1];
+    sums[2] += h_lower * (float)e[2], sums[3] += h_lower * (float)e[3];
+}
+
+// The tiles of a product that this block has are taken some at a time, those panel of columns by panel.  Of gate and up
+// fewer, so that results are there early.
+struct Work {
+    int tiles, groups, start, batch;
+    __device__ Work(const Product& p)
+        : tiles((p.rows + TILE - 1) / TILE), groups(p.columns / GROUP),
+          start((int)blockIdx.x - p.first + ((int)blockIdx.x < p.first ? gridDim.x : 0)), batch(p.gated ? 2 : SLOTS) {}
+    __device__ int count(int base) const { return min(batch, (tiles - base + (int)gridDim.x - 1) / (int)gridDim.x); }
+};
+
+__device__ void bring_weights(const Chain& chain, u32 ring, u32 full, u32 empty) {
+    int stage = 0, parity = 1, landed = 0, landed_parity = 0, issued = 0;
+#pragma unroll 1
+    for (int i = 0; i < chain.count; i++) {
+        const Product& p = chain.products[i];
+        const Work work(p);
+        const uint4 *weight = p.weight, *scale = p.scale;
+        const int gated = p.gated;
+#pragma unroll 1
+        for (int base = work.start; base < work.tiles; base += work.batch * gridDim.x) {
+            const int slots = work.count(base) << gated;
+#pragma unroll 1
+            for (int panel = 0; panel < work.groups; panel += PANEL)
+#pragma unroll 1
+                for (int j = 0; j < slots; j++) {
+                    int tile = base + (j >> gated) * gridDim.x + (gated & j) * work.tiles;
+                    size_t at = (size_t)tile * work.groups + panel;
+#pragma unroll
+                    for (int k = 0; k < 2; k++) {
+                        int some = min(STAGE_GROUPS, work.groups - panel - k * STAGE_GROUPS);
+                        if (issued < UNDER_WAY)
+                            issued++;
+                        else {
+                            wait(full + 8 * landed, landed_parity);
+                            if (++landed == STAGES) landed = 0, landed_parity ^= 1;
+                        }
+                        u32 barrier = full + 8 * stage, room = ring + STAGE_BYTES * stage;
+                        wait(empty + 8 * stage, parity);
+                        if (some > 0) {
+                            expect(barrier, some * (GROUP_BYTES + SCALE_BYTES));
+                            fetch(room, weight + at * (GROUP_BYTES / 16), some * GROUP_BYTES, barrier);
+                            fetch(room + CODE_BYTES, scale + at * (SCALE_BYTES / 16), some * SCALE_BYTES, barrier);
+                        } else
+                            arrive(barrier);
+                        at += STAGE_GROUPS;
+                        if (++stage == STAGES) stage = 0, parity ^= 1;
+                    }
+                }
+        }
+    }
+    // Not before the last weights are there, which others wait for.
+    for (; issued > 0; issued--) {
+        wait(full + 8 * landed, landed_parity);
+        if (++landed == STAGES) landed = 0, landed_parity ^= 1;
+    }
+    for (int j = 0; j < 4; j++) {
+        const Ahead& ahead = chain.ahead[j];
+        u32 start = min(blockIdx.x * ahead.share, ahead.bytes), size = min(ahead.bytes - start, ahead.share);
+        if (size) fetch_into_l2(ahead.memory + start, size);
+    }
+}
+
+// Keeps eight columns of the input, four and the four that are eight further on, as digits.
+__device__ __forceinline__ void keep(Memory& memory, int i, bool inside, const u64 (&v)[2]) {
+    u32 words[4] = {(u32)v[0], (u32)(v[0] >> 32), (u32)v[1], (u32)(v[1] >> 32)};
+    u32 most = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) asm("max.u16x2 %0, %0, %1;" : "+r"(most) : "r"(words[j] & 0x7fff7fff));
+#pragma unroll
+    for (int d = 8; d; d /= 2) {
+        u32 other = __shfl_xor_sync(0xffffffff, most, d);
+        asm("max.u16x2 %0, %0, %1;" : "+r"(most) : "r"(other));
+    }
+    if (!inside) return;
+    most = max(most & 0xffff, most >> 16);
+    int exponent = max((int)(most >> 10), 1), shift = 44 - exponent;
+    float up = __int_as_float((shift + 127) << 23);
+    u32 x[8];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float2 a = pair(words[j]);
+        // Bytes with signs: what a byte is too large by, the next has more.
+        x[2 * j] = ((u32)__float2int_rn(a.x * up) + 0x00808080) ^ 0x00808080;
+        x[2 * j + 1] = ((u32)__float2int_rn(a.y * up) + 0x00808080) ^ 0x00808080;
+    }
+    int unit = i / 8, run = i / 2 % 4, part = i % 2;
+    u32 words_out[4][2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        // Columns c, c + 8, c + 1, c + 9 of every digit.
+        u32 a = __byte_perm(x[2 * j], x[4 + 2 * j], 0x5140), b = __byte_perm(x[2 * j + 1], x[5 + 2 * j], 0x5140);
+        u32 c = __byte_perm(x[2 * j], x[4 + 2 * j], 0x7362), d = __byte_perm(x[2 * j + 1], x[5 + 2 * j], 0x7362);
+        words_out[0][j] = __byte_perm(a, b, 0x5410), words_out[1][j] = __byte_perm(a, b, 0x7632);
+        words_out[2][j] = __byte_perm(c, d, 0x5410), words_out[3][j] = __byte_perm(c, d, 0x7632);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+        reinterpret_cast<uint2*>(&memory.digits[unit][n][run])[part] = make_uint2(words_out[n][0], words_out[n][1]);
+    // Infinity and NaN have no digits: all sums become NaN.
+    if (i % 16 == 0)
+        memory.factors[i / 16] = most >= 0x7c00 ? __int_as_float(0x7fffffff) : __int_as_float((127 - shift) << 23);
+}
+
+__device__ __forceinline__ u32 normed(u32 v, u32 weight, float factor, int weight_in_float) {
+    float2 a = pair(v);
+    if (weight_in_float) {
+        float2 w = pair(weight);
+        return halves(a.x * factor * w.x, a.y * factor * w.y);
+    }
+    u32 y;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(halves(a.x * factor, a.y * factor)), "r"(weight));
+    return y;
+}
+
+__device__ __forceinline__ u64 normed(u64 v, u64 weight, float factor, int weight_in_float) {
+    return normed((u32)v, (u32)weight, factor, weight_in_float) |
+        (u64)normed((u32)(v >> 32), (u32)(weight >> 32), factor, weight_in_float) << 32;
+}
+
+__device__ __forceinline__ float squares_of(u64 v) {
+    float2 a = pair((u32)v), b = pair((u32)(v >> 32));
+    return (a.x * a.x + a.y * a.y) + (b.x * b.x + b.y * b.y);
+}
+
+// The first of the i-th eight columns, in fours.
+__device__ __forceinline__ int four_of(int i) { return i / 2 * 4 + i % 2; }
+
+// Loads the i-th eight columns of the input, once they are there.
+__device__ __forceinline__ bool load_eight(u64 (&v)[2], const Product& p, const u64* results, int i, u32 tag) {
+    if (p.input) {
+        v[0] = load(p.input + four_of(i)), v[1] = load(p.input + four_of(i) + 2);
+        return true;
+    }
+    bool first = load_results(v[0], results + 2 * four_of(i), tag);
+    return load_results(v[1], results + 2 * four_of(i) + 4, tag) && first;
+}
+
+// A panel of the input, into one half of the room for digits.
+__device__ void take_panel(
+    const Product& p, const u64* results, Memory& memory, int panel, int half, int thread, u32 tag
+) {
+    const bool inside = thread < (p.columns / GROUP - panel) * (GROUP / 8);
+    u64 v[2] = {0, 0};
+    while (inside && !load_eight(v, p, results, panel * (GROUP / 8) + thread, tag));
+    keep(memory, half * THREADS + thread, inside, v);
+}
+
+// The whole input of a product after its norm, ROUNDS times eight columns a thread.
+template <int ROUNDS>
+__device__ void take_normed(const Product& p, const u64* results, Memory& memory, int thread, u32 tag) {
+    const int count = p.columns / 8;
+    u64 weight[ROUNDS][2], v[ROUNDS][2];
+#pragma unroll
+    for (int j = 0; j < ROUNDS; j++) {
+        int i = thread + j * THREADS;
+        weight[j][0] = weight[j][1] = v[j][0] = v[j][1] = 0;
+        if (i < count) weight[j][0] = p.norm[four_of(i)], weight[j][1] = p.norm[four_of(i) + 2];
+    }
+    float squares = 0;
+#pragma unroll
+    for (int j = 0; j < ROUNDS; j++) {
+        int i = thread + j * THREADS;
+        while (i < count && !load_eight(v[j], p, results, i, tag));
+        squares += squares_of(v[j][0]) + squares_of(v[j][1]);
+    }
+#pragma unroll
+    for (int d = 16; d; d /= 2) squares += __shfl_xor_sync(0xffffffff, squares, d);
+    if (thread % 32 == 0) memory.squares[thread / 32] = squares;
+    join();
+    const float4* shares = reinterpret_cast<const float4*>(memory.squares);
+    squares = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS / 4; w++) squares += (shares[w].x + shares[w].y) + (shares[w].z + shares[w].w);
+    const float factor = rsqrtf(squares * (1.0f / p.columns) + p.eps);
+#pragma unroll
+    for (int j = 0; j < ROUNDS; j++) {
+        int i = thread + j * THREADS;
+        v[j][0] = normed(v[j][0], weight[j][0], factor, p.weight_in_float);
+        v[j][1] = normed(v[j][1], weight[j][1], factor, p.weight_in_float);
+        keep(memory, i, i < count, v[j]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) quantized_chain(const __grid_constant__ Chain chain) {
+    extern __shared__ __align__(128) unsigned char raw[];
+    Memory& memory = *reinterpret_cast<Memory*>(raw);
+    u32 ring = shared_address(memory.ring), full = shared_address(memory.full), empty = shared_address(memory.empty);
+    // Opaque to the compiler, which would make them again from a special register wherever they are used.
+    asm volatile("mov.u32 %0, %0; mov.u32 %1, %1; mov.u32 %2, %2;" : "+r"(ring), "+r"(full), "+r"(empty));
+    int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    if (thread == THREADS) {
+        for (int s = 0; s < STAGES; s++) {
+            initialise(full + 8 * s, 1);
+            initialise(empty + 8 * s, WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    launch_dependents();
+    if (warp == WARPS) {
+        // The others see the barriers when they come to where they first join.
+        __syncwarp();
+        asm volatile("bar.arrive 2, %0;" ::"n"(THREADS + 32) : "memory");
+        if (lane == 0) bring_weights(chain, ring, full, empty);
+        return;
+    }
+    asm volatile("bar.sync 2, %0;" ::"n"(THREADS + 32) : "memory");
+    wait_for_launch_before();
+    const u32 tag = load(chain.counters) + 1;
+    int stage = 0, parity = 0, half_taken = 0, turn = 0;
+    const u32 my_words = ring + lane * 16, my_scale = ring + CODE_BYTES + lane / 4 * 4;
+    // A thread's columns of the sums: two digits; of codes in high nibbles, 16 times as large, in the last two of four.
+    const float weight_0 = lane % 4 == 0 ? 1 : lane % 4 == 1 ? 0x1p16f : lane % 4 == 2 ? 0x1p-4f : 0x1p12f;
+    const bool odd = lane % 2;
+    // Which of a tile's sums this thread keeps, if it is one of the first two of four.
+    const u32 my_part = shared_address(&memory.parts[0][0][lane / 4 + 8 * (lane % 2)][warp]);
+    const u64* results = nullptr;
+#pragma unroll 1
+    for (int i = 0; i < chain.count; i++) {
+        const Product& p = chain.products[i];
+        const Work work(p);
+        const int gated = p.gated;
+        if (p.norm) {
+            if (p.columns <= 8 * THREADS)
+                take_normed<1>(p, results, memory, thread, tag);
+            else
+                take_normed<2>(p, results, memory, thread, tag);
+            join();
+        }
+#pragma unroll 1
+        for (int base = work.start; base < work.tiles; base += work.batch * gridDim.x) {
+            const int count = work.count(base), slots = count << gated;
+            // Two threads (of gate and up, four) have a row of the results.  What is added to it is asked for early.
+            const int item = thread / 2 >> gated, slot = gated ? item / TILE * 2 + thread / 2 % 2 : item / TILE;
+            const int row = (base + item / TILE * (int)gridDim.x) * TILE + item % TILE;
+            const bool owner = item < count * TILE && row < p.rows;
+            u16 bias = 0, residual = 0;
+            if (owner && p.bias) bias = load(p.bias + (gated & thread / 2) * p.rows + row);
+            if (owner && p.residual) residual = load(p.residual + row);
+            if (owner && p.earlier) residual = load(reinterpret_cast<const u16*>(p.earlier + row / 2) + row % 2);
+#pragma unroll 1
+            for (int panel = 0; panel < work.groups; panel += PANEL) {
+                int there = panel;
+                if (!p.norm) {
+                    take_panel(p, results, memory, panel, half_taken, thread, tag);
+                    join();
+                    there = half_taken * PANEL, half_taken ^= 1;
+                }
+                Group first, second;
+                take(first, memory, there + warp, panel + warp < work.groups, lane);
+                take(second, memory, there + warp + WARPS, panel + warp + WARPS < work.groups, lane);
+                // Where there is nothing for this warp: the panel's first group, which is there, times nothing.
+                const int a = panel + warp < work.groups ? warp : 0, b = panel + warp + WARPS < work.groups ? warp : 0;
+                const u32 b_stage = panel + warp + WARPS < work.groups ? STAGE_BYTES : 0;
+                const u32 a_words = my_words + a * GROUP_BYTES, b_words = my_words + b_stage + b * GROUP_BYTES;
+                const u32 a_scales = my_scale + a * SCALE_BYTES, b_scales = my_scale + b_stage + b * SCALE_BYTES;
+                u32 part = my_part + turn * (u32)sizeof(memory.parts[0]);
+#pragma unroll 1
+                for (int s = slots; s > 0; s--) {
+                    const u32 here = stage * STAGE_BYTES;
+                    wait_for_both(full + 8 * stage, parity);
+                    uint4 a0 = load_shared(a_words + here), a1 = load_shared(a_words + here + GROUP_BYTES / 2);
+                    uint4 b0 = load_shared(b_words + here), b1 = load_shared(b_words + here + GROUP_BYTES / 2);
+                    u32 a_scale = load_shared_word(a_scales + here), b_scale = load_shared_word(b_scales + here);
+                    // The warp has what it needs: its threads read in one instruction.
+                    if (lane == 0) arrive(empty + 8 * stage), arrive(empty + 8 * stage + 8);
+                    stage += 2;
+                    if (stage == STAGES) stage = 0, parity ^= 1;
+                    float sums[4] = {0, 0, 0, 0};
+                    add(sums, first, a0, a1, a_scale, second, b0, b1, b_scale);
+                    float upper = sums[0] + sums[1] * 256, lower = sums[2] + sums[3] * 256;
+                    float y = (odd ? lower : upper) * weight_0, other = (odd ? upper : lower) * weight_0;
+                    // Its neighbour has the same rows and other digits.
+                    y += __shfl_xor_sync(0xffffffff, other, 1);
+                    y += __shfl_xor_sync(0xffffffff, y, 2);
+                    if (lane % 4 < 2) {
+                        if (panel) y += __uint_as_float(load_shared_word(part));
+                        store_shared(part, y);
+                    }
+                    part += TILE * (WARPS + 1) * 4;
+                }
+            }
+            join();
+            if (warp * 16 >> gated < count * TILE) {
+                float y = 0;
+                const float* parts = &memory.parts[turn][slot][item % TILE][thread % 2 * (WARPS / 2)];
+#pragma unroll
+                for (int w = 0; w < WARPS / 2; w++) y += parts[w];
+                y += __shfl_xor_sync(0xffffffff, y, 1);
+                y += number(bias);
+                if (gated) {
+                    float up = __shfl_xor_sync(0xffffffff, y, 2);
+                    y = rounded(y);
+                    y = rounded(y / (1.0f + __expf(-y))) * rounded(up);
+                }
+                if (p.residual || p.earlier) y = rounded(y) + number(residual);
+                u32 bits = half(y), next = __shfl_down_sync(0xffffffff, bits, 2 << gated);
+                if (owner && thread % (2 << gated) == 0) {
+                    if (p.out) p.out[row] = (u16)bits;
+                    u64 word = bits | next << 16 | (u64)tag << 32;
+                    if (p.results && row % 2 == 0) store(p.results + row / 2, word);
+                }
+            }
+            turn ^= 1;
+        }
+        results = p.results;
+    }
+    // The last block to come here makes the next tag: nobody reads this one any more.
+    if (thread == 0 && count_up(chain.counters + 1, gridDim.x - 1) == gridDim.x - 1) chain.counters[0] = tag;
+}

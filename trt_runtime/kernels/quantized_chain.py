@@ -1,0 +1,206 @@
+"""Products with int4 weights that follow one another, for one token, as one launch; the kernel is quantized_chain.cu.
+
+Of a decoder block: the attention's output projection, gate and up, down, and the next block's query, key and value,
+with the norms between and the residuals.  As launches of their own each of them begins with an empty pipeline and ends
+with a drained one, which at int4 takes as long as reading the weights does.  Here one block on every multiprocessor
+stays from the first product to the last, and weights keep coming in while the results of a product go round.
+
+CUDA C++, because Triton has no way to say what it rests on: a warp of its own that brings in memory, barriers of some
+of the warps, and words that are read until their tag is right.  NVRTC, which comes with torch, compiles it when it is
+first used.  It is launched with programmatic dependent launch: it asks for its first weights before the kernel ahead
+has ended.
+
+All blocks must be on the GPU at once, or they would wait for each other for ever: the launch is cooperative.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refmodels.errors import LogitLockError
+from trt_runtime.kernels.driver import load_function, start
+
+GROUP = 128
+"""Columns that share a scale."""
+MAX_NORM_COLUMNS = 8192
+MAX_PRODUCTS = 4
+MAX_AHEAD = 4
+
+_TILE = 16
+_THREADS = 32 * (16 + 1)
+_SHARED = 215_264
+"""Bytes: the size of the structure Memory in quantized_chain.cu."""
+_SOURCE = Path(__file__).with_suffix(".cu")
+_ENTRY = "quantized_chain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """out = residual + (norm(input) @ weight.T + bias), or with `gated` silu of its first half times its second half.
+
+    Attributes:
+        rows, columns: of the weight (of one of both halves, if gated); columns a multiple of `GROUP`, rows of 16.
+        weight: int32, from `packing.pack`; scale: fp16, from `packing.by_tile`.
+        input: fp16 [columns]; None: the results of the product before.
+        norm: RMSNorm's weight, fp16 [columns], or None; at most `MAX_NORM_COLUMNS`.
+        eps, weight_in_float: of the norm, as `refmodels.ops.fused_rms_norm`.
+        bias: fp16 [rows], if gated [2 * rows], or None.
+        residual: fp16 [rows], or the number of an earlier product of the chain whose results it is, or None.
+        out: fp16 [rows], written; None: only later products of the chain want the results.
+    """
+
+    rows: int
+    columns: int
+    weight: Tensor
+    scale: Tensor
+    input: Tensor | None = None
+    norm: Tensor | None = None
+    eps: float = 0.0
+    weight_in_float: bool = False
+    bias: Tensor | None = None
+    residual: Tensor | int | None = None
+    gated: bool = False
+    out: Tensor | None = None
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "input", "norm", "bias", "residual", "earlier")),
+        *((name, ctypes.c_void_p) for name in ("results", "out")),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "first", "gated", "weight_in_float")),
+        ("eps", ctypes.c_float),
+    )
+
+
+class _Ahead(ctypes.Structure):
+    _fields_ = (("memory", ctypes.c_void_p), ("bytes", ctypes.c_uint32), ("share", ctypes.c_uint32))
+
+
+class _Chain(ctypes.Structure):
+    _fields_ = (
+        ("products", _Product * MAX_PRODUCTS),
+        ("ahead", _Ahead * MAX_AHEAD),
+        ("counters", ctypes.c_void_p),
+        ("count", ctypes.c_int32),
+    )
+
+
+def on(device: torch.device) -> bool:
+    """Whether the kernel runs on a device: compute capability 9.0, and cuda.bindings, as beside torch for CUDA 13."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+
+
+def serves(*, rows: int, columns: int, group: int | None) -> bool:
+    """Whether the kernel takes an int4 weight of these sizes, without zeros, with scales in fp16."""
+    return group == GROUP and columns % GROUP == 0 and rows % _TILE == 0
+
+
+class ChainRunner:
+    """Runs chains whose products have at most `rows` rows, one after another, on one GPU of compute capability 9.0."""
+
+    def __init__(self, *, rows: int, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self._blocks = properties.multi_processor_count
+        with torch.cuda.device(device):
+            self._function = _function(torch.cuda.current_device())
+        # Rows of them begin at multiples of 16 bytes.
+        self._results = torch.zeros(MAX_PRODUCTS, -(-rows // 4) * 2, dtype=torch.int64, device=device)
+        self._counters = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def run(self, products: Sequence[Product], ahead: Sequence[Tensor] = ()) -> None:
+        """Launch on the current stream; waits for nothing, so a CUDA graph can be captured around it.
+
+        Args:
+            products: one after another, at most `MAX_PRODUCTS`.
+            ahead: contiguous weights that later launches read first, at most `MAX_AHEAD`: they are brought into L2
+                once the last of this chain's are there, while whatever lies between the launches runs.
+        """
+        chain = _Chain(counters=self._counters.data_ptr(), count=len(products))
+        first = 0
+        for i, product in enumerate(products):
+            chain.products[i] = self._described(product, first, self._results[i] if i + 1 < len(products) else None)
+            # Dealt out in turn, so that every multiprocessor has as much to read as any other.
+            first = (first + product.rows // _TILE) % self._blocks
+        for j, memory in enumerate(ahead):
+            share = -(-memory.nbytes // (16 * self._blocks)) * 16
+            chain.ahead[j] = _Ahead(memory=memory.data_ptr(), bytes=memory.nbytes, share=share)
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(chain))
+        start(
+            self._function,
+            _ENTRY,
+            ctypes.addressof(arguments),
+            grid=(self._blocks, 1, 1),
+            threads=_THREADS,
+            shared=_SHARED,
+            stream=torch.cuda.current_stream(self._counters.device).cuda_stream,
+            overlap=True,
+            cooperative=True,
+        )
+
+    def _described(self, product: Product, first: int, results: Tensor | None) -> _Product:
+        residual = product.residual
+        earlier = self._results[residual] if isinstance(residual, int) else None
+        return _Product(
+            weight=product.weight.data_ptr(),
+            scale=product.scale.data_ptr(),
+            input=_address(product.input),
+            norm=_address(product.norm),
+            bias=_address(product.bias),
+            residual=None if isinstance(residual, int) else _address(residual),
+            earlier=_address(earlier),
+            results=_address(results),
+            out=_address(product.out),
+            rows=product.rows,
+            columns=product.columns,
+            first=first,
+            gated=product.gated,
+            weight_in_float=product.weight_in_float,
+            eps=product.eps,
+        )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _function(device: int) -> Any:
+    """The CUfunction, for the device that is current."""
+    return load_function(compiled(), _ENTRY, _SHARED)
+
+
+def compiled() -> bytes:
+    """The cubin for compute capability 9.0; needs NVRTC, but no GPU.
+
+    Raises:
+        LogitLockError: NVRTC refuses the source.
+    """
+    from cuda.bindings import nvrtc
+
+    def done(result: tuple[Any, ...]) -> Any:
+        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise LogitLockError(f"NVRTC cannot compile {_SOURCE.name}: {log.decode().strip()}")
+        return result[1] if len(result) > 1 else None
+
+    header = _SOURCE.with_name("hopper.cuh")
+    sources = (_SOURCE.read_bytes(), _SOURCE.name.encode(), 1, [header.read_bytes()], [header.name.encode()])
+    program = nvrtc.nvrtcCreateProgram(*sources)[1]
+    options = [b"--gpu-architecture=sm_90a", f"-DSHARED_BYTES={_SHARED}".encode()]
+    done(nvrtc.nvrtcCompileProgram(program, len(options), options))
+    cubin = bytearray(done(nvrtc.nvrtcGetCUBINSize(program)))
+    done(nvrtc.nvrtcGetCUBIN(program, cubin))
+    nvrtc.nvrtcDestroyProgram(program)
+    return bytes(cubin)
