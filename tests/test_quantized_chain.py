@@ -1,4 +1,6 @@
-"""Chains of int4 products in one launch: how a model is wired to them, on the CPU; the kernel itself, on a GPU.
+"""Chains of int4 products in one launch: how a model is wired to them, and the kernel itself.
+
+The kernel runs on a GPU, and on the CPU as C++ (`cuda_on_cpu.h`), there with few blocks and small sizes.
 
 Tolerance.  As for the products of `test_quantized_kernels.py`: sums are exact but for fp32's rounding, and what is
 rounded to fp16 afterwards is at most the sum, each part of a gated one, silu, their product and the sum with a
@@ -8,8 +10,11 @@ residual: the norm of the error is within 4 units.  Each product is checked on w
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +35,7 @@ from trt_runtime.kernels.quantized_chain import ChainRunner, Product
 from trt_runtime.quantized_projection import PackedLinear, QuantizedProjection, pack
 
 HALF = torch.float16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
@@ -166,20 +172,59 @@ def packed(rows: int, columns: int, seed: int, *, gated: bool = False) -> dict[s
     codes = torch.randint(-8, 8, (n, columns), generator=g, dtype=torch.int8)
     scale = (torch.rand(n, columns // 128, generator=g) + 0.5).to(HALF) * columns**-0.5 / 5
     made = {"weight": packing.pack(codes, "int4"), "scale": packing.by_tile(scale)}
-    return {"rows": rows, "columns": columns, "gated": gated} | {k: v.cuda() for k, v in made.items()}
+    return {"rows": rows, "columns": columns, "gated": gated} | {k: v.to(DEVICE) for k, v in made.items()}
 
 
 def numbers(count: int, seed: int) -> Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(HALF).cuda()
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(HALF).to(DEVICE)
 
 
 def empty(count: int) -> Tensor:
-    return torch.full((count,), float("nan"), dtype=HALF, device="cuda")
+    return torch.full((count,), float("nan"), dtype=HALF, device=DEVICE)
 
 
-def check(products: Sequence[Product]) -> list[Tensor]:
-    runner = ChainRunner(rows=max(product.rows for product in products), device=torch.device("cuda", 0))
-    for _ in range(3):
+class KernelOnCpu:
+    """A `ChainRunner` that runs the kernel as C++, in so many blocks, in another order at every launch."""
+
+    def __init__(self, library: Path, *, rows: int, blocks: int) -> None:
+        self.function, self.blocks, self.seed = ctypes.CDLL(str(library)).run, blocks, 0
+        self.function.restype = ctypes.c_bool
+        self.results = torch.zeros(quantized_chain.MAX_PRODUCTS, -(-rows // 4) * 2, dtype=torch.int64)
+        self.counters = torch.zeros(2, dtype=torch.int32)
+
+    def run(self, products: Sequence[Product], ahead: Sequence[Tensor] = ()) -> None:
+        chain = quantized_chain.described(products, ahead, self.results, self.counters, self.blocks)
+        self.seed += 1
+        assert self.function(ctypes.byref(chain), self.blocks, self.seed), "threads wait for each other for ever"
+        assert self.counters.tolist() == [self.seed, 0]
+
+
+RUN_ON_CPU = """
+#include "quantized_chain.cu"
+extern "C" bool run(const Chain* chain, u32 blocks, u32 seed) {
+    return cpu::run(blocks, THREADS + 32, sizeof(Memory), seed, [=] { quantized_chain(*chain); });
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    here = tmp_path_factory.mktemp("cuda_on_cpu")
+    shutil.copy(Path(quantized_chain.__file__).with_suffix(".cu"), here)
+    shutil.copy(Path(__file__).with_name("cuda_on_cpu.h"), here / "hopper.cuh")
+    (here / "run.cpp").write_text(RUN_ON_CPU)
+    options = ["-std=c++17", "-O2", "-Wno-unknown-pragmas", f"-DSHARED_BYTES={quantized_chain._SHARED}"]
+    command = [compiler, *options, "-shared", "-fPIC", "-o", "run.so", "run.cpp"]
+    subprocess.run(command, cwd=here, check=True)
+    return here / "run.so"
+
+
+def check(products: Sequence[Product], runner: ChainRunner | KernelOnCpu | None = None, launches: int = 3) -> None:
+    runner = runner or ChainRunner(rows=max(product.rows for product in products), device=torch.device("cuda", 0))
+    for _ in range(launches):
         for product in products:
             assert product.out is not None
             product.out.fill_(float("nan"))
@@ -191,7 +236,6 @@ def check(products: Sequence[Product]) -> list[Tensor]:
             error = float((product.out.double() - expected).norm() / max(1.0, float(expected.norm())))
             assert error <= 4 * torch.finfo(HALF).eps, (i, error)
             results.append(product.out)
-    return results
 
 
 @on_hopper
@@ -200,19 +244,40 @@ def check(products: Sequence[Product]) -> list[Tensor]:
     ("hidden", "width"), [(128, 128), (256, 384), (4096, 11008), (4224, 4352), (5120, 13824), (8192, 2048)]
 )
 def test_the_products_of_a_block(hidden: int, width: int, in_float: bool) -> None:
+    check(products_of_a_block(hidden, width, in_float=in_float))
+    norm = {"eps": 1e-6, "weight_in_float": in_float, "norm": numbers(hidden, 13)}
+    check([Product(**packed(48, hidden, 12), **norm, input=numbers(hidden, 2), out=empty(48))])
+
+
+@pytest.mark.parametrize(("hidden", "width", "blocks"), [(128, 128, 1), (256, 384, 2), (128, 256, 10)])
+def test_the_products_of_a_small_block(library: Path, hidden: int, width: int, blocks: int) -> None:
+    """Tiles for many times as many blocks, and fewer."""
+    products = products_of_a_block(hidden, width, in_float=blocks == 2)
+    check(products, KernelOnCpu(library, rows=max(hidden, width), blocks=blocks), launches=2)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_wide_inputs_of_few_rows(library: Path, norm: bool) -> None:
+    """Two panels of columns, the second with one group."""
+    normed: dict[str, Any] = {"norm": numbers(4224, 3), "eps": 1e-6} if norm else {}
+    products = [
+        Product(**packed(4224, 128, 1), input=numbers(128, 2), out=empty(4224)),
+        Product(**packed(48, 4224, 4), **normed, out=empty(48)),
+    ]
+    check(products, KernelOnCpu(library, rows=4224, blocks=5), launches=1)
+
+
+def products_of_a_block(hidden: int, width: int, *, in_float: bool) -> list[Product]:
     def norm(seed: int) -> dict[str, Any]:
         return {"eps": 1e-6, "weight_in_float": in_float, "norm": numbers(hidden, seed)}
 
     x = numbers(hidden, 2)
-    check(
-        [
-            Product(**packed(hidden, hidden, 1), input=x, residual=numbers(hidden, 3), out=empty(hidden)),
-            Product(**packed(width, hidden, 4, gated=True), **norm(5), bias=numbers(2 * width, 6), out=empty(width)),
-            Product(**packed(hidden, width, 7), residual=0, bias=numbers(hidden, 8), out=empty(hidden)),
-            Product(**packed(48, hidden, 9), **norm(10), bias=numbers(48, 11), out=empty(48)),
-        ]
-    )
-    check([Product(**packed(48, hidden, 12), **norm(13), input=x, out=empty(48))])
+    return [
+        Product(**packed(hidden, hidden, 1), input=x, residual=numbers(hidden, 3), out=empty(hidden)),
+        Product(**packed(width, hidden, 4, gated=True), **norm(5), bias=numbers(2 * width, 6), out=empty(width)),
+        Product(**packed(hidden, width, 7), residual=0, bias=numbers(hidden, 8), out=empty(hidden)),
+        Product(**packed(48, hidden, 9), **norm(10), bias=numbers(48, 11), out=empty(48)),
+    ]
 
 
 @on_hopper
@@ -223,13 +288,21 @@ def test_one_product(rows: int, columns: int) -> None:
 
 @on_hopper
 def test_inputs_of_any_size() -> None:
+    check_inputs_of_any_size(ChainRunner(rows=64, device=torch.device("cuda", 0)))
+
+
+def test_small_inputs_of_any_size(library: Path) -> None:
+    check_inputs_of_any_size(KernelOnCpu(library, rows=64, blocks=2))
+
+
+def check_inputs_of_any_size(runner: ChainRunner | KernelOnCpu) -> None:
     x = numbers(1024, 1)
     x[:128], x[128:256], x[256:384] = 0, x[128:256] * 2**-20, x[256:384] * 2**12
     x[384:512:2] *= 2**-16
-    check([Product(**packed(64, 1024, 2), input=x, out=empty(64))])
+    check([Product(**packed(64, 1024, 2), input=x, out=empty(64))], runner)
     for wrong in (float("inf"), float("nan")):
         x[700], out = wrong, empty(64).fill_(1)
-        ChainRunner(rows=64, device=x.device).run([Product(**packed(64, 1024, 2), input=x, out=out)])
+        runner.run([Product(**packed(64, 1024, 2), input=x, out=out)])
         assert out.isnan().all()
 
 

@@ -1,5 +1,6 @@
-// Instructions that CUDA C++ has no name for, or none without headers that NVRTC would have to find: memory barriers
-// and bulk copies of compute capability 9.0, loads that see what other multiprocessors write, numbers of 16 bits.
+// Instructions that CUDA C++ has no name for, or none without headers that NVRTC would have to find: barriers and bulk
+// copies of compute capability 9.0, loads that see what other multiprocessors write, numbers of 16 bits, matrix units.
+// All that is assembly is here: tests/cuda_on_cpu.h says the same in C++, so that kernels run without a GPU.
 
 #pragma once
 
@@ -7,11 +8,35 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
 
+__device__ __forceinline__ unsigned char* block_memory() {
+    extern __shared__ __align__(128) unsigned char memory[];
+    return memory;
+}
+
+// The compiler does not know it any more, which would make an address again wherever it is used.
+__device__ __forceinline__ void hide(u32& value) { asm volatile("mov.u32 %0, %0;" : "+r"(value)); }
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+
+// Barriers of some of a block's threads
+
+template <int NAME, int COUNT>
+__device__ __forceinline__ void sync() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(COUNT) : "memory");
+}
+
+template <int NAME, int COUNT>
+__device__ __forceinline__ void arrive() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(COUNT) : "memory");
+}
+
+// Barriers in shared memory, that wait for bytes too
+
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void initialise(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -73,6 +98,19 @@ __device__ __forceinline__ u32 halves(float x, float y) {
     return v;
 }
 
+__device__ __forceinline__ u32 product_of_halves(u32 a, u32 b) {
+    u32 y;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
+// Of each half, as integers without sign.
+__device__ __forceinline__ u32 larger_halves(u32 a, u32 b) {
+    u32 y;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
 // Loads: from global memory past the L1 cache, from shared memory by its own addresses
 
 __device__ __forceinline__ u64 load(const u64* p) {
@@ -90,6 +128,12 @@ __device__ __forceinline__ u32 load(const u32* p) {
 __device__ __forceinline__ u16 load(const u16* p) {
     u16 v;
     asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ ulonglong2 load_two(const u64* p) {
+    ulonglong2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory");
     return v;
 }
 
@@ -127,3 +171,20 @@ __device__ __forceinline__ u32 count_up(u32* p, u32 last) {
 // Programmatic dependent launch: the next kernel may begin; the one before has ended, and all that it wrote is there.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Matrix units: d = a b + c, of bytes, 16 by 32 by 8
+
+__device__ __forceinline__ void multiply_unsigned(int (&d)[4], uint4 a, u32 b0, u32 b1, const int (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+// d += a b, with the same four bytes in all of a
+__device__ __forceinline__ void multiply_signed(int (&d)[4], u32 a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %6}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a), "r"(b0), "r"(b1));
+}

@@ -72,31 +72,18 @@ struct Memory {
 
 static_assert(sizeof(Memory) == SHARED_BYTES, "the host asks for another size");
 
-__device__ __forceinline__ void join() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+__device__ __forceinline__ void join() { sync<1, THREADS>(); }
 
 // Four results, if they are there.
 __device__ __forceinline__ bool load_results(u64& four, const u64* p, u32 tag) {
-    ulonglong2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory");
+    const ulonglong2 v = load_two(p);
     four = (u32)v.x | v.y << 32;
     return (u32)(v.x >> 32) == tag && (u32)(v.y >> 32) == tag;
 }
 
-// d = c + codes in one half of the bytes (the low or the high nibbles) * digits
-__device__ __forceinline__ void multiply(int (&d)[4], uint4 a, u32 mask, u32 b0, u32 b1, const int (&c)[4]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%10, %11, %12, %13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a.x & mask), "r"(a.y & mask), "r"(a.z & mask), "r"(a.w & mask), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]),
-          "r"(c[2]), "r"(c[3]));
-}
-
-// d += number * digits, the number in every byte of `a`
-__device__ __forceinline__ void multiply(int (&d)[4], u32 a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %6}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a), "r"(b0), "r"(b1));
+// Codes in one half of the bytes (the low or the high nibbles).
+__device__ __forceinline__ uint4 half_of(uint4 words, u32 mask) {
+    return make_uint4(words.x & mask, words.y & mask, words.z & mask, words.w & mask);
 }
 
 // What a thread keeps of a group of the input: digits of its columns, and what takes the 8 off the codes.  Four columns
@@ -119,10 +106,10 @@ __device__ __forceinline__ void take(Group& group, const Memory& memory, int g, 
     group.low = lane < 16 ? make_uint4(a.x, a.y, b.x, b.y) : none;
     group.high = lane < 16 ? none : make_uint4(a.z, a.w, b.z, b.w);
     int d[4] = {0, 0, 0, 0};
-    multiply(d, 0xf8f8f8f8, group.low.x, group.low.y);
-    multiply(d, 0xf8f8f8f8, group.low.z, group.low.w);
-    multiply(d, 0x80808080, group.high.x, group.high.y);
-    multiply(d, 0x80808080, group.high.z, group.high.w);
+    multiply_signed(d, 0xf8f8f8f8, group.low.x, group.low.y);
+    multiply_signed(d, 0xf8f8f8f8, group.low.z, group.low.w);
+    multiply_signed(d, 0x80808080, group.high.x, group.high.y);
+    multiply_signed(d, 0x80808080, group.high.z, group.high.w);
     for (int j = 0; j < 4; j++) group.minus_8[j] = d[j];
 }
 
@@ -132,14 +119,14 @@ __device__ __forceinline__ void add(
 ) {
     const u32 low = 0x0f0f0f0f, high = 0xf0f0f0f0;
     int d[4], e[4];
-    multiply(d, a0, low, g.low.x, g.low.y, g.minus_8);
-    multiply(e, b0, low, h.low.x, h.low.y, h.minus_8);
-    multiply(d, a0, high, g.high.x, g.high.y, d);
-    multiply(e, b0, high, h.high.x, h.high.y, e);
-    multiply(d, a1, low, g.low.z, g.low.w, d);
-    multiply(e, b1, low, h.low.z, h.low.w, e);
-    multiply(d, a1, high, g.high.z, g.high.w, d);
-    multiply(e, b1, high, h.high.z, h.high.w, e);
+    multiply_unsigned(d, half_of(a0, low), g.low.x, g.low.y, g.minus_8);
+    multiply_unsigned(e, half_of(b0, low), h.low.x, h.low.y, h.minus_8);
+    multiply_unsigned(d, half_of(a0, high), g.high.x, g.high.y, d);
+    multiply_unsigned(e, half_of(b0, high), h.high.x, h.high.y, e);
+    multiply_unsigned(d, half_of(a1, low), g.low.z, g.low.w, d);
+    multiply_unsigned(e, half_of(b1, low), h.low.z, h.low.w, e);
+    multiply_unsigned(d, half_of(a1, high), g.high.z, g.high.w, d);
+    multiply_unsigned(e, half_of(b1, high), h.high.z, h.high.w, e);
     float g_upper = number(a_scale & 0xffff) * g.factor, g_lower = number(a_scale >> 16) * g.factor;
     float h_upper = number(b_scale & 0xffff) * h.factor, h_lower = number(b_scale >> 16) * h.factor;
     sums[0] = g_upper * (float)d[0], sums[1] = g_upper * (float)d[1];
@@ -215,12 +202,9 @@ __device__ __forceinline__ void keep(Memory& memory, int i, bool inside, const u
     u32 words[4] = {(u32)v[0], (u32)(v[0] >> 32), (u32)v[1], (u32)(v[1] >> 32)};
     u32 most = 0;
 #pragma unroll
-    for (int j = 0; j < 4; j++) asm("max.u16x2 %0, %0, %1;" : "+r"(most) : "r"(words[j] & 0x7fff7fff));
+    for (int j = 0; j < 4; j++) most = larger_halves(most, words[j] & 0x7fff7fff);
 #pragma unroll
-    for (int d = 8; d; d /= 2) {
-        u32 other = __shfl_xor_sync(0xffffffff, most, d);
-        asm("max.u16x2 %0, %0, %1;" : "+r"(most) : "r"(other));
-    }
+    for (int d = 8; d; d /= 2) most = larger_halves(most, __shfl_xor_sync(0xffffffff, most, d));
     if (!inside) return;
     most = max(most & 0xffff, most >> 16);
     int exponent = max((int)(most >> 10), 1), shift = 44 - exponent;
@@ -257,9 +241,7 @@ __device__ __forceinline__ u32 normed(u32 v, u32 weight, float factor, int weigh
         float2 w = pair(weight);
         return halves(a.x * factor * w.x, a.y * factor * w.y);
     }
-    u32 y;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(halves(a.x * factor, a.y * factor)), "r"(weight));
-    return y;
+    return product_of_halves(halves(a.x * factor, a.y * factor), weight);
 }
 
 __device__ __forceinline__ u64 normed(u64 v, u64 weight, float factor, int weight_in_float) {
@@ -332,28 +314,26 @@ __device__ void take_normed(const Product& p, const u64* results, Memory& memory
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) quantized_chain(const __grid_constant__ Chain chain) {
-    extern __shared__ __align__(128) unsigned char raw[];
-    Memory& memory = *reinterpret_cast<Memory*>(raw);
+    Memory& memory = *reinterpret_cast<Memory*>(block_memory());
     u32 ring = shared_address(memory.ring), full = shared_address(memory.full), empty = shared_address(memory.empty);
-    // Opaque to the compiler, which would make them again from a special register wherever they are used.
-    asm volatile("mov.u32 %0, %0; mov.u32 %1, %1; mov.u32 %2, %2;" : "+r"(ring), "+r"(full), "+r"(empty));
+    hide(ring), hide(full), hide(empty);
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     if (thread == THREADS) {
         for (int s = 0; s < STAGES; s++) {
             initialise(full + 8 * s, 1);
             initialise(empty + 8 * s, WARPS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        show_barriers();
     }
     launch_dependents();
     if (warp == WARPS) {
         // The others see the barriers when they come to where they first join.
         __syncwarp();
-        asm volatile("bar.arrive 2, %0;" ::"n"(THREADS + 32) : "memory");
+        arrive<2, THREADS + 32>();
         if (lane == 0) bring_weights(chain, ring, full, empty);
         return;
     }
-    asm volatile("bar.sync 2, %0;" ::"n"(THREADS + 32) : "memory");
+    sync<2, THREADS + 32>();
     wait_for_launch_before();
     const u32 tag = load(chain.counters) + 1;
     int stage = 0, parity = 0, half_taken = 0, turn = 0;
@@ -411,7 +391,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) quantized_chain(co
                     uint4 a0 = load_shared(a_words + here), a1 = load_shared(a_words + here + GROUP_BYTES / 2);
                     uint4 b0 = load_shared(b_words + here), b1 = load_shared(b_words + here + GROUP_BYTES / 2);
                     u32 a_scale = load_shared_word(a_scales + here), b_scale = load_shared_word(b_scales + here);
-                    // The warp has what it needs: its threads read in one instruction.
+                    __syncwarp();
                     if (lane == 0) arrive(empty + 8 * stage), arrive(empty + 8 * stage + 8);
                     stage += 2;
                     if (stage == STAGES) stage = 0, parity ^= 1;

@@ -126,15 +126,7 @@ class ChainRunner:
             ahead: contiguous weights that later launches read first, at most `MAX_AHEAD`: they are brought into L2
                 once the last of this chain's are there, while whatever lies between the launches runs.
         """
-        chain = _Chain(counters=self._counters.data_ptr(), count=len(products))
-        first = 0
-        for i, product in enumerate(products):
-            chain.products[i] = self._described(product, first, self._results[i] if i + 1 < len(products) else None)
-            # Dealt out in turn, so that every multiprocessor has as much to read as any other.
-            first = (first + product.rows // _TILE) % self._blocks
-        for j, memory in enumerate(ahead):
-            share = -(-memory.nbytes // (16 * self._blocks)) * 16
-            chain.ahead[j] = _Ahead(memory=memory.data_ptr(), bytes=memory.nbytes, share=share)
+        chain = described(products, ahead, self._results, self._counters, self._blocks)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(chain))
         start(
             self._function,
@@ -148,18 +140,29 @@ class ChainRunner:
             cooperative=True,
         )
 
-    def _described(self, product: Product, first: int, results: Tensor | None) -> _Product:
+
+def described(
+    products: Sequence[Product], ahead: Sequence[Tensor], results: Tensor, counters: Tensor, blocks: int
+) -> _Chain:
+    """The kernel's argument, for launches of so many blocks; `ChainRunner` says what the others are.
+
+    Args:
+        results: int64 [`MAX_PRODUCTS`, rows / 2], rows beginning at multiples of 16 bytes, and counters: int32 [2];
+            zero before the first launch, and the same for all that follow.
+    """
+    chain = _Chain(counters=counters.data_ptr(), count=len(products))
+    first = 0
+    for i, product in enumerate(products):
         residual = product.residual
-        earlier = self._results[residual] if isinstance(residual, int) else None
-        return _Product(
+        chain.products[i] = _Product(
             weight=product.weight.data_ptr(),
             scale=product.scale.data_ptr(),
             input=_address(product.input),
             norm=_address(product.norm),
             bias=_address(product.bias),
             residual=None if isinstance(residual, int) else _address(residual),
-            earlier=_address(earlier),
-            results=_address(results),
+            earlier=_address(results[residual]) if isinstance(residual, int) else None,
+            results=_address(results[i]) if i + 1 < len(products) else None,
             out=_address(product.out),
             rows=product.rows,
             columns=product.columns,
@@ -168,6 +171,12 @@ class ChainRunner:
             weight_in_float=product.weight_in_float,
             eps=product.eps,
         )
+        # Dealt out in turn, so that every multiprocessor has as much to read as any other.
+        first = (first + product.rows // _TILE) % blocks
+    for j, memory in enumerate(ahead):
+        share = -(-memory.nbytes // (16 * blocks)) * 16
+        chain.ahead[j] = _Ahead(memory=memory.data_ptr(), bytes=memory.nbytes, share=share)
+    return chain
 
 
 def _address(tensor: Tensor | None) -> int | None:
