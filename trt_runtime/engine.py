@@ -172,7 +172,7 @@ class TorchEngine(Engine):
                     f"triton; this one is in {name}, of {decoder.numerics} numerics, on {decoder.device}"
                 )
             self._static = StaticDecode(fused_decoder(decoder))
-            self.arithmetic += ", Triton kernels"
+            self.arithmetic += ", this project's kernels"
 
     def new_cache(self, *, batch: int, capacity: int) -> KVCache:
         self.check_capacity(capacity)

@@ -96,6 +96,7 @@ class FusedBlock(nn.Module):
         mlp = block.mlp
         self.gate_up = _both(mlp) if mlp.spec.gated and mlp.spec.activation == "silu" else None
         self.chain: BlockChain | None = None
+        # In a list, because a module in an attribute would become a part of this one.
         self.following: list[FusedBlock] = []
         self.qkv: Tensor | None = None
 

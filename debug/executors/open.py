@@ -189,7 +189,7 @@ FORMS = (
     Form(
         word="kernels",
         text="kernels[:DTYPE]",
-        meaning="the reference with this project's Triton kernels on a CUDA GPU (fp16)",
+        meaning="the reference with this project's kernels on a CUDA GPU (fp16)",
         open=_kernels,
     ),
     Form(
