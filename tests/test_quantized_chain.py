@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refmodels.checkpoint import empty_decoder
+from refmodels.errors import LogitLockError
 from refmodels.families import spec_from_config
 from refmodels.model import Decoder
 from refmodels.ops import fused_rms_norm
@@ -148,6 +149,16 @@ def test_what_is_not_chained(monkeypatch: pytest.MonkeyPatch) -> None:
     # A block that cannot have a chain leaves the whole model without.
     decoder = small_decoder(torch.float32, "cpu")
     quick = fused.fused_decoder(decoder)
+    assert all(block.chain is None for block in quick.blocks) and quick.head.runner is None
+
+    # Without a compiler for the kernel neither has any, and says so.
+    def refuse(**_: Any) -> None:
+        raise LogitLockError("no NVRTC")
+
+    monkeypatch.setattr(QuantizedProjection, "chainable", property(lambda self: True))
+    monkeypatch.setattr(chained, "ChainRunner", refuse)
+    with pytest.warns(UserWarning, match="no NVRTC"):
+        quick = fused.fused_decoder(decoder)
     assert all(block.chain is None for block in quick.blocks) and quick.head.runner is None
 
 

@@ -5,11 +5,13 @@ One is the attention; the other is all that lies between it and the next block's
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from refmodels.errors import LogitLockError
 from refmodels.model import Decoder, RmsNorm
 from trt_runtime.kernels.quantized_chain import MAX_NORM_COLUMNS, ChainRunner
 from trt_runtime.quantized_projection import AHEAD_BYTES, QuantizedProjection
@@ -63,7 +65,10 @@ class BlockChain:
 
 
 def chain_blocks(decoder: Decoder) -> None:
-    """Give the blocks of a `fused_decoder` their chains, if all of them can have one."""
+    """Give the blocks of a `fused_decoder` their chains, if all of them can have one.
+
+    Where the kernel cannot be made, a warning says so, and products stay launches of their own.
+    """
     from trt_runtime.fused import FusedBlock
 
     blocks = [block for block in decoder.blocks if isinstance(block, FusedBlock)]
@@ -72,7 +77,12 @@ def chain_blocks(decoder: Decoder) -> None:
         return
     alone = [product for product in (found[0][2], decoder.head) if _chainable(product)]
     products = [*(product for parts in found for product in parts[2:]), *alone]
-    runner = ChainRunner(rows=max(product.linear.out_features for product in products), device=decoder.device)
+    rows = max(product.linear.out_features for product in products)
+    try:
+        runner = ChainRunner(rows=rows, device=decoder.device)
+    except LogitLockError as error:
+        warnings.warn(f"decode steps with int4 weights are slower than they could be: {error}", stacklevel=2)
+        return
     for i, (block, (_, norm, _, out, gate_up, down)) in enumerate(zip(blocks, found, strict=True)):
         following = (found[i + 1][0], found[i + 1][2]) if i + 1 < len(found) else None
         # While the next attention, or the last norm, runs: what the launch after it reads first.

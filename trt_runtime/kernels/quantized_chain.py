@@ -193,7 +193,7 @@ def compiled() -> bytes:
     """The cubin for compute capability 9.0; needs NVRTC, but no GPU.
 
     Raises:
-        LogitLockError: NVRTC refuses the source.
+        LogitLockError: NVRTC is not there, or refuses the source.
     """
     from cuda.bindings import nvrtc
 
@@ -201,12 +201,16 @@ def compiled() -> bytes:
         if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise LogitLockError(f"NVRTC cannot compile {_SOURCE.name}: {log.decode().strip()}")
+            raise LogitLockError(f"NVRTC cannot compile {_SOURCE.name}: {log.decode().strip(chr(0) + chr(10))}")
         return result[1] if len(result) > 1 else None
 
     header = _SOURCE.with_name("hopper.cuh")
     sources = (_SOURCE.read_bytes(), _SOURCE.name.encode(), 1, [header.read_bytes()], [header.name.encode()])
-    program = nvrtc.nvrtcCreateProgram(*sources)[1]
+    try:
+        program = nvrtc.nvrtcCreateProgram(*sources)[1]
+    except RuntimeError as error:
+        # cuda.bindings looks for the library when it is first called.
+        raise LogitLockError(f"NVRTC (nvidia-cuda-nvrtc) cannot be loaded: {error}") from error
     options = [b"--gpu-architecture=sm_90a", f"-DSHARED_BYTES={_SHARED}".encode()]
     done(nvrtc.nvrtcCompileProgram(program, len(options), options))
     cubin = bytearray(done(nvrtc.nvrtcGetCUBINSize(program)))
