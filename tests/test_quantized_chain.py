@@ -163,7 +163,7 @@ def test_what_is_not_chained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_kernel_compiles() -> None:
-    """For which no GPU is needed; also a check of its shared memory: see the static_assert."""
+    """For which no GPU is needed; also a check of its threads and shared memory: see the static_assert."""
     cubin = quantized_chain.compiled()
     assert cubin[:4] == b"\x7fELF" and b"quantized_chain" in cubin
 
@@ -227,7 +227,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(Path(quantized_chain.__file__).with_suffix(".cu"), here)
     shutil.copy(Path(__file__).with_name("cuda_on_cpu.h"), here / "hopper.cuh")
     (here / "run.cpp").write_text(RUN_ON_CPU)
-    options = ["-std=c++17", "-O2", "-Wno-unknown-pragmas", f"-DSHARED_BYTES={quantized_chain._SHARED}"]
+    options = ["-std=c++17", "-O2", "-Wno-unknown-pragmas", *quantized_chain.DEFINES]
     command = [compiler, *options, "-shared", "-fPIC", "-o", "run.so", "run.cpp"]
     subprocess.run(command, cwd=here, check=True)
     return here / "run.so"

@@ -6,7 +6,8 @@ One is the attention; the other is all that lies between it and the next block's
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, TypeGuard
+from itertools import zip_longest
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,48 +21,48 @@ if TYPE_CHECKING:
     from trt_runtime.fused import FusedBlock
 
 
+class _Parts(NamedTuple):
+    """What of a block is chained."""
+
+    block: FusedBlock
+    attn_norm: RmsNorm
+    qkv: QuantizedProjection
+    out: QuantizedProjection
+    mlp_norm: RmsNorm
+    gate_up: QuantizedProjection
+    down: QuantizedProjection
+
+
 class BlockChain:
     """What follows the attention of a block, up to the query, key and value of the next one.
 
     Args:
         runner: shared by the chains of a model.
-        out, gate_up, down: the block's products; norm: the one before `gate_up`.
-        following: the next block's norm and product of query, key and value; None after the last block.
+        parts: of the block; following: of the next one, None after the last.
         ahead: contiguous weights to be brought into L2 meanwhile; or None.
     """
 
-    def __init__(
-        self,
-        runner: ChainRunner,
-        *,
-        out: QuantizedProjection,
-        norm: RmsNorm,
-        gate_up: QuantizedProjection,
-        down: QuantizedProjection,
-        following: tuple[RmsNorm, QuantizedProjection] | None,
-        ahead: Tensor | None,
-    ) -> None:
+    def __init__(self, runner: ChainRunner, parts: _Parts, following: _Parts | None, ahead: Tensor | None) -> None:
         self._runner, self._ahead = runner, [] if ahead is None else [ahead]
-        self._out, self._norm, self._gate_up, self._down, self._following = out, norm, gate_up, down, following
+        self._parts, self._following = parts, following
 
-    def run(self, context: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The block's output [1, 1, hidden] and the next block's query, key and value.
+    def run(self, context: Tensor, x: Tensor) -> Tensor:
+        """The block's output [1, 1, hidden]; the next block finds its `qkv` made.
 
         Args:
             context: the attention's, x: the block's input; [1, 1, hidden] fp16.
         """
-        y, qkv = torch.empty_like(x), None
+        y, parts, following = torch.empty_like(x), self._parts, self._following
         products = [
-            self._out.product(input=context, residual=x),
-            self._gate_up.product(norm=self._norm),
-            self._down.product(residual=0, out=y),
+            parts.out.product(input=context, residual=x),
+            parts.gate_up.product(norm=parts.mlp_norm),
+            parts.down.product(residual=0, out=y),
         ]
-        if self._following is not None:
-            norm, product = self._following
-            qkv = x.new_empty(1, 1, product.linear.out_features)
-            products.append(product.product(norm=norm, out=qkv))
+        if following is not None:
+            qkv = following.block.qkv = x.new_empty(1, 1, following.qkv.linear.out_features)
+            products.append(following.qkv.product(norm=following.attn_norm, out=qkv))
         self._runner.run(products, self._ahead)
-        return y, qkv
+        return y
 
 
 def chain_blocks(decoder: Decoder) -> None:
@@ -75,31 +76,24 @@ def chain_blocks(decoder: Decoder) -> None:
     found = [parts for block in blocks if (parts := _parts(block)) is not None]
     if not found or len(found) < len(decoder.blocks):
         return
-    alone = [product for product in (found[0][2], decoder.head) if _chainable(product)]
-    products = [*(product for parts in found for product in parts[2:]), *alone]
+    alone = [product for product in (found[0].qkv, decoder.head) if _chainable(product)]
+    products = [*(product for p in found for product in (p.qkv, p.out, p.gate_up, p.down)), *alone]
     rows = max(product.linear.out_features for product in products)
     try:
         runner = ChainRunner(rows=rows, device=decoder.device)
     except LogitLockError as error:
         warnings.warn(f"decode steps with int4 weights are slower than they could be: {error}", stacklevel=2)
         return
-    for i, (block, (_, norm, _, out, gate_up, down)) in enumerate(zip(blocks, found, strict=True)):
-        following = (found[i + 1][0], found[i + 1][2]) if i + 1 < len(found) else None
+    for parts, following in zip_longest(found, found[1:]):
         # While the next attention, or the last norm, runs: what the launch after it reads first.
-        ahead = found[i + 1][3].packed if following is not None else _start_of(decoder.head)
-        block.chain = BlockChain(
-            runner, out=out, norm=norm, gate_up=gate_up, down=down, following=following, ahead=ahead
-        )
-        block.following = [blocks[i + 1]] if following is not None else []
+        ahead = following.out.packed if following is not None else _start_of(decoder.head)
+        parts.block.chain = BlockChain(runner, parts, following, ahead)
     for product in alone:
         product.runner = runner
 
 
-_Parts = tuple[RmsNorm, RmsNorm, QuantizedProjection, QuantizedProjection, QuantizedProjection, QuantizedProjection]
-
-
 def _parts(block: FusedBlock) -> _Parts | None:
-    """attn_norm, mlp_norm, qkv, out, gate_up, down of a block that can be chained."""
+    """None if the block cannot be chained."""
     inner = block.block
     first, second = inner.attn_norm, inner.mlp_norm
     qkv, out, gate_up, down = inner.attn.qkv, inner.attn.out, block.gate_up, inner.mlp.out
@@ -107,7 +101,7 @@ def _parts(block: FusedBlock) -> _Parts | None:
         return None
     if inner.spec.hidden_size > MAX_NORM_COLUMNS or not all(_chainable(p) for p in (qkv, out, gate_up, down)):
         return None
-    return first, second, qkv, out, gate_up, down  # type: ignore[return-value]
+    return _Parts(block, first, qkv, out, second, gate_up, down)  # type: ignore[arg-type]
 
 
 def _start_of(head: nn.Module) -> Tensor | None:

@@ -86,8 +86,8 @@ class FusedBlock(nn.Module):
     """A block of the decoder; `block` is the reference's, with `Projection`s in it.
 
     Attributes:
-        chain: does what follows the attention, for one token; it also makes the query, key and value of the
-            `following` block (at most one), which finds them in its `qkv`.
+        chain: does what follows the attention, for one token.
+        qkv: this block's query, key and value, if the chain of the block before has made them.
     """
 
     def __init__(self, block: Block) -> None:
@@ -96,8 +96,6 @@ class FusedBlock(nn.Module):
         mlp = block.mlp
         self.gate_up = _both(mlp) if mlp.spec.gated and mlp.spec.activation == "silu" else None
         self.chain: BlockChain | None = None
-        # In a list, because a module in an attribute would become a part of this one.
-        self.following: list[FusedBlock] = []
         self.qkv: Tensor | None = None
 
     def forward(
@@ -118,10 +116,7 @@ class FusedBlock(nn.Module):
         qkv = _after(block.attn_norm, block.attn.qkv, x) if chain is None or made is None else made
         context, key, value = block.attend(qkv, past_key, past_value, cache_lengths, visible, *positions)
         if chain is not None:
-            x, made = chain.run(context, x)
-            for following in self.following:
-                following.qkv = made
-            return x, key, value
+            return chain.run(context, x), key, value
         x = block.attn.out(context, x)
         if self.gate_up is not None:
             act = _after(block.mlp_norm, self.gate_up, x)

@@ -199,9 +199,7 @@ class QuantizedProjection(nn.Module):
         """forward(norm(x)), in one kernel where there is one; or the norm's kernel quantises what it makes."""
         form = self.linear.format
         if self.runner is not None and math.prod(x.shape[:-1]) == 1 and isinstance(norm, RmsNorm):
-            out = x.new_empty(*x.shape[:-1], self.linear.out_features)
-            self.runner.run([self.product(input=x.contiguous(), norm=norm, out=out)])
-            return out
+            return self._alone(self.runner, x, norm=norm)
         plain = form.input_scale == "token" and not form.pre_quant_scale
         if not self.coded or form.input is None or not plain or not isinstance(norm, RmsNorm):
             y: Tensor = self(norm(x))
@@ -229,10 +227,9 @@ class QuantizedProjection(nn.Module):
         from trt_runtime.kernels import quantized_linear
         from trt_runtime.kernels.torch_host import execute
 
-        out = x.new_empty(*x.shape[:-1], self.linear.out_features)
         if rows == 1 and self.runner is not None:
-            self.runner.run([self.product(input=x.contiguous(), residual=residual, out=out)])
-            return out
+            return self._alone(self.runner, x, residual=residual)
+        out = x.new_empty(*x.shape[:-1], self.linear.out_features)
         ordered = self._ordered(x).contiguous().view(rows, -1)
         onto = None if residual is None else residual.contiguous().view(rows, -1)
         for start in range(0, rows, MOST_TOKENS):
@@ -248,6 +245,14 @@ class QuantizedProjection(nn.Module):
                 ahead=self.ahead if rows == 1 else (),
             )
             execute([launch])
+        return out
+
+    def _alone(
+        self, runner: ChainRunner, x: Tensor, *, norm: RmsNorm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """A chain of this layer only."""
+        out = x.new_empty(*x.shape[:-1], self.linear.out_features)
+        runner.run([self.product(input=x.contiguous(), norm=norm, residual=residual, out=out)])
         return out
 
     @property

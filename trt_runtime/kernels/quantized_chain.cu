@@ -15,7 +15,7 @@
 // An input with a norm is taken as a whole, another panel by panel: when the first of `down`'s columns are multiplied,
 // the last of them need not have been made.
 //
-// Defined by the host: SHARED_BYTES.
+// Defined by the host: SHARED_BYTES and BLOCK_THREADS of a block.
 
 #include "hopper.cuh"
 
@@ -70,7 +70,7 @@ struct Memory {
     u64 full[STAGES], empty[STAGES];
 };
 
-static_assert(sizeof(Memory) == SHARED_BYTES, "the host asks for another size");
+static_assert(sizeof(Memory) == SHARED_BYTES && THREADS + 32 == BLOCK_THREADS, "the host launches other blocks");
 
 __device__ __forceinline__ void join() { sync<1, THREADS>(); }
 
@@ -395,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) quantized_chain(co
                     if (lane == 0) arrive(empty + 8 * stage), arrive(empty + 8 * stage + 8);
                     stage += 2;
                     if (stage == STAGES) stage = 0, parity ^= 1;
-                    float sums[4] = {0, 0, 0, 0};
+                    float sums[4];
                     add(sums, first, a0, a1, a_scale, second, b0, b1, b_scale);
                     float upper = sums[0] + sums[1] * 256, lower = sums[2] + sums[3] * 256;
                     float y = (odd ? lower : upper) * weight_0, other = (odd ? upper : lower) * weight_0;

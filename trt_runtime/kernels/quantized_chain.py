@@ -38,7 +38,8 @@ MAX_AHEAD = 4
 _TILE = 16
 _THREADS = 32 * (16 + 1)
 _SHARED = 215_264
-"""Bytes: the size of the structure Memory in quantized_chain.cu."""
+DEFINES = (f"-DBLOCK_THREADS={_THREADS}", f"-DSHARED_BYTES={_SHARED}")
+"""With which quantized_chain.cu is compiled; it checks them."""
 _SOURCE = Path(__file__).with_suffix(".cu")
 _ENTRY = "quantized_chain"
 
@@ -211,7 +212,7 @@ def compiled() -> bytes:
     except RuntimeError as error:
         # cuda.bindings looks for the library when it is first called.
         raise LogitLockError(f"NVRTC (nvidia-cuda-nvrtc) cannot be loaded: {error}") from error
-    options = [b"--gpu-architecture=sm_90a", f"-DSHARED_BYTES={_SHARED}".encode()]
+    options = [b"--gpu-architecture=sm_90a", *(define.encode() for define in DEFINES)]
     done(nvrtc.nvrtcCompileProgram(program, len(options), options))
     cubin = bytearray(done(nvrtc.nvrtcGetCUBINSize(program)))
     done(nvrtc.nvrtcGetCUBIN(program, cubin))
