@@ -265,8 +265,12 @@ class Decoder(nn.Module):
             x, key, value = block(x, past_key[i], past_value[i], cache_lengths, visible, *positions)
             keys.append(key)
             values.append(value)
+        return self.logits(x, logit_index), keys, values
+
+    def logits(self, x: Tensor, logit_index: Tensor) -> Tensor:
+        """Logits [batch, N, vocab] of some of the last block's outputs."""
         x = tap("final_norm", self.final_norm(select_tokens(x, logit_index)))
-        return tap("logits", self.head(x)), keys, values
+        return tap("logits", self.head(x))
 
     def positions(
         self, position_ids: Tensor, ntk_table: Tensor

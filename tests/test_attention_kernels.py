@@ -32,6 +32,7 @@ pytest.importorskip("triton")
 from trt_runtime.kernels import attention
 from trt_runtime.kernels.attention import DecodeBlocks
 from trt_runtime.kernels.launch import AttentionShape
+from trt_runtime.kernels.position_rows import position_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -272,13 +273,44 @@ def test_more_splits_than_are_combined_at_once() -> None:
     check(Case(scheme="baichuan13b", lengths=(600,), head_dim=16, more={"heads": 1}), decode=blocks, splits=36)
 
 
+@runs_kernels
+@pytest.mark.parametrize("scheme", [("rope",), ("rope", "ntk", "logn"), ("logn",)], ids=" ".join)
+def test_position_rows(scheme: tuple[str, ...]) -> None:
+    """To the bit what indexing gives."""
+    positions, half = 50, 12
+    ids, table = torch.tensor([[3], [49], [0]], device=DEVICE), torch.tensor([2, 0, 1], device=DEVICE)
+    cos, sin = torch.rand(2, 3 * positions, half, device=DEVICE)
+    logn, rope = torch.rand(positions, device=DEVICE), "rope" in scheme
+    found = [torch.full((3, 1, half), NAN, device=DEVICE) for _ in range(2)] + [torch.full((3, 1), NAN, device=DEVICE)]
+    launch = position_rows(
+        tokens=3,
+        half=half if rope else 0,
+        positions=positions,
+        dtype="fp32",
+        position_ids=ids,
+        ntk_table=table if "ntk" in scheme else None,
+        cos_table=cos if rope else None,
+        sin_table=sin if rope else None,
+        logn=logn if "logn" in scheme else None,
+        cos=found[0] if rope else None,
+        sin=found[1] if rope else None,
+        query_scale=found[2] if "logn" in scheme else None,
+    ).on(CAPABILITY)
+    launch.kernel[launch.grid](**launch.arguments, **launch.constants, num_warps=launch.warps, **launch.options)
+    rows = ids + table[:, None] * positions if "ntk" in scheme else ids
+    for made, expected, wanted in zip(
+        found, (cos[rows], sin[rows], logn[ids]), (rope, rope, "logn" in scheme), strict=True
+    ):
+        assert torch.equal(made, expected) if wanted else made.isnan().all()
+
+
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the GPU runs the small cases itself")
 def test_interpreted() -> None:
-    tests = "test_small or splits or test_row_blocks"
+    tests = "test_small or splits or test_row_blocks or test_position_rows"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, __file__]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"{len(SMALL) + 11} passed" in result.stdout
+    assert f"{len(SMALL) + 14} passed" in result.stdout
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -135,8 +135,8 @@ def test_a_step_of_one_token_runs_by_chains(monkeypatch: pytest.MonkeyPatch) -> 
     for token in (8, 9, 10):
         expected, found = (m.step(torch.tensor([[token]]), c) for m, c in zip((decoder, quick), caches, strict=True))
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    # Query, key and value of the first block, a chain for each block (the last makes none of its own), the head.
-    assert runner.launches == [1, 4, 4, 3, 1] * 3
+    # Query, key and value of the first block, and a chain for each block: the last makes the logits.
+    assert runner.launches == [1, 4, 4, 4] * 3
 
 
 def test_what_is_not_chained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,6 @@ class FusedBlock(nn.Module):
 
     Attributes:
         chain: does what follows the attention, for one token.
-        qkv: this block's query, key and value, if the chain of the block before has made them.
     """
 
     def __init__(self, block: Block) -> None:
@@ -96,7 +95,6 @@ class FusedBlock(nn.Module):
         mlp = block.mlp
         self.gate_up = _both(mlp) if mlp.spec.gated and mlp.spec.activation == "silu" else None
         self.chain: BlockChain | None = None
-        self.qkv: Tensor | None = None
 
     def forward(
         self,
@@ -112,8 +110,7 @@ class FusedBlock(nn.Module):
             watched: tuple[Tensor, Tensor, Tensor] = block(x, past_key, past_value, cache_lengths, visible, *positions)
             return watched
         chain = self.chain if math.prod(x.shape[:-1]) == 1 else None
-        made, self.qkv = self.qkv, None
-        qkv = _after(block.attn_norm, block.attn.qkv, x) if chain is None or made is None else made
+        qkv = _after(block.attn_norm, block.attn.qkv, x)
         context, key, value = block.attend(qkv, past_key, past_value, cache_lengths, visible, *positions)
         if chain is not None:
             return chain.run(context, x), key, value
@@ -133,12 +130,50 @@ class FusedBlock(nn.Module):
         return [attn.qkv, attn.out, *first, mlp.out]
 
 
+class FusedDecoder(Decoder):
+    """A decoder of `FusedBlock`s, with fewer kernels before and after them too."""
+
+    def positions(
+        self, position_ids: Tensor, ntk_table: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        tables = [table for table in (self.rope_cos, self.logn) if table is not None]
+        if not tables or not position_ids.is_cuda or position_ids.shape[1] != 1 or active_recorder() is not None:
+            return super().positions(position_ids, ntk_table)
+        from trt_runtime.kernels.position_rows import position_rows
+        from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
+
+        half = 0 if self.rope_cos is None else self.rope_cos.shape[1]
+        cos, sin = (None if self.rope_cos is None else tables[0].new_empty(*position_ids.shape, half) for _ in range(2))
+        query_scale = None if self.logn is None else self.logn.new_empty(position_ids.shape)
+        rows = position_rows(
+            tokens=position_ids.numel(),
+            half=half,
+            positions=self.table_positions,
+            dtype=ELEMENT_TYPES[tables[0].dtype],
+            position_ids=position_ids,
+            ntk_table=ntk_table if self.spec.uses_ntk else None,
+            cos_table=self.rope_cos,
+            sin_table=self.rope_sin,
+            logn=self.logn,
+            cos=cos,
+            sin=sin,
+            query_scale=query_scale,
+        )
+        execute([rows])
+        return cos, sin, query_scale, self.alibi_slopes
+
+    def logits(self, x: Tensor, logit_index: Tensor) -> Tensor:
+        if x.shape[1] != 1 or logit_index.shape[1] != 1 or active_recorder() is not None:
+            return super().logits(x, logit_index)
+        return _after(self.final_norm, self.head, x)
+
+
 def _after(norm: nn.Module, product: nn.Module, x: Tensor) -> Tensor:
     y: Tensor = product.after(norm, x) if isinstance(product, QuantizedProjection) else product(norm(x))
     return y
 
 
-def fused_decoder(decoder: Decoder) -> Decoder:
+def fused_decoder(decoder: Decoder) -> FusedDecoder:
     """A decoder on the same parameters, in eval mode, that runs `FusedBlock`s.
 
     The weights of `gate` and `up` move next to each other into one tensor, layer by layer; the modules of `decoder`
@@ -151,7 +186,9 @@ def fused_decoder(decoder: Decoder) -> Decoder:
         put_together(decoder, [(m.gate, m.up) for m in decoder.modules() if isinstance(m, Mlp) and m.spec.gated])
     shared = [*decoder.parameters(), *(v for v in vars(decoder).values() if isinstance(v, Tensor))]
     shared += [tensor for m in decoder.modules() if isinstance(m, PackedLinear) for tensor in m.tensors()]
-    fused: Decoder = copy.deepcopy(decoder, {id(tensor): tensor for tensor in shared})
+    fused = copy.deepcopy(decoder, {id(tensor): tensor for tensor in shared})
+    fused.__class__ = FusedDecoder
+    assert isinstance(fused, FusedDecoder)
     for module in list(fused.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:

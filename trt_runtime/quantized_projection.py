@@ -160,6 +160,7 @@ class QuantizedProjection(nn.Module):
         packed: the packed weight of a weight-only layer on a GPU, else None.
         ahead: what `fetch_ahead` says.
         runner: runs this layer for one token, where `kernels.quantized_chain` does (`chained.chain_blocks` says).
+        made: what the next `after` returns, if the chain before has made it; for one token.
         processors: multiprocessors of a GPU that `kernels.quantized_gemm_hopper` serves, else 0.
     """
 
@@ -170,6 +171,7 @@ class QuantizedProjection(nn.Module):
         self.packed: Tensor | None = None
         self.ahead: tuple[tuple[Tensor, int], ...] = ()
         self.runner: ChainRunner | None = None
+        self.made: Tensor | None = None
         self.processors = 0
         both = _both if up is not None else _one
         if isinstance(linear, PackedLinear):
@@ -198,7 +200,11 @@ class QuantizedProjection(nn.Module):
     def after(self, norm: nn.Module, x: Tensor) -> Tensor:
         """forward(norm(x)), in one kernel where there is one; or the norm's kernel quantises what it makes."""
         form = self.linear.format
-        if self.runner is not None and math.prod(x.shape[:-1]) == 1 and isinstance(norm, RmsNorm):
+        one = math.prod(x.shape[:-1]) == 1
+        made, self.made = self.made, None
+        if made is not None and one:
+            return made
+        if self.runner is not None and one and isinstance(norm, RmsNorm):
             return self._alone(self.runner, x, norm=norm)
         plain = form.input_scale == "token" and not form.pre_quant_scale
         if not self.coded or form.input is None or not plain or not isinstance(norm, RmsNorm):
@@ -252,7 +258,8 @@ class QuantizedProjection(nn.Module):
     ) -> Tensor:
         """A chain of this layer only."""
         out = x.new_empty(*x.shape[:-1], self.linear.out_features)
-        runner.run([self.product(input=x.contiguous(), norm=norm, residual=residual, out=out)])
+        ahead = [memory[: size // memory.element_size()] for memory, size in self.ahead]
+        runner.run([self.product(input=x.contiguous(), norm=norm, residual=residual, out=out)], ahead)
         return out
 
     @property

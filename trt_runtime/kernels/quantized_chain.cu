@@ -325,7 +325,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) quantized_chain(co
         }
         show_barriers();
     }
-    launch_dependents();
     if (warp == WARPS) {
         // The others see the barriers when they come to where they first join.
         __syncwarp();
@@ -335,6 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) quantized_chain(co
     }
     sync<2, THREADS + 32>();
     wait_for_launch_before();
+    launch_dependents();
     const u32 tag = load(chain.counters) + 1;
     int stage = 0, parity = 0, half_taken = 0, turn = 0;
     const u32 my_words = ring + lane * 16, my_scale = ring + CODE_BYTES + lane / 4 * 4;
