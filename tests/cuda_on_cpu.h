@@ -174,7 +174,7 @@ template <class T> T exchange(T value, int from) {
     return value;
 }
 
-inline void multiply(int (&d)[4], uint4 a, bool a_signed, u32 b0, u32 b1, const int (&c)[4]) {
+inline void multiply(int (&d)[4], uint4 a, u32 b0, u32 b1, const int (&c)[4]) {
     const u32 mine[6] = {a.x, a.y, a.z, a.w, b0, b1};
     std::memcpy(warp().words[lane()], mine, sizeof mine);
     meet(warp().meeting, 32);
@@ -185,7 +185,7 @@ inline void multiply(int (&d)[4], uint4 a, bool a_signed, u32 b0, u32 b1, const 
             int byte = k % 4 * 8, quad = k % 16 / 4, upper = k / 16;
             u32 left = warp().words[row % 8 * 4 + quad][row / 8 + 2 * upper] >> byte & 0xff;
             u32 right = warp().words[column * 4 + quad][4 + upper] >> byte & 0xff;
-            sum += (a_signed ? (int)(signed char)left : (int)left) * (signed char)right;
+            sum += (int)left * (signed char)right;
         }
         result[i] = sum;
     }
@@ -286,10 +286,4 @@ inline u32 count_up(u32* p, u32 last) {
 inline void launch_dependents() {}
 inline void wait_for_launch_before() {}
 
-inline void multiply_unsigned(int (&d)[4], uint4 a, u32 b0, u32 b1, const int (&c)[4]) {
-    cpu::multiply(d, a, false, b0, b1, c);
-}
-inline void multiply_signed(int (&d)[4], u32 a, u32 b0, u32 b1) {
-    const int c[4] = {d[0], d[1], d[2], d[3]};
-    cpu::multiply(d, {a, a, a, a}, true, b0, b1, c);
-}
+inline void multiply_bytes(int (&d)[4], uint4 a, u32 b0, u32 b1, const int (&c)[4]) { cpu::multiply(d, a, b0, b1, c); }

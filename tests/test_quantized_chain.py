@@ -200,20 +200,19 @@ class KernelOnCpu:
     def __init__(self, library: Path, *, rows: int, blocks: int) -> None:
         self.function, self.blocks, self.seed = ctypes.CDLL(str(library)).run, blocks, 0
         self.function.restype = ctypes.c_bool
-        self.results = torch.zeros(quantized_chain.MAX_PRODUCTS, -(-rows // 4) * 2, dtype=torch.int64)
-        self.counters = torch.zeros(2, dtype=torch.int32)
+        self.results, self.counters = quantized_chain.scratch(rows, "cpu")
 
     def run(self, products: Sequence[Product], ahead: Sequence[Tensor] = ()) -> None:
         chain = quantized_chain.described(products, ahead, self.results, self.counters, self.blocks)
         self.seed += 1
         assert self.function(ctypes.byref(chain), self.blocks, self.seed), "threads wait for each other for ever"
-        assert self.counters.tolist() == [self.seed, 0]
+        assert self.counters.tolist() == [self.seed + 1, 0]
 
 
 RUN_ON_CPU = """
 #include "quantized_chain.cu"
 extern "C" bool run(const Chain* chain, u32 blocks, u32 seed) {
-    return cpu::run(blocks, THREADS + 32, sizeof(Memory), seed, [=] { quantized_chain(*chain); });
+    return cpu::run(blocks, ALL_THREADS, sizeof(Memory), seed, [=] { quantized_chain(*chain); });
 }
 """
 

@@ -58,8 +58,7 @@ def decode_blocks(shape: AttentionShape, capability: int) -> DecodeBlocks:
     rows = min(64, max(16, _power_of_2(group)))
     few = shape.batch * shape.kv_heads * _cdiv(group, rows) <= MULTIPROCESSORS
     if capability == 90 and few and rows == 16:
-        slots = 64 if group == 1 else 128
-        return DecodeBlocks(rows=16, slots=slots // wide, warps=4, stages=3, resident=1, last_combines=group == 1)
+        return DecodeBlocks(rows=16, slots=128 // wide, warps=4, stages=3, resident=1, last_combines=group == 1)
     return DecodeBlocks(rows=rows, slots=64 // wide, warps=4, stages=2, resident=4, last_combines=group == 1)
 
 

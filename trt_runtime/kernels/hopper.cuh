@@ -174,17 +174,9 @@ __device__ __forceinline__ void wait_for_launch_before() { asm volatile("griddep
 
 // Matrix units: d = a b + c, of bytes, 16 by 32 by 8
 
-__device__ __forceinline__ void multiply_unsigned(int (&d)[4], uint4 a, u32 b0, u32 b1, const int (&c)[4]) {
+__device__ __forceinline__ void multiply_bytes(int (&d)[4], uint4 a, u32 b0, u32 b1, const int (&c)[4]) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%10, %11, %12, %13};"
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
-}
-
-// d += a b, with the same four bytes in all of a
-__device__ __forceinline__ void multiply_signed(int (&d)[4], u32 a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %6}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a), "r"(b0), "r"(b1));
 }

@@ -2,15 +2,15 @@
 // launched and packing.py how the codes lie.
 //
 // A block has one multiprocessor to itself.  One warp does nothing but have weights brought into a ring of shared
-// memory, product after product: nobody writes weights, so it waits for nothing but room.  The other warps multiply.
+// memory, product after product: nobody writes weights, so it waits for nothing but room.  Sixteen warps multiply.  Three
+// finish: they add up what those have of a row, and do what follows a product, while the next tiles are multiplied.
 // Between two products every block needs the results of all others; meanwhile the ring fills, so that the memory does
 // not stand still.  Results travel in words of two numbers and a tag that says of which launch they are: who reads them
 // sees by the tag whether they are there, and nobody has to wait until what he wrote is visible to all.
 //
 // The matrix units multiply bytes.  The numbers of a group of the input become integers below 2^30, times one power of
-// two, and those four bytes with signs: the four are columns of one operand.  The codes, as numbers 0..15 and 16 times
-// 0..15 where they are in their bytes, are the other.  So the sum of a group is exact, up to what an input has below
-// 2^-30 of the group's largest.
+// two, and those four bytes with signs: the four are columns of one operand.  The codes, where they are in their bytes,
+// are the other.  So the sum of a group is exact, up to what an input has below 2^-30 of the group's largest.
 //
 // An input with a norm is taken as a whole, another panel by panel: when the first of `down`'s columns are multiplied,
 // the last of them need not have been made.
@@ -45,11 +45,11 @@ struct Ahead {
 struct Chain {
     Product products[4];
     Ahead ahead[4];
-    u32* counters;          // launches, and blocks that have ended: two that start as zero
+    u32* counters;          // this launch's tag, from 1 on, and blocks that have ended
     int count;
 };
 
-constexpr int WARPS = 16, THREADS = 32 * WARPS;
+constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply
 constexpr int GROUP = 128, TILE = 16, UNIT = 64;
 constexpr int STAGE_GROUPS = WARPS, PANEL = 2 * STAGE_GROUPS;
 constexpr int GROUP_BYTES = GROUP * TILE / 2, SCALE_BYTES = 2 * TILE;
@@ -58,8 +58,9 @@ constexpr int COLUMNS = 2 * PANEL * GROUP;  // of digits that there is room for
 constexpr int STAGES = 10;
 // Stages that are asked for and not yet there.  More would keep the memory no busier, but the results waiting.
 constexpr int UNDER_WAY = 2;
-// Tiles whose sums wait to be added up.
-constexpr int SLOTS = 6;
+// Tiles whose sums are added up together, and the threads that do it: one a row.
+constexpr int SLOTS = 6, FINISHERS = SLOTS * TILE;
+constexpr int ALL_THREADS = THREADS + FINISHERS + 32;
 
 struct Memory {
     uint4 ring[STAGES][STAGE_BYTES / 16];
@@ -68,9 +69,10 @@ struct Memory {
     float parts[2][SLOTS][TILE][WARPS + 1];
     alignas(16) float squares[WARPS];
     u64 full[STAGES], empty[STAGES];
+    u64 ready[2], added[2];                 // of parts: the sums are there, or are not needed any more
 };
 
-static_assert(sizeof(Memory) == SHARED_BYTES && THREADS + 32 == BLOCK_THREADS, "the host launches other blocks");
+static_assert(sizeof(Memory) == SHARED_BYTES && ALL_THREADS == BLOCK_THREADS, "the host launches other blocks");
 
 __device__ __forceinline__ void join() { sync<1, THREADS>(); }
 
@@ -81,17 +83,28 @@ __device__ __forceinline__ bool load_results(u64& four, const u64* p, u32 tag) {
     return (u32)(v.x >> 32) == tag && (u32)(v.y >> 32) == tag;
 }
 
-// Codes in one half of the bytes (the low or the high nibbles).
-__device__ __forceinline__ uint4 half_of(uint4 words, u32 mask) {
-    return make_uint4(words.x & mask, words.y & mask, words.z & mask, words.w & mask);
+// 240 less what each byte has in its high nibble.
+__device__ __forceinline__ uint4 less_high(uint4 words) {
+    const u32 high = 0xf0f0f0f0;
+    return make_uint4(~words.x & high, ~words.y & high, ~words.z & high, ~words.w & high);
 }
 
-// What a thread keeps of a group of the input: digits of its columns, and what takes the 8 off the codes.  Four columns
-// of the matrix units' result are sums of the codes in low nibbles, four of those in high ones: so each thread has
-// digits for one of the two, and zeros for the other.
+__device__ __forceinline__ uint4 all_of(u32 byte) {
+    const u32 word = byte * 0x01010101;
+    return make_uint4(word, word, word, word);
+}
+
+// 1.5 * 2^23: a float whose bits, as an integer, can be added to: numbers below 2^22 become floats by its subtraction.
+constexpr int FLOAT_BITS = 0x4b400000;
+constexpr float FLOAT_ZERO = 0x1.8p23f;
+
+// What a thread keeps of a group of the input.  A byte holds codes of two columns, x and z, as lo + 16 hi.  In four
+// columns of the result the matrix units add lo + 16 hi times the digits of x (`low`) and 240 - 16 hi times those
+// (`both`), in the other four 240 - 16 hi times the digits of z (`both`): that is lo x + 240 x, and 240 z - 16 hi z.
+// `start` is what turns them into (lo - 8) x and -16 (hi - 8) z, as bits of a float.
 struct Group {
-    uint4 low, high;
-    int minus_8[4];
+    uint4 low, both;
+    int start[4];
     float factor;
 };
 
@@ -104,35 +117,37 @@ __device__ __forceinline__ void take(Group& group, const Memory& memory, int g, 
         group.factor = memory.factors[g];
     }
     group.low = lane < 16 ? make_uint4(a.x, a.y, b.x, b.y) : none;
-    group.high = lane < 16 ? none : make_uint4(a.z, a.w, b.z, b.w);
+    group.both = lane < 16 ? group.low : make_uint4(a.z, a.w, b.z, b.w);
+    // 248 x, and 112 z.
     int d[4] = {0, 0, 0, 0};
-    multiply_signed(d, 0xf8f8f8f8, group.low.x, group.low.y);
-    multiply_signed(d, 0xf8f8f8f8, group.low.z, group.low.w);
-    multiply_signed(d, 0x80808080, group.high.x, group.high.y);
-    multiply_signed(d, 0x80808080, group.high.z, group.high.w);
-    for (int j = 0; j < 4; j++) group.minus_8[j] = d[j];
+    multiply_bytes(d, all_of(136), group.low.x, group.low.y, d);
+    multiply_bytes(d, all_of(136), group.low.z, group.low.w, d);
+    multiply_bytes(d, all_of(112), group.both.x, group.both.y, d);
+    multiply_bytes(d, all_of(112), group.both.z, group.both.w, d);
+    for (int j = 0; j < 4; j++) group.start[j] = FLOAT_BITS - d[j];
 }
+
+__device__ __forceinline__ float value(int sum) { return __int_as_float(sum) - FLOAT_ZERO; }
 
 // Two groups' sums of this thread's two rows and two digits.
 __device__ __forceinline__ void add(
     float (&sums)[4], const Group& g, uint4 a0, uint4 a1, u32 a_scale, const Group& h, uint4 b0, uint4 b1, u32 b_scale
 ) {
-    const u32 low = 0x0f0f0f0f, high = 0xf0f0f0f0;
     int d[4], e[4];
-    multiply_unsigned(d, half_of(a0, low), g.low.x, g.low.y, g.minus_8);
-    multiply_unsigned(e, half_of(b0, low), h.low.x, h.low.y, h.minus_8);
-    multiply_unsigned(d, half_of(a0, high), g.high.x, g.high.y, d);
-    multiply_unsigned(e, half_of(b0, high), h.high.x, h.high.y, e);
-    multiply_unsigned(d, half_of(a1, low), g.low.z, g.low.w, d);
-    multiply_unsigned(e, half_of(b1, low), h.low.z, h.low.w, e);
-    multiply_unsigned(d, half_of(a1, high), g.high.z, g.high.w, d);
-    multiply_unsigned(e, half_of(b1, high), h.high.z, h.high.w, e);
+    multiply_bytes(d, a0, g.low.x, g.low.y, g.start);
+    multiply_bytes(e, b0, h.low.x, h.low.y, h.start);
+    multiply_bytes(d, less_high(a0), g.both.x, g.both.y, d);
+    multiply_bytes(e, less_high(b0), h.both.x, h.both.y, e);
+    multiply_bytes(d, a1, g.low.z, g.low.w, d);
+    multiply_bytes(e, b1, h.low.z, h.low.w, e);
+    multiply_bytes(d, less_high(a1), g.both.z, g.both.w, d);
+    multiply_bytes(e, less_high(b1), h.both.z, h.both.w, e);
     float g_upper = number(a_scale & 0xffff) * g.factor, g_lower = number(a_scale >> 16) * g.factor;
     float h_upper = number(b_scale & 0xffff) * h.factor, h_lower = number(b_scale >> 16) * h.factor;
-    sums[0] = g_upper * (float)d[0], sums[1] = g_upper * (float)d[1];
-    sums[2] = g_lower * (float)d[2], sums[3] = g_lower * (float)d[3];
-    sums[0] += h_upper * (float)e[0], sums[1] += h_upper * (float)e[1];
-    sums[2] += h_lower * (float)e[2], sums[3] += h_lower * (float)e[3];
+    sums[0] = g_upper * value(d[0]), sums[1] = g_upper * value(d[1]);
+    sums[2] = g_lower * value(d[2]), sums[3] = g_lower * value(d[3]);
+    sums[0] += h_upper * value(e[0]), sums[1] += h_upper * value(e[1]);
+    sums[2] += h_lower * value(e[2]), sums[3] += h_lower * value(e[3]);
 }
 
 // The tiles of a product that this block has are taken some at a time, those panel of columns by panel.  Of gate and up
@@ -142,7 +157,12 @@ struct Work {
     __device__ Work(const Product& p)
         : tiles((p.rows + TILE - 1) / TILE), groups(p.columns / GROUP),
           start((int)blockIdx.x - p.first + ((int)blockIdx.x < p.first ? gridDim.x : 0)), batch(p.gated ? 2 : SLOTS) {}
-    __device__ int count(int base) const { return min(batch, (tiles - base + (int)gridDim.x - 1) / (int)gridDim.x); }
+    __device__ int count(int base) const {
+        int n = 0;
+#pragma unroll
+        for (int j = 0; j < SLOTS; j++) n += j < batch && base + j * (int)gridDim.x < tiles;
+        return n;
+    }
 };
 
 __device__ void bring_weights(const Chain& chain, u32 ring, u32 full, u32 empty) {
@@ -313,33 +333,92 @@ __device__ void take_normed(const Product& p, const u64* results, Memory& memory
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) quantized_chain(const __grid_constant__ Chain chain) {
+// Rows of results from the sums of the warps, one a thread.  Of gate and up, the 16 threads after gate's have up's.
+__device__ void finish(const Chain& chain, Memory& memory, u32 ready, u32 added, int thread, u32 tag) {
+    const int slot = thread / TILE;
+    int turn = 0, parity = 0;
+#pragma unroll 1
+    for (int i = 0; i < chain.count; i++) {
+        const Product& p = chain.products[i];
+        const Work work(p);
+        const int gated = p.gated;
+#pragma unroll 1
+        for (int base = work.start; base < work.tiles; base += work.batch * gridDim.x) {
+            const bool here = slot < work.count(base) << gated;
+            const int row = (base + (slot >> gated) * (int)gridDim.x) * TILE + thread % TILE;
+            // What is added to it is asked for early.
+            u32 bias = 0, residual = 0;
+            if (here && p.bias) bias = load(p.bias + (gated & slot) * p.rows + row);
+            if (here && p.residual) residual = load(p.residual + row);
+            if (here && p.earlier) {
+                u64 word;
+                do word = load(p.earlier + row / 2);
+                while ((u32)(word >> 32) != tag);
+                residual = (u32)word >> row % 2 * 16 & 0xffff;
+            }
+            wait(ready + 8 * turn, parity);
+            const float* parts = memory.parts[turn][slot][thread % TILE];
+            float some[4] = {0, 0, 0, 0};
+            if (here) {
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) some[w % 4] += parts[w];
+            }
+            __syncwarp();
+            if (thread % 32 == 0) arrive(added + 8 * turn);
+            turn ^= 1, parity ^= !turn;
+            float y = (some[0] + some[1]) + (some[2] + some[3]) + number(bias);
+            if (gated) {
+                float up = __shfl_xor_sync(0xffffffff, y, TILE);
+                y = rounded(y);
+                y = rounded(y / (1.0f + __expf(-y))) * rounded(up);
+            }
+            if (p.residual || p.earlier) y = rounded(y) + number(residual);
+            u32 bits = half(y), next = __shfl_down_sync(0xffffffff, bits, 1);
+            if (here && !(gated & slot)) {
+                if (p.out) p.out[row] = (u16)bits;
+                u64 word = bits | next << 16 | (u64)tag << 32;
+                if (p.results && row % 2 == 0) store(p.results + row / 2, word);
+            }
+        }
+    }
+    // The last block to come here makes the next tag: nobody reads this one any more.
+    sync<3, FINISHERS>();
+    if (thread == 0 && count_up(chain.counters + 1, gridDim.x - 1) == gridDim.x - 1) chain.counters[0] = tag + 1;
+}
+
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) quantized_chain(const __grid_constant__ Chain chain) {
     Memory& memory = *reinterpret_cast<Memory*>(block_memory());
     u32 ring = shared_address(memory.ring), full = shared_address(memory.full), empty = shared_address(memory.empty);
-    hide(ring), hide(full), hide(empty);
+    u32 ready = shared_address(memory.ready), added = shared_address(memory.added);
+    hide(ring), hide(full), hide(empty), hide(ready), hide(added);
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    if (thread == THREADS) {
+    if (thread == THREADS + FINISHERS) {
         for (int s = 0; s < STAGES; s++) {
             initialise(full + 8 * s, 1);
             initialise(empty + 8 * s, WARPS);
         }
+        for (int s = 0; s < 2; s++) {
+            initialise(ready + 8 * s, WARPS);
+            initialise(added + 8 * s, FINISHERS / 32);
+        }
         show_barriers();
     }
-    if (warp == WARPS) {
+    if (thread >= THREADS + FINISHERS) {
         // The others see the barriers when they come to where they first join.
         __syncwarp();
-        arrive<2, THREADS + 32>();
+        arrive<2, ALL_THREADS>();
         if (lane == 0) bring_weights(chain, ring, full, empty);
         return;
     }
-    sync<2, THREADS + 32>();
+    sync<2, ALL_THREADS>();
     wait_for_launch_before();
     launch_dependents();
-    const u32 tag = load(chain.counters) + 1;
-    int stage = 0, parity = 0, half_taken = 0, turn = 0;
+    const u32 tag = load(chain.counters);
+    if (warp >= WARPS) return finish(chain, memory, ready, added, thread - THREADS, tag);
+    int stage = 0, parity = 0, half_taken = 0, turn = 0, added_parity = 1;
     const u32 my_words = ring + lane * 16, my_scale = ring + CODE_BYTES + lane / 4 * 4;
-    // A thread's columns of the sums: two digits; of codes in high nibbles, 16 times as large, in the last two of four.
-    const float weight_0 = lane % 4 == 0 ? 1 : lane % 4 == 1 ? 0x1p16f : lane % 4 == 2 ? 0x1p-4f : 0x1p12f;
+    // A thread's columns of the sums: two digits; of codes in high nibbles, -16 times as large, in the last two of four.
+    const float weight_0 = lane % 4 == 0 ? 1 : lane % 4 == 1 ? 0x1p16f : lane % 4 == 2 ? -0x1p-4f : -0x1p12f;
     const bool odd = lane % 2;
     // Which of a tile's sums this thread keeps, if it is one of the first two of four.
     const u32 my_part = shared_address(&memory.parts[0][0][lane / 4 + 8 * (lane % 2)][warp]);
@@ -354,19 +433,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) quantized_chain(co
                 take_normed<1>(p, results, memory, thread, tag);
             else
                 take_normed<2>(p, results, memory, thread, tag);
-            join();
         }
+        // All of the input is there, or nobody takes groups of another product's any more.
+        join();
 #pragma unroll 1
         for (int base = work.start; base < work.tiles; base += work.batch * gridDim.x) {
-            const int count = work.count(base), slots = count << gated;
-            // Two threads (of gate and up, four) have a row of the results.  What is added to it is asked for early.
-            const int item = thread / 2 >> gated, slot = gated ? item / TILE * 2 + thread / 2 % 2 : item / TILE;
-            const int row = (base + item / TILE * (int)gridDim.x) * TILE + item % TILE;
-            const bool owner = item < count * TILE && row < p.rows;
-            u16 bias = 0, residual = 0;
-            if (owner && p.bias) bias = load(p.bias + (gated & thread / 2) * p.rows + row);
-            if (owner && p.residual) residual = load(p.residual + row);
-            if (owner && p.earlier) residual = load(reinterpret_cast<const u16*>(p.earlier + row / 2) + row % 2);
+            const int slots = work.count(base) << gated;
 #pragma unroll 1
             for (int panel = 0; panel < work.groups; panel += PANEL) {
                 int there = panel;
@@ -384,6 +456,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) quantized_chain(co
                 const u32 a_words = my_words + a * GROUP_BYTES, b_words = my_words + b_stage + b * GROUP_BYTES;
                 const u32 a_scales = my_scale + a * SCALE_BYTES, b_scales = my_scale + b_stage + b * SCALE_BYTES;
                 u32 part = my_part + turn * (u32)sizeof(memory.parts[0]);
+                if (!panel) wait(added + 8 * turn, added_parity);
 #pragma unroll 1
                 for (int s = slots; s > 0; s--) {
                     const u32 here = stage * STAGE_BYTES;
@@ -409,31 +482,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) quantized_chain(co
                     part += TILE * (WARPS + 1) * 4;
                 }
             }
-            join();
-            if (warp * 16 >> gated < count * TILE) {
-                float y = 0;
-                const float* parts = &memory.parts[turn][slot][item % TILE][thread % 2 * (WARPS / 2)];
-#pragma unroll
-                for (int w = 0; w < WARPS / 2; w++) y += parts[w];
-                y += __shfl_xor_sync(0xffffffff, y, 1);
-                y += number(bias);
-                if (gated) {
-                    float up = __shfl_xor_sync(0xffffffff, y, 2);
-                    y = rounded(y);
-                    y = rounded(y / (1.0f + __expf(-y))) * rounded(up);
-                }
-                if (p.residual || p.earlier) y = rounded(y) + number(residual);
-                u32 bits = half(y), next = __shfl_down_sync(0xffffffff, bits, 2 << gated);
-                if (owner && thread % (2 << gated) == 0) {
-                    if (p.out) p.out[row] = (u16)bits;
-                    u64 word = bits | next << 16 | (u64)tag << 32;
-                    if (p.results && row % 2 == 0) store(p.results + row / 2, word);
-                }
-            }
-            turn ^= 1;
+            __syncwarp();
+            if (lane == 0) arrive(ready + 8 * turn);
+            turn ^= 1, added_parity ^= !turn;
         }
         results = p.results;
     }
-    // The last block to come here makes the next tag: nobody reads this one any more.
-    if (thread == 0 && count_up(chain.counters + 1, gridDim.x - 1) == gridDim.x - 1) chain.counters[0] = tag;
 }

@@ -36,8 +36,8 @@ MAX_PRODUCTS = 4
 MAX_AHEAD = 4
 
 _TILE = 16
-_THREADS = 32 * (16 + 1)
-_SHARED = 215_264
+_THREADS = 32 * (16 + 3 + 1)
+_SHARED = 215_296
 DEFINES = (f"-DBLOCK_THREADS={_THREADS}", f"-DSHARED_BYTES={_SHARED}")
 """With which quantized_chain.cu is compiled; it checks them."""
 _SOURCE = Path(__file__).with_suffix(".cu")
@@ -115,9 +115,7 @@ class ChainRunner:
         self._blocks = properties.multi_processor_count
         with torch.cuda.device(device):
             self._function = _function(torch.cuda.current_device())
-        # Rows of them begin at multiples of 16 bytes.
-        self._results = torch.zeros(MAX_PRODUCTS, -(-rows // 4) * 2, dtype=torch.int64, device=device)
-        self._counters = torch.zeros(2, dtype=torch.int32, device=device)
+        self._results, self._counters = scratch(rows, device)
 
     def run(self, products: Sequence[Product], ahead: Sequence[Tensor] = ()) -> None:
         """Launch on the current stream; waits for nothing, so a CUDA graph can be captured around it.
@@ -142,14 +140,19 @@ class ChainRunner:
         )
 
 
+def scratch(rows: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Results int64 [`MAX_PRODUCTS`, rows / 2], rows beginning at multiples of 16 bytes, and counters int32 [2]."""
+    results = torch.zeros(MAX_PRODUCTS, -(-rows // 4) * 2, dtype=torch.int64, device=device)
+    return results, torch.tensor([1, 0], dtype=torch.int32, device=device)
+
+
 def described(
     products: Sequence[Product], ahead: Sequence[Tensor], results: Tensor, counters: Tensor, blocks: int
 ) -> _Chain:
     """The kernel's argument, for launches of so many blocks; `ChainRunner` says what the others are.
 
     Args:
-        results: int64 [`MAX_PRODUCTS`, rows / 2], rows beginning at multiples of 16 bytes, and counters: int32 [2];
-            zero before the first launch, and the same for all that follow.
+        results, counters: from `scratch`, the same for launches that follow one another.
     """
     chain = _Chain(counters=counters.data_ptr(), count=len(products))
     first = 0
