@@ -143,7 +143,7 @@ inline bool run(u32 blocks, u32 threads, size_t shared, u32 seed, std::function<
         std::shuffle(fibers.begin(), fibers.end(), draw);
         if (draw() % 50 == 0) {
             std::vector<Warp>& warps = all[draw() % blocks].warps;
-            warps[draw() % warps.size()].asleep = draw() % 200;
+            warps[draw() % warps.size()].asleep = draw() % (draw() % 8 ? 200 : 1000);
         }
         for (auto& fiber : fibers) {
             if (fiber->ended) continue;
