@@ -44,7 +44,7 @@ def on_a_gpu(data: dict[str, Any]) -> Iterator[str]:
         "The shapes of Qwen-7B with random codes, fp16; every table in one run with this project's own fp16. "
         "`python benchmarks/gpu_quantized.py`."
     )
-    decode, batches, codes = (data[part] for part in ("decode", "batches", "codes"))
+    decode, batches, codes, products = (data[part] for part in ("decode", "batches", "codes", "products"))
     yield (
         f"Whole decode steps of one row by `TorchEngine(kernels=True)`, {_machine(decode)}: steps in a loop, and "
         "128 tokens after 128 by `generate`, with what it does beside them on a host that other machines share. int4 "
@@ -73,6 +73,12 @@ def on_a_gpu(data: dict[str, Any]) -> Iterator[str]:
             for tokens, row in ratios.items()
         ),
     )
+    yield (
+        "Weight-only products by themselves, each a launch, at 1 and 16 tokens: microseconds, and in brackets the time "
+        f"to read the weights; {_machine(products)}."
+    )
+    kinds = list(next(iter(products["rows"].values())))
+    yield table(("product", "tokens", *kinds), _weight_only(products["rows"]))
 
 
 _STEP_COLUMNS = ("weights", "ms/step in a loop", "× fp16", "tokens/s", "× fp16", "first token ms", "weights GB")
@@ -95,6 +101,12 @@ def _steps(rows: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             f"{row['first_token_ms']:.1f}",
             f"{row['held_gb']:.2f}",
         )
+
+
+def _weight_only(rows: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    for name, kinds in rows.items():
+        for tokens in (1, 16):
+            yield (name, tokens, *(f"{row[f'us_{tokens}']:.1f} ({row['floor_us']:.1f})" for row in kinds.values()))
 
 
 def _products(codes: dict[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ from debug.evaluate.rouge import CharacterTokenizer, rouge
 from debug.evaluate.scoring import score
 from debug.evaluate.speed import Shape, measure_speed, parse_shape
 from debug.evaluate.statistics import accuracy, loss, mean_loss
+from debug.evaluate.tables import print_evaluation
 from debug.executors.huggingface import HuggingFaceEngine
 from debug.metrics import kl_divergence
 from export.compile import export_model
@@ -257,6 +258,7 @@ def test_speed(bundle: Path) -> None:
     found = measure_speed(engine, parse_shape("2x8x4"))
     assert found.rounding_emulated and found.shape.batch == 2
     assert found.prefill_tokens_per_second > 0 and found.decode_tokens_per_second > 0
+    assert found.device == f"{engine.threads} CPU threads"
     assert not measure_speed(engine_of("gpt2"), parse_shape("1x4x2")).rounding_emulated
     with pytest.raises(LogitLockError, match="positions"):
         measure_speed(engine, parse_shape("1x4000x1"))
@@ -278,7 +280,7 @@ def test_imitated_rounding_is_not_timed(bundle: Path, monkeypatch: pytest.Monkey
 # All of it
 
 
-def test_a_clean_bundle_loses_nothing(bundle: Path, tmp_path: Path) -> None:
+def test_a_clean_bundle_loses_nothing(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(e.prompt + e.answer + "\n" for e in examples("facts", split="train", count=30, seed=0)))
     result = evaluate(
@@ -291,6 +293,8 @@ def test_a_clean_bundle_loses_nothing(bundle: Path, tmp_path: Path) -> None:
         shapes=(Shape(batch=1, prompt=8, new=2),),
     )
     assert result.model == "qwen" and result.notes == [] and result.against is not None
+    print_evaluation(replace(result, notes=["pip install 'logitlock[eval]'"]))
+    assert "note: pip install 'logitlock[eval]'" in capsys.readouterr().out
     (side,) = result.sides
     assert side.side == str(bundle) and side.accuracy == 1.0 and side.loss is not None and side.loss.value == 0.0
     assert result.against.loss is None and result.against.agreement is None and result.against.accuracy == 1.0

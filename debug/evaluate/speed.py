@@ -35,13 +35,14 @@ class Speed:
     """The median of a few runs after one that is not counted.
 
     prefill_tokens_per_second: prompt tokens of all rows, until the first new token is known.  decode_tokens_per_second:
-    new tokens of all rows after it.  rounding_emulated is never timed: it says that the engine that was evaluated
-    imitates rounding, and that what was timed is the same graph without that.
+    new tokens of all rows after it.  device: the GPU's name, or how many CPU threads.  rounding_emulated is never timed:
+    it says that the engine that was evaluated imitates rounding, and that what was timed is the same graph without that.
     """
 
     shape: Shape
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    device: str
     rounding_emulated: bool
 
 
@@ -76,8 +77,16 @@ def measure_speed(engine: Engine, shape: Shape, *, seed: int = 0) -> Speed:
         shape=shape,
         prefill_tokens_per_second=shape.batch * shape.prompt / prefill,
         decode_tokens_per_second=shape.batch * shape.new / decode,
+        device=_device_name(engine),
         rounding_emulated=emulated,
     )
+
+
+def _device_name(engine: Engine) -> str:
+    if engine.device.type == "cuda":
+        return torch.cuda.get_device_name(engine.device)
+    threads = engine.threads if isinstance(engine, OnnxRuntimeEngine) else torch.get_num_threads()
+    return f"{threads} CPU threads"
 
 
 def _runner(engine: Engine, shape: Shape, seed: int) -> Callable[[], tuple[float, float]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from debug.evaluate.results import Agreement, EvaluationResult
@@ -41,7 +42,7 @@ def print_evaluation(result: EvaluationResult) -> None:
     for side in result.all_sides:
         console.print(f"{side.side}: {side.engine}", highlight=False, markup=False)
     for table in tables(result):
-        console.print(f"\n{table.title}", style="bold", highlight=False)
+        console.print(f"\n{table.title}", style="bold", highlight=False, markup=False)
         shown = RichTable(box=None, pad_edge=False, padding=(0, 1, 0, 0))
         for number, column in enumerate(table.columns):
             words = number < table.words
@@ -50,7 +51,7 @@ def print_evaluation(result: EvaluationResult) -> None:
             shown.add_row(*row)
         console.print(shown, highlight=False)
     for note in result.notes:
-        console.print(f"[yellow]note:[/yellow] {note}", highlight=False)
+        console.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
 
 
 def markdown(result: EvaluationResult, *, command: str) -> str:
@@ -182,14 +183,15 @@ def _speed(result: EvaluationResult) -> Table:
                     f"{found.prefill_tokens_per_second:.1f}",
                     f"{found.decode_tokens_per_second:.1f}",
                     f"{1000 * found.shape.batch / found.decode_tokens_per_second:.2f}",
+                    found.device,
                 )
             )
-    title = f"Tokens per second, warm, {result.settings['threads']} CPU threads"
+    title = "Tokens per second, warm"
     if any(speed.rounding_emulated for side in result.all_sides for speed in side.speeds):
         title += "; *: without the rounding that is imitated for the rest"
     return Table(
         title=title,
-        columns=("rows x prompt x new", "side", "prefill", "decode", "ms/step"),
+        columns=("rows x prompt x new", "side", "prefill", "decode", "ms/step", "on"),
         rows=rows,
         words=2,
     )
