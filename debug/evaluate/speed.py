@@ -34,9 +34,11 @@ DEFAULT_SHAPES = (Shape(batch=1, prompt=128, new=32),)
 class Speed:
     """The median of a few runs after one that is not counted.
 
-    prefill_tokens_per_second: prompt tokens of all rows, until the first new token is known.  decode_tokens_per_second:
-    new tokens of all rows after it.  device: the GPU's name, or how many CPU threads.  rounding_emulated is never timed:
-    it says that the engine that was evaluated imitates rounding, and that what was timed is the same graph without that.
+    prefill_tokens_per_second: prompt tokens of all rows, until the first new token is known.
+    decode_tokens_per_second: new tokens of all rows after it.
+    device: the GPU's name, or how many CPU threads.
+    rounding_emulated is never timed: it says that the engine that was evaluated imitates rounding, and that what was
+    timed is the same graph without that.
     """
 
     shape: Shape
