@@ -12,9 +12,11 @@ from hypothesis import settings
 from safetensors.torch import load_file
 
 import refmodels
+from debug.verify import add_up_as_recorded
 from refmodels.model import Decoder
 from trt_runtime.older_onnxruntime import has_tensor_scatter
 
+add_up_as_recorded()
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(p.name for p in GOLDENS.iterdir() if (p / "config.json").is_file()) if GOLDENS.is_dir() else []
 

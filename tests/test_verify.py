@@ -270,7 +270,8 @@ def test_command(variant: Callable[..., Path]) -> None:
     assert json.loads(bad.out)[1]["worst"]["logits"] is None
 
 
-def test_tolerances_of_half_precision() -> None:
+def test_tolerances_of_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     logits = torch.tensor([0.1, -5.0])
     cases = ("chatglm2", "qwen", "baichuan_7b")
     exact = [refmodels.resolve(GOLDENS / case, variant=_meta(case).get("variant")).spec for case in cases]
@@ -279,6 +280,9 @@ def test_tolerances_of_half_precision() -> None:
     # bf16 has 8 significant bits: between 4 and 8 they are 2**-5 apart; fp16 has 11.
     assert default_tolerance(spec, "bf16", logits) == 2 * 2**-5
     assert default_tolerance(spec, "fp16", logits) == 2 * 2**-8
+    assert default_tolerance(spec, "fp32", logits) == 1e-4
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert {default_tolerance(spec, "bf16", logits) for spec in (*exact, spec)} == {(2 * 2 + 1) * 2**-5}
     assert default_tolerance(spec, "fp32", logits) == 1e-4
 
 
