@@ -1,4 +1,4 @@
-"""Run notebooks top to bottom and save them with their outputs: `python notebooks/execute.py [NOTEBOOK...]`.
+"""Run notebooks top to bottom and save them with their outputs: `python notebooks/execute.py [NUMBER...]`.
 
 The committed notebooks are made by this script.  It notes in each a digest of its cells, so that a test can tell a
 notebook that was edited and not run again.
@@ -6,9 +6,9 @@ notebook that was edited and not run again.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -73,12 +73,15 @@ def _tidy(cell: nbformat.NotebookNode) -> None:
             data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", data["text/plain"])
 
 
-def main(arguments: list[str]) -> None:
-    for path in map(Path, arguments) if arguments else notebooks():
-        start = time.perf_counter()
+def main() -> None:
+    known = {path.name[0]: path for path in notebooks()}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", choices=known, metavar="NUMBER", help="1 for 1_*.ipynb; default: all")
+    for number in parser.parse_args().numbers or known:
+        path, start = known[number], time.perf_counter()
         nbformat.write(execute(path), path)
         print(f"{path.name}: {time.perf_counter() - start:.1f} s, {path.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
