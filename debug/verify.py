@@ -89,10 +89,9 @@ def verify_case(directory: str | Path, *, dtype: str = "fp32", atol: float | Non
     Raises:
         LogitLockError: a missing or damaged file, a missing tensor, or a shape that the config does not give.
 
-    In half precision, where the last bit is compared, call it before anything else multiplies: `add_up_as_recorded`.
+    In half precision the last bit is compared: where other things are multiplied before, see `add_up_as_recorded`.
     """
-    if dtype != "fp32":
-        add_up_as_recorded()
+    add_up_as_recorded()
     case = read_case(Path(directory), dtype)
     variant = case.meta.get("variant")
     if variant is not None and not isinstance(variant, dict):
@@ -105,7 +104,10 @@ def verify_case(directory: str | Path, *, dtype: str = "fp32", atol: float | Non
 
 
 def add_up_as_recorded() -> None:
-    """Keep oneDNN from instructions that add in another order (AMX); of no effect once this process has used it."""
+    """Keep oneDNN from instructions that add in another order (AMX), in this process and those that it starts.
+
+    To be called before oneDNN multiplies anything, in whatever dtype: later it has no effect.
+    """
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", RECORDED_INSTRUCTIONS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,16 @@ def test_command(variant: Callable[..., Path]) -> None:
     assert bad.code == 1
     assert [r["passed"] for r in json.loads(bad.out)] == [True, False]
     assert json.loads(bad.out)[1]["worst"]["logits"] is None
+
+
+def test_newer_instructions_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first case on, of whatever dtype; what the user has set stays."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    verify_case(GOLDENS / "gpt2_b1")
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_BF16"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    verify_case(GOLDENS / "gpt2_b1")
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX2"
 
 
 def test_tolerances_of_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
