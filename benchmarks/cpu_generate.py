@@ -49,7 +49,7 @@ def make_model(directory: Path) -> None:
 
 
 def make_bundle(model: Path, bundle: Path) -> None:
-    from export.compile import export_model
+    from export.bundle import export_model
 
     export_model(model, precision="fp32", output=bundle)
 
@@ -96,7 +96,7 @@ def _transformers(model: Path, bundle: Path, threads: int) -> Any:
 
 def _reference(model: Path, bundle: Path, threads: int) -> Any:
     import refmodels
-    from trt_runtime.engine import TorchEngine
+    from trt_runtime.torch_gpu.engine import TorchEngine
 
     start = time.perf_counter()
     engine = TorchEngine(refmodels.load(model))
@@ -104,7 +104,7 @@ def _reference(model: Path, bundle: Path, threads: int) -> Any:
 
 
 def _engine(model: Path, bundle: Path, threads: int) -> Any:
-    from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+    from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 
     start = time.perf_counter()
     engine = OnnxRuntimeEngine(bundle, threads=threads)

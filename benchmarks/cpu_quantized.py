@@ -45,7 +45,7 @@ GOALS = {"int8 g128, int8 inputs by group": 3.0, "int4 g128, int8 inputs by grou
 
 def make_bundle(model: Path, name: str, bundle: Path) -> None:
     import refmodels
-    from export.compile import export_model
+    from export.bundle import export_model
     from refmodels.quantization.formats import LinearFormat, group_formats
 
     source = refmodels.resolve(model)
@@ -66,7 +66,7 @@ def work(bundle: Path, threads: int) -> None:
     import torch
 
     from trt_runtime.generate import GenerationConfig, generate
-    from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+    from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 
     torch.set_num_threads(threads)
     prompt = torch.randint(0, 32000, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -26,7 +26,7 @@ TOKENS, STEPS, GOAL = 128, 16, 6.0
 
 
 def prompts() -> Any:
-    from debug.prompts import random_prompts
+    from debug.capture.prompts import random_prompts
 
     return random_prompts(32000, [TOKENS], seed=0)
 
@@ -35,8 +35,8 @@ def plain(model: Path, bundle: Path) -> dict[str, float]:
     import torch
 
     import refmodels
-    from trt_runtime.engine import TorchEngine
-    from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+    from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
+    from trt_runtime.torch_gpu.engine import TorchEngine
 
     seconds = {}
     for name in ("engine", "reference"):
@@ -58,11 +58,11 @@ def plain(model: Path, bundle: Path) -> dict[str, float]:
 def diff(model: Path, bundle: Path) -> dict[str, float]:
     import torch
 
-    from debug.capture import capture_engine
-    from debug.compare import diff_capture
+    from debug.capture.capture import capture_engine
+    from debug.comparison.compare import diff_capture
     from debug.sides import reference_of
-    from refmodels.checkpoint import resolve
-    from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+    from refmodels.checkpoints.load import resolve
+    from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 
     imports = peak_rss()
     source = resolve(model)
@@ -142,7 +142,7 @@ def main() -> None:
         import subprocess
 
         subprocess.run([sys.executable, "-c", prepare], cwd=Path(__file__).parent, check=True)
-        from export.compile import export_model
+        from export.bundle import export_model
 
         export_model(model, precision="fp16", output=bundle, backend="onnxruntime")
         weights = (bundle / "model.onnx.data").stat().st_size

@@ -3,9 +3,9 @@
     python benchmarks/diff_mutations.py
     python benchmarks/diff_mutations.py --models qwen gpt --precisions fp16
 
-Plants each fault of `tests/mutations.py` at a random layer of an exported graph, diffs it, and prints for every mutant
-whether the first culprit is the right tap (share "tap") and the first diagnosis the right fault (share "name"); writes
-benchmarks/results/diff_mutations.json.  Exit code 1 below 95 % and 85 %.
+Plants each fault of `tests/support/mutations.py` at a random layer of an exported graph, diffs it, and prints for every
+mutant whether the first culprit is the right tap (share "tap") and the first diagnosis the right fault (share "name");
+writes benchmarks/results/diff_mutations.json.  Exit code 1 below 95 % and 85 %.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from mutants import LEAST, MODELS, rates, run  # noqa: E402
+from tests.support.mutants import LEAST, MODELS, rates, run  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "diff_mutations.json"
 

@@ -3,8 +3,8 @@
     python benchmarks/diff_noise.py --batches 17
 
 Prints, and writes to benchmarks/results/diff_noise.json, the largest local error in noise floors (the alarm is at
-`debug.compare.MULTIPLE`), the largest accumulated error in its floors, and the number of false alarms.  Each batch has
-three random prompts of 8 to 69 tokens and 8 decode steps.
+`debug.comparison.compare.MULTIPLE`), the largest accumulated error in its floors, and the number of false alarms.  Each
+batch has three random prompts of 8 to 69 tokens and 8 decode steps.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 import refmodels
-from debug.compare import MULTIPLE, diff_engine
-from debug.prompts import random_prompts
-from export.compile import export_model
+from debug.capture.prompts import random_prompts
+from debug.comparison.compare import MULTIPLE, diff_engine
+from export.bundle import export_model
 from refmodels.families import FAMILIES
-from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 
 RESULTS = Path(__file__).parent / "results" / "diff_noise.json"
 

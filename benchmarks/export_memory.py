@@ -57,7 +57,7 @@ def measure(directory: Path, tiny: Path, precision: Any, attention: Any) -> dict
     """Export in this process and say what it took."""
     import torch
 
-    from export.compile import export_model
+    from export.bundle import export_model
 
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:

@@ -27,15 +27,15 @@ import torch
 import refmodels
 from debug.evaluate import evaluate
 from debug.evaluate.results import SideResult
-from export.compile import export_model
+from export.bundle import export_model
 from export.quantization.schemes import QuantizeOptions
 from refmodels.errors import LogitLockError
 from refmodels.quantization.arithmetic import quantize_tokens, quantize_weight
 from refmodels.quantization.formats import EightBit, LinearFormat
-from refmodels.taps import Recorder
+from refmodels.recorder import Recorder
 from refmodels.toys import TOYS
 from refmodels.toys.tasks import TASKS, examples
-from trt_runtime.engine import TorchEngine
+from trt_runtime.torch_gpu.engine import TorchEngine
 
 OUTPUT = Path(__file__).parent / "results" / "fidelity.json"
 GROUP = 64

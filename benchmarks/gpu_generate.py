@@ -34,12 +34,12 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from refmodels.checkpoint import empty_decoder  # noqa: E402
+from refmodels.checkpoints.load import empty_decoder  # noqa: E402
 from refmodels.families import spec_from_config  # noqa: E402
 from refmodels.model import Decoder  # noqa: E402
 from refmodels.spec import ModelSpec  # noqa: E402
-from trt_runtime.engine import TorchEngine  # noqa: E402
 from trt_runtime.generate import GenerationConfig, generate  # noqa: E402
+from trt_runtime.torch_gpu.engine import TorchEngine  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PROMPT, STEPS, EAGER_STEPS = 128, 128, 32

@@ -46,17 +46,17 @@ from benchmarks.gpu_generate import (  # noqa: E402
     read_bandwidth,
 )
 from benchmarks.gpu_linear import graph_time  # noqa: E402
-from refmodels.checkpoint import empty_decoder  # noqa: E402
+from refmodels.checkpoints.load import empty_decoder  # noqa: E402
 from refmodels.families import spec_from_config  # noqa: E402
 from refmodels.model import Decoder  # noqa: E402
-from refmodels.quantization.formats import LinearFormat, group_formats, linear_modules  # noqa: E402
+from refmodels.quantization.formats import LinearFormat, group_formats  # noqa: E402
 from refmodels.quantization.linear import QuantizedLinear  # noqa: E402
-from refmodels.spec import ModelSpec  # noqa: E402
-from trt_runtime import fused  # noqa: E402
-from trt_runtime.engine import TorchEngine  # noqa: E402
-from trt_runtime.fused import Projection  # noqa: E402
+from refmodels.spec import ModelSpec, linear_modules  # noqa: E402
 from trt_runtime.generate import GenerationConfig, generate  # noqa: E402
-from trt_runtime.quantized_projection import QuantizedProjection, put_together  # noqa: E402
+from trt_runtime.torch_gpu import convert  # noqa: E402
+from trt_runtime.torch_gpu.engine import TorchEngine  # noqa: E402
+from trt_runtime.torch_gpu.linear import Projection  # noqa: E402
+from trt_runtime.torch_gpu.quantized_linear import QuantizedProjection, put_together  # noqa: E402
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results") / "gpu_quantized.json"
 MODEL = "qwen-7b"
@@ -249,10 +249,10 @@ def batches(rounds: int) -> dict[str, Any]:
 
 def steps(models: dict[str, Callable[[], Decoder]], batch: int, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    chain_blocks = fused.chain_blocks
+    chain_blocks = convert.chain_blocks
     for name, make in models.items():
         try:
-            fused.chain_blocks = _no_chains if name == APART else chain_blocks
+            convert.chain_blocks = _no_chains if name == APART else chain_blocks
             engine = TorchEngine(make(), kernels=True)
             free()
             held = torch.cuda.memory_allocated()
@@ -277,7 +277,7 @@ def steps(models: dict[str, Callable[[], Decoder]], batch: int, rounds: int) -> 
             traceback.print_exc()
             found.setdefault(name, {})["error"] = repr(error)[:300]
         finally:
-            fused.chain_blocks = chain_blocks
+            convert.chain_blocks = chain_blocks
         free()
     return found
 

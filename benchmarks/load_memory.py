@@ -74,7 +74,7 @@ def measure(directory: Path, target: str) -> dict[str, Any]:
     import torch
 
     import refmodels
-    from refmodels.shards import WeightFiles
+    from refmodels.checkpoints.shards import WeightFiles
 
     torch.set_num_threads(2)
     torch.aminmax(torch.empty(100, dtype=torch.float16).copy_(torch.ones(100)))

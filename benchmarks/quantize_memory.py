@@ -36,7 +36,7 @@ def measure(directory: Path, tiny: Path, scheme: str) -> dict[str, Any]:
     from export.quantization.data import CalibrationData
     from export.quantization.method import MethodOptions
     from export.quantization.schemes import QuantizeOptions
-    from refmodels.checkpoint import parameter_bytes
+    from refmodels.checkpoints.load import parameter_bytes
 
     torch.set_num_threads(2)
     method = MethodOptions(sample=SAMPLE)

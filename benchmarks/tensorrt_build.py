@@ -76,8 +76,8 @@ def prepare(directory: Path, model: str, attention: Any) -> None:
     """A bundle with random weights, and its graph with a fixed capacity."""
     import onnx
 
-    from export.compile import export_model
-    from export.tensorrt_build import fix_capacity
+    from export.bundle import export_model
+    from export.tensorrt.build import fix_capacity
 
     source = directory / "source"
     source.mkdir()
@@ -97,9 +97,9 @@ def prepare(directory: Path, model: str, attention: Any) -> None:
 
 def measure(bundle: Path, how: str) -> dict[str, Any]:
     """Build in this process and say what it took."""
-    import trt_runtime.plugins as plugins
-    from export.options import BuildOptions
-    from export.tensorrt_build import build_plan
+    import trt_runtime.tensorrt.plugins as plugins
+    from export.tensorrt.build import build_plan
+    from export.tensorrt.options import BuildOptions
     from trt_runtime.bundle import read_bundle
 
     spec = read_bundle(bundle, verify_hashes=False).spec
@@ -131,7 +131,7 @@ def measure(bundle: Path, how: str) -> dict[str, Any]:
 
 
 def build_plainly(graph: Path, plan: Path) -> None:
-    from trt_runtime.tensorrt_api import LOGGER, trt
+    from trt_runtime.tensorrt.api import LOGGER, trt
 
     builder = trt.Builder(LOGGER)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

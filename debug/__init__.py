@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from debug.results import DiffResult
+    from debug.comparison.results import DiffResult
 
 __all__ = ["diff"]
 

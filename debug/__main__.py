@@ -1,6 +1,6 @@
 """`python -m debug <verb>`."""
 
-from debug.cli import main
+from debug.command import main
 
 if __name__ == "__main__":
     main("python -m debug", package="debug")

@@ -20,17 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debug.metrics import kl_divergence
-from debug.prompts import Prompts
-from export.compile import export_model
+from debug.capture.prompts import Prompts
+from debug.comparison.metrics import kl_divergence
+from export.bundle import export_model
 from export.precision_plan import PrecisionPlan, linear_taps, write_plan
-from refmodels.checkpoint import DTYPES, ModelSource, load
+from refmodels.checkpoints.load import DTYPES, ModelSource, load
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.taps import linear_name
 from trt_runtime.bundle import Precision
-from trt_runtime.engine import Engine, TorchEngine
-from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+from trt_runtime.engine import Engine
+from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
+from trt_runtime.torch_gpu.engine import TorchEngine
 
 SCHEMA = 1
 

@@ -1,82 +1,15 @@
-"""The `logitlock` command: every verb of the four packages, and the verbs verify, record and diff."""
+"""The verbs verify, record, diff, trace, drift and bisect."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-
-HELP = """Say which layer of an engine differs from Hugging Face, by how much, and why.
-
-A model is a family name (chatglm2, baichuan, qwen, gpt: the bundled toys), a local Hugging Face directory or a hub id.
-From nothing to a verdict:
-
-    logitlock export --model qwen --precision fp16
-
-    logitlock generate --bundle engines/qwen-fp16 --prompt '世界上第二高的山峰是哪座？'
-
-    logitlock diff --model qwen --bundle engines/qwen-fp16
-
-Exit codes: 0 fine, 1 ran and found a difference, 2 bad input.
-"""
-
-
-@dataclass(frozen=True)
-class Verb:
-    """Where a verb's function lives, and its one line of help (the first of its docstring).
-
-    The functions are imported only when their verb is asked for: torch alone takes a second to import.
-    """
-
-    module: str
-    function: str
-    summary: str
-
-
-VERBS = {
-    "export": Verb(
-        "export.cli", "export", "Export a model to a bundle: graph, weights, tokenizer and TensorRT engine."
-    ),
-    "quantize": Verb(
-        "export.quantization.cli",
-        "quantize",
-        "Quantise a model into a checkpoint that export, diff, eval and other programs read.",
-    ),
-    "generate": Verb("trt_runtime.cli", "generate", "Generate text with the reference or with an engine."),
-    "verify": Verb("debug.cli", "verify", "Compare the reference with what the upstream code computed."),
-    "record": Verb("debug.cli", "record", "Record a golden case by running Hugging Face transformers."),
-    "diff": Verb(
-        "debug.cli",
-        "diff",
-        "Compare an engine with the fp64 reference, tensor by tensor, or two executors of any kind.",
-    ),
-    "trace": Verb("debug.cli", "trace", "Save every tap of an executor, to be compared on another machine."),
-    "drift": Verb(
-        "debug.cli",
-        "drift",
-        "Show how an engine drifts from the reference while it decodes, and the first token that differs.",
-    ),
-    "bisect": Verb(
-        "debug.cli", "bisect", "Find the fewest linear layers that must stay in fp32 to keep within a KL budget."
-    ),
-    "eval": Verb(
-        "debug.evaluate.cli", "evaluate", "Measure what models can do, and what an engine loses against another one."
-    ),
-    "inspect": Verb("trt_runtime.cli", "inspect", "Show what is in a bundle."),
-    "models": Verb(
-        "refmodels.cli", "models", "List the model families, the published models they cover, and the bundled toys."
-    ),
-}
 
 
 class Half(str, Enum):
@@ -107,7 +40,7 @@ def verify(
 
     Example: logitlock verify tests/goldens/qwen tests/goldens/gpt2 --json
     """
-    from debug.verify import verify_case
+    from debug.golden.verify import verify_case
 
     if atol is not None and not atol >= 0:
         raise typer.BadParameter("must be a number of at least 0", param_hint="--atol")
@@ -115,7 +48,7 @@ def verify(
     if json_output:
         _print_json([result.to_json() for result in results])
     else:
-        from debug.tables import print_cases
+        from debug.report.tables import print_cases
 
         print_cases(results)
     if not all(result.passed for result in results):
@@ -243,8 +176,8 @@ def diff(
 
     Example: logitlock diff --model ./my-qwen2 hf:fp16 engines/my-qwen2-fp16
     """
+    from debug.report.tables import print_diff
     from debug.sides import TRUTH, diff_bundle, diff_sides
-    from debug.tables import print_diff
     from refmodels.errors import LogitLockError
 
     named = list(sides or ())
@@ -357,8 +290,8 @@ def drift(
 
     Example: logitlock drift engines/qwen-fp16 --steps 32
     """
+    from debug.report.tables import print_drift
     from debug.sides import drift_side
-    from debug.tables import print_drift
 
     result = drift_side(
         side,
@@ -401,8 +334,8 @@ def bisect(
     from rich.progress import Progress
 
     from debug.bisect import bisect as find
+    from debug.report.tables import print_bisect
     from debug.sides import model_prompts
-    from debug.tables import print_bisect
     from export.precision_plan import write_plan
 
     source, prompts = model_prompts(model, _texts(prompt, prompt_file), seed=seed)
@@ -442,51 +375,3 @@ def _texts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
 
 def _print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
-
-
-def main(name: str = "logitlock", *, package: str | None = None) -> None:
-    """Run the command; `package` keeps only the verbs of one package (as `python -m debug` does)."""
-    arguments = sys.argv[1:]
-    verbs = {v: where for v, where in VERBS.items() if package is None or where.module.startswith(f"{package}.")}
-    asked = next((a for a in arguments if a in verbs), None)
-    app = typer.Typer(name=name, help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-    app.callback()(_root)
-    for verb, where in verbs.items():
-        if verb == asked:
-            function = getattr(importlib.import_module(where.module), where.function)
-            app.command(verb, help=_help_of(function))(function)
-        else:
-            app.command(verb, help=where.summary)(_not_loaded)
-    if asked is None and (not arguments or arguments[0].startswith("-")):
-        app(prog_name=name)
-    from refmodels.cli import run
-
-    run(app)
-
-
-def _help_of(function: Callable[..., None]) -> str:
-    """The docstring; `{forms}` in it stands for the ways to name a side."""
-    text = inspect.getdoc(function) or ""
-    if "{forms}" not in text:
-        return text
-    from debug.executors.open import forms_help
-
-    return text.replace("{forms}", forms_help())
-
-
-def _not_loaded() -> None:
-    raise AssertionError("the verb was not loaded")
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"logitlock {metadata.version('logitlock')}")
-        raise typer.Exit
-
-
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass

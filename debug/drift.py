@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from debug.metrics import kl_divergence, top_margin
-from debug.prompts import Prompts
-from debug.results import TRUTH_ARITHMETIC, data_frame, to_plain
+from debug.capture.prompts import Prompts
+from debug.comparison.metrics import kl_divergence, top_margin
+from debug.comparison.results import TRUTH_ARITHMETIC, data_frame, to_plain
 from refmodels.cache import KVCache
 from refmodels.model import Decoder
-from trt_runtime.engine import Engine, TorchEngine
+from trt_runtime.engine import Engine
+from trt_runtime.torch_gpu.engine import TorchEngine
 
 if TYPE_CHECKING:
     import pandas as pd

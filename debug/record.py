@@ -1,7 +1,7 @@
 """`logitlock record`: a golden case made by running Hugging Face `transformers` itself.
 
-What is recorded, and under which names, is what `debug.verify` reads: prefill logits, the output of the embedding, of
-every block and of the final norm, the cache of layer 0, and greedy decoding with upstream's own KV cache.
+What is recorded, and under which names, is what `debug.golden.verify` reads: prefill logits, the output of the
+embedding, of every block and of the final norm, the cache of layer 0, and greedy decoding with upstream's own KV cache.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from debug.capture.prompts import Prompts, left_padded, random_prompts
+from debug.comparison.metrics import top_margin
 from debug.executors.huggingface import layer_past, load_model, takes_positions, transformers_package
-from debug.metrics import top_margin
-from debug.prompts import Prompts, left_padded, random_prompts
-from debug.verify import past_layout
-from refmodels.checkpoint import resolve
+from debug.golden.case import past_layout
+from refmodels.checkpoints.load import resolve
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from debug.capture import Capture, capture_engine
-from debug.compare import diff_capture, spec_difference
-from debug.cut import cut_errors
+from debug.capture.capture import Capture, capture_engine
+from debug.capture.prompts import Prompts, default_prompts, text_prompts
+from debug.capture.streaming import Reference, StreamedDecoder
+from debug.capture.trace import read_trace, trace_origin, write_trace
+from debug.comparison.compare import diff_capture, spec_difference
+from debug.comparison.cut import cut_errors
+from debug.comparison.logits import LogitComparison
+from debug.comparison.metrics import token_errors
+from debug.comparison.results import Between, Culprit, Diagnosis, DiffResult, TapDistance
 from debug.drift import DriftResult, drift
-from debug.logits import LogitComparison
-from debug.metrics import token_errors
-from debug.prompts import Prompts, default_prompts, text_prompts
-from debug.quantized import check_floats, folded_model, quantized_source
-from debug.results import Between, Culprit, Diagnosis, DiffResult, TapDistance
-from debug.streaming import Reference, StreamedDecoder
-from debug.trace import read_trace, trace_origin, write_trace
-from refmodels.checkpoint import (
+from debug.executors.before_quantization import check_floats, folded_model, quantized_source
+from refmodels.checkpoints.load import (
     ModelSource,
     checkpoint_hash,
     load,
@@ -35,14 +35,14 @@ from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import is_cache_tap
+from refmodels.text.prompts import stop_ids_in
 from trt_runtime.bundle import INFO_NAME, Bundle, read_bundle
-from trt_runtime.cli import stop_ids_in
 from trt_runtime.engine import Engine
-from trt_runtime.engines import EngineChoice, serves_tensorrt
-from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
+from trt_runtime.open import EngineChoice, serves_tensorrt
 
 if TYPE_CHECKING:
-    from refmodels.tokenizer import Tokenizer
+    from refmodels.text.tokenizer import Tokenizer
 
 LEAST_TOKENS = 8
 """A prompt needs this many: on one token at position 0 faults of rotation, mask and scale give a difference of 0."""
@@ -108,7 +108,7 @@ def diff_bundle(
         model: family name, directory or hub id; None: the family toy that the bundle names.
         prompts: texts of at least 8 tokens; none: default texts, or random ids for a model without a tokenizer.
         steps, seed: decode steps; seed of random ids.
-        engine: see `trt_runtime.engines.open_engine`.
+        engine: see `trt_runtime.open.open_engine`.
         emulate_rounding: on ONNX Runtime: round every node of a half-precision bundle to its dtype (see
             `OnnxRuntimeEngine`).
         cut, floats: as `diff_sides`.
@@ -162,8 +162,8 @@ def diff_sides(
         prompts, steps, seed, emulate_rounding: as `diff_bundle`.
         name_map: which values of an ONNX file are which taps.
         trust_remote_code: run the Python code of a Hugging Face directory.
-        cut: also run the modules of bundles on the reference's tensors (see `debug.cut`).
-        floats: judge quantised bundles by the model before quantisation (see `debug.quantized`).
+        cut: also run the modules of bundles on the reference's tensors (see `debug.comparison.cut`).
+        floats: judge quantised bundles by the model before quantisation (see `debug.executors.before_quantization`).
     Raises:
         LogitLockError: a side that cannot be opened, sides of different models, prompts that do not fit.
     """

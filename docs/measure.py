@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from debug import diff
-from debug.verify import verify_case
-from export.compile import export_model
-from refmodels.checkpoint import resolve
+from debug.golden.verify import verify_case
+from export.bundle import export_model
+from refmodels.checkpoints.load import resolve
 from refmodels.positions import rope_table
 
 HERE = Path(__file__).parent
 GOLDENS = HERE.parent / "tests" / "goldens"
-sys.path.insert(0, str(HERE.parent / "tests"))
-from mutate import mutated, swapped  # noqa: E402
+sys.path.insert(0, str(HERE.parent))
+from tests.support.mutate import mutated, swapped  # noqa: E402
 
 POSITIONS = (128, 1024, 2048, 8192)
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from export.compile import export_model
+from export.bundle import export_model
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-from mutate import mutated, swapped  # noqa: E402
+sys.path.insert(0, str(HERE.parent))
+from tests.support.mutate import mutated, swapped  # noqa: E402
 
 COMMAND = "logitlock diff --model qwen --bundle engines/qwen-fp16"
 WIDTH = 104

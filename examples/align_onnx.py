@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from debug import diff
-from debug.tables import print_diff
+from debug.report.tables import print_diff
 
 
 def align(model: str, onnx_file: str, names: str) -> bool:

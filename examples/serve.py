@@ -11,10 +11,10 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
-from refmodels.checkpoint import tokenizer_in
-from trt_runtime.cli import stop_ids_in
-from trt_runtime.engines import open_engine
+from refmodels.checkpoints.load import tokenizer_in
+from refmodels.text.prompts import stop_ids_in
 from trt_runtime.generate import GenerationConfig, generate
+from trt_runtime.open import open_engine
 
 
 class Question(BaseModel):

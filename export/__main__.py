@@ -1,7 +1,7 @@
 import typer
 
 from export.cli import export
-from refmodels.cli import run
+from refmodels.command import run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(export)

@@ -9,16 +9,16 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from export.compile import export_model, quantised_spec
-from export.engine import Backend, default_backend
+from export.bundle import export_model, quantised_spec
 from export.progress import progress_bar
 from export.quantization.schemes import QuantizeOptions, is_scheme
-from refmodels.checkpoint import resolve
-from refmodels.cli import JsonFlag
+from export.tensorrt.backends import Backend, default_backend
+from refmodels.checkpoints.load import resolve
+from refmodels.command import JsonFlag
 from refmodels.quantization.formats import EightBit
 from refmodels.spec import Numerics
 from trt_runtime.bundle import LAYERS_NAME, AttentionMode, Precision, read_bundle
-from trt_runtime.layers import read_layers
+from trt_runtime.plan_layers import read_layers
 
 _MODEL, _ENGINE, _OUTPUT = "Model", "Engine", "Output"
 

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from refmodels.errors import LogitLockError
-from refmodels.records import read_json, read_record
+from refmodels.json_records import read_json, read_record
 from refmodels.spec import ModelSpec
 from refmodels.taps import linear_name
 from trt_runtime.bundle import Precision

@@ -22,7 +22,7 @@ typer in cli.py ...) is imported where it is needed.  It never imports export, t
 from __future__ import annotations
 
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoint import (
+from refmodels.checkpoints.load import (
     DTYPES,
     ModelSource,
     checkpoint_hash,
@@ -34,8 +34,8 @@ from refmodels.checkpoint import (
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES, spec_from_config
 from refmodels.model import Decoder
+from refmodels.recorder import Recorder, recording, tap
 from refmodels.spec import ModelSpec, Numerics, spec_from_dict
-from refmodels.taps import Recorder, recording, tap
 
 __all__ = [
     "DTYPES",

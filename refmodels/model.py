@@ -15,8 +15,8 @@ from refmodels.errors import LogitLockError
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.positions import PositionTables, build_tables
 from refmodels.quantization.linear import QuantizedLinear
+from refmodels.recorder import active_recorder, tap
 from refmodels.spec import Activation, ModelSpec, NormSpec, Numerics
-from refmodels.taps import active_recorder, tap
 
 
 class RmsNorm(nn.Module):
@@ -177,8 +177,8 @@ class Decoder(nn.Module):
         spec: architecture facts.
         numerics: "exact" (fp64/fp32 tables, reductions in fp32 or wider) or "upstream" (Hugging Face's rounding).
 
-    Build it through `refmodels.load` or `refmodels.checkpoint`; parameters are made in fp32 and not initialised to
-    anything useful.  Position tables are plain attributes, made for a capacity by `prepare_tables`: they have their
+    Build it through `refmodels.load` or `refmodels.checkpoints.load`; parameters are made in fp32 and not initialised
+    to anything useful.  Position tables are plain attributes, made for a capacity by `prepare_tables`: they have their
     own dtype, which `Module.to(dtype)` must not change.
     """
 

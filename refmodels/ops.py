@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refmodels.positions import wide_dtype
+from refmodels.dtypes import wide_dtype
 from refmodels.quantization.arithmetic import dequantize_cache, quantize_cache
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from refmodels.dtypes import wide_dtype
 from refmodels.spec import ModelSpec, Numerics, RopeSpec
 
 
@@ -28,11 +29,6 @@ class PositionTables:
     rope_sin: Tensor | None = None
     logn: Tensor | None = None
     alibi_slopes: Tensor | None = None
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of tables and reductions for a model in `dtype`: fp64 for fp64, fp32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def build_tables(

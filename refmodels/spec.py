@@ -8,12 +8,13 @@ unknown keys, so that a bundle written by a later version fails loudly instead o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from refmodels.errors import LogitLockError
-from refmodels.quantization.formats import EightBit, LinearFormat, QuantizationSpec, linear_modules
-from refmodels.records import read_record
+from refmodels.json_records import read_record
+from refmodels.quantization.formats import EightBit, LinearFormat, QuantizationSpec
 
 Numerics = Literal["exact", "upstream"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu"]
@@ -179,3 +180,12 @@ def spec_from_dict(data: dict[str, Any]) -> ModelSpec:
         LogitLockError: an unknown or missing key, or a value of the wrong type, named with its path.
     """
     return read_record(ModelSpec, data, "spec")
+
+
+def linear_modules(layers: int, *, gated: bool, head: bool) -> Iterable[str]:
+    """Names of a decoder's linear layers in the order of execution."""
+    parts = ("attn.qkv", "attn.out", *(("mlp.gate",) if gated else ()), "mlp.up", "mlp.out")
+    for layer in range(layers):
+        yield from (f"blocks.{layer}.{part}" for part in parts)
+    if head:
+        yield "head"

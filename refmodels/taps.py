@@ -6,10 +6,6 @@ an engine that captures intermediate tensors captures them under the same names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 from torch import Tensor
 
 from refmodels.spec import ModelSpec
@@ -51,63 +47,30 @@ def cache_numbers(cache: Tensor) -> Tensor:
     return cache.float() if cache.dtype.itemsize == 1 else cache
 
 
-class Recorder:
-    """Collects tapped tensors of one forward, and may substitute what flows on.
-
-    Args:
-        names: taps to keep; None keeps all.
-        substitutes: tensors that replace the computed ones downstream.  Feeding an engine's captures here runs every
-            module of the reference on the engine's own inputs: what is recorded is then the local result.
-        sink: called with (name, tensor) instead of storing, for callers that stream.
-    """
-
-    def __init__(
-        self,
-        names: Collection[str] | None = None,
-        *,
-        substitutes: Mapping[str, Tensor] | None = None,
-        sink: Callable[[str, Tensor], None] | None = None,
-    ) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.live_slots: int | None = None
-        self._names = None if names is None else frozenset(names)
-        self._substitutes = substitutes or {}
-        self._sink = sink
-
-    def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        if self._names is None or name in self._names:
-            kept = tensor.detach()
-            if is_cache_tap(name):
-                # The cache is updated in place by later steps, and only its live slots hold data.
-                kept = cache_numbers(kept[:, :, : self.live_slots]).clone()
-            if self._sink is None:
-                self.tensors[name] = kept
-            else:
-                self._sink(name, kept)
-        substitute = self._substitutes.get(name)
-        if substitute is None or is_cache_tap(name):
-            return tensor
-        return substitute.to(device=tensor.device, dtype=tensor.dtype)
+def tap_shape(spec: ModelSpec, name: str) -> tuple[int | str, ...]:
+    """The shape of a tap (or of the past of a cache tap); names stand for dynamic axes."""
+    a = spec.attention
+    if is_cache_tap(name):
+        return ("batch", a.kv_heads, "capacity", a.head_dim)
+    widths = {
+        "qkv": spec.qkv_width,
+        "context": a.heads * a.head_dim,
+        "gate": spec.mlp.width,
+        "up": spec.mlp.width,
+        "act": spec.mlp.width,
+        "logits": spec.vocab_size,
+    }
+    tokens = "logit_tokens" if name in ("final_norm", "logits") else "tokens"
+    return ("batch", tokens, widths.get(name.rpartition(".")[2], spec.hidden_size))
 
 
-_active: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
-
-
-def tap(name: str, tensor: Tensor) -> Tensor:
-    """Name a tensor.  Returns it unchanged, or the active recorder's substitute."""
-    recorder = _active.get()
-    return tensor if recorder is None else recorder(name, tensor)
-
-
-def active_recorder() -> Recorder | None:
-    return _active.get()
-
-
-@contextmanager
-def recording(recorder: Recorder | None) -> Iterator[Recorder | None]:
-    """Make `recorder` receive every tap of the forwards run inside the block (None: record nothing)."""
-    token = _active.set(recorder)
-    try:
-        yield recorder
-    finally:
-        _active.reset(token)
+def tap_width(spec: ModelSpec, name: str) -> int:
+    """Size of the last axis of a tap that is not a cache tensor."""
+    part = name.split(".", 2)[2] if name.count(".") >= 2 else name
+    if part == "logits":
+        return spec.vocab_size
+    if part == "attn.qkv":
+        return spec.qkv_width
+    if part == "attn.context":
+        return spec.attention.heads * spec.attention.head_dim
+    return spec.mlp.width if part in ("mlp.gate", "mlp.up", "mlp.act") else spec.hidden_size

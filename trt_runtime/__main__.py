@@ -1,4 +1,4 @@
-from refmodels.cli import make_app, run
+from refmodels.command import make_app, run
 from trt_runtime.cli import generate, inspect
 
 if __name__ == "__main__":

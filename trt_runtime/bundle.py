@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from refmodels.errors import LogitLockError
-from refmodels.records import read_record
+from refmodels.json_records import read_record
 from refmodels.spec import ModelSpec, Numerics, spec_from_dict
 
 SCHEMA = 1
@@ -95,7 +95,7 @@ class BundleInfo:
         spec: `ModelSpec.to_dict()`.
         precision, numerics, attention: how the graph was made.
         max_positions: the longest cache that the position tables in the graph serve.
-        checkpoint_hash: identity of the weights (`refmodels.checkpoint.checkpoint_hash`).
+        checkpoint_hash: identity of the weights (`refmodels.checkpoints.load.checkpoint_hash`).
         tools: versions of what made the bundle.
         taps: tap name -> name of the value in model.onnx.
         inputs, outputs: of the graph, in its order.

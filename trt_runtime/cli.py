@@ -14,21 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 import refmodels
-from refmodels.chat import chat_ids
-from refmodels.chat import stop_ids as chat_stop_ids
-from refmodels.checkpoint import DTYPES, tokenizer_in
-from refmodels.cli import JsonFlag
+from refmodels.checkpoints.load import DTYPES, tokenizer_in
+from refmodels.command import JsonFlag
 from refmodels.errors import LogitLockError
-from refmodels.records import read_json
-from refmodels.spec import ModelSpec
-from refmodels.tokenizer import Tokenizer
+from refmodels.text.prompts import prompt_ids, read_prompts, stop_ids_in
 from trt_runtime.bundle import read_bundle
-from trt_runtime.describe import describe, weight_groups
-from trt_runtime.engine import Engine, TorchEngine, kernels_serve
-from trt_runtime.engines import EngineChoice, open_engine
+from trt_runtime.engine import Engine
 from trt_runtime.generate import GenerationConfig
 from trt_runtime.generate import generate as run_generation
+from trt_runtime.inspect_bundle import describe, weight_groups
+from trt_runtime.open import EngineChoice, open_engine
 from trt_runtime.sampling import Sampling
+from trt_runtime.torch_gpu.engine import TorchEngine, kernels_serve
 
 
 def generate(
@@ -77,7 +74,7 @@ def generate(
         ),
         stop_strings=tuple(stop or ()),
     )
-    prompts = _read_prompts(prompt, prompt_file)
+    prompts = read_prompts(prompt, prompt_file)
     if (model is None) == (bundle is None):
         raise LogitLockError("give either --model (the reference) or --bundle (an engine)")
     if bundle is not None:
@@ -128,56 +125,6 @@ def inspect(
         print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
         _show(found)
-
-
-def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
-    """The ids of a prompt, bare or as the user's message of a chat.
-
-    Raises:
-        LogitLockError: a chat with a model that has no chat format.
-    """
-    if not chat:
-        return tokenizer.encode(text)
-    if spec.chat_format == "raw":
-        raise LogitLockError(f"{spec.variant} has no chat format; leave --chat out")
-    return chat_ids(spec.chat_format, tokenizer, [{"role": "user", "content": text}])
-
-
-def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
-    """The tokens that end an answer: eos_token_id of generation_config.json (one or several), the tokenizer's eos, and
-    in a chat those of its format.
-
-    Raises:
-        LogitLockError: eos_token_id is neither a number nor a list of numbers.
-    """
-    stops: list[int] = []
-    path = directory / "generation_config.json"
-    declared = read_json(path).get("eos_token_id") if path.is_file() else None
-    for value in declared if isinstance(declared, list) else [] if declared is None else [declared]:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise LogitLockError(f"{path}: eos_token_id is {declared!r}; it must be a token id or a list of them")
-        stops.append(value)
-    if tokenizer.special.eos is not None:
-        stops.append(tokenizer.special.eos)
-    if chat:
-        stops += chat_stop_ids(spec.chat_format, tokenizer)
-    return tuple(dict.fromkeys(stops))
-
-
-def _read_prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
-    prompts = list(prompt or [])
-    if prompt_file is not None:
-        try:
-            data = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
-            text = data.decode("utf-8")
-        except OSError as error:
-            raise LogitLockError(f"cannot read the prompt file {prompt_file}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise LogitLockError(f"the prompt file {prompt_file} is not UTF-8: bad byte at {error.start}") from None
-        prompts += [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise LogitLockError("there is no prompt: give --prompt TEXT or --prompt-file FILE")
-    return prompts
 
 
 def _dtype(name: str) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
-from refmodels.tokenizer_types import Tokenizer
+from refmodels.text.tokenizer_types import Tokenizer
 from trt_runtime.engine import Engine
 from trt_runtime.sampling import Sampling, choose, greedy, row_generators
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from debug.evaluate.questions import Task
 from debug.executors.step import counts_slots
-from refmodels.tokenizer import Tokenizer
-from trt_runtime.engine import Engine, TorchEngine
+from refmodels.text.tokenizer import Tokenizer
+from trt_runtime.engine import Engine
 from trt_runtime.generate import GenerationConfig, GenerationResult, generate
+from trt_runtime.torch_gpu.engine import TorchEngine
 
 Advance = Callable[[int], None]
 """Called with how many more examples are done."""

@@ -25,10 +25,10 @@ from debug.evaluate.run import check_executor
 from debug.evaluate.scoring import PassageScore, score
 from debug.executors.open import open_executor
 from debug.sides import source_of
-from refmodels.checkpoint import load_tokenizer_for
+from refmodels.checkpoints.load import load_tokenizer_for
 from refmodels.errors import LogitLockError
-from refmodels.tokenizer import Tokenizer
-from trt_runtime.cli import stop_ids_in
+from refmodels.text.prompts import stop_ids_in
+from refmodels.text.tokenizer import Tokenizer
 from trt_runtime.engine import Engine
 from trt_runtime.generate import GenerationConfig
 from trt_runtime.sampling import Sampling

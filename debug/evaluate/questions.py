@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from refmodels.checkpoint import ModelSource
+from refmodels.checkpoints.load import ModelSource
 from refmodels.errors import LogitLockError
-from refmodels.tokenizer import Tokenizer
+from refmodels.text.prompts import prompt_ids, stop_ids_in
+from refmodels.text.tokenizer import Tokenizer
 from refmodels.toys import TOYS, toy_path
 from refmodels.toys.tasks import TASKS, examples, held_out_size
 from refmodels.toys.vocabulary import END_ID
-from trt_runtime.cli import prompt_ids, stop_ids_in
 
 SUMMARIES = ("summary",)
 """The toys' tasks whose answers are texts, for which ROUGE means something."""

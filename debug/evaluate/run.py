@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from debug.compare import spec_difference
+from debug.comparison.compare import spec_difference
 from debug.evaluate.answers import Advance, Answers, answer_task
 from debug.evaluate.passages import DEFAULT_WINDOW, Passage, task_passages, text_windows
 from debug.evaluate.questions import Task, find_tasks, read_text
@@ -21,11 +21,12 @@ from debug.evaluate.speed import DEFAULT_SHAPES, Shape, measure_speed
 from debug.evaluate.statistics import accuracy, loss, mean_loss
 from debug.executors.open import open_executor
 from debug.sides import source_of
-from refmodels.checkpoint import ModelSource, checkpoint_hash, load_tokenizer_for
+from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load_tokenizer_for
 from refmodels.errors import LogitLockError
-from refmodels.tokenizer import Tokenizer
-from trt_runtime.describe import describe
-from trt_runtime.engine import Engine, TorchEngine
+from refmodels.text.tokenizer import Tokenizer
+from trt_runtime.engine import Engine
+from trt_runtime.inspect_bundle import describe
+from trt_runtime.torch_gpu.engine import TorchEngine
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much it is in all."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from debug.comparison.metrics import kl_divergence
 from debug.evaluate.answers import Advance
 from debug.evaluate.passages import Passage, PassageBatch, batches
-from debug.metrics import kl_divergence
 from refmodels.errors import LogitLockError
 from trt_runtime.engine import Engine
 

@@ -10,10 +10,10 @@ from statistics import median
 
 import torch
 
-from debug.prompts import random_prompts
+from debug.capture.prompts import random_prompts
 from refmodels.errors import LogitLockError
 from trt_runtime.engine import Engine
-from trt_runtime.onnxruntime_engine import OnnxRuntimeEngine
+from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 
 _REPEATS = 3
 

@@ -14,15 +14,16 @@ import torch
 
 from debug.evaluate.answers import answer_task, continue_prompts
 from debug.evaluate.questions import toy_task
-from refmodels.checkpoint import load, load_tokenizer_for, resolve
+from refmodels.checkpoints.load import load, load_tokenizer_for, resolve
 from refmodels.model import Decoder
-from refmodels.tokenizer import Tokenizer
+from refmodels.text.tokenizer import Tokenizer
 from refmodels.toys import TOYS, toy_path
 from refmodels.toys.tasks import TASKS, held_out_size
 from refmodels.toys.vocabulary import END_ID
 from refmodels.toys.words import MOUNTAIN_QUESTION
-from trt_runtime.engine import Engine, TorchEngine
+from trt_runtime.engine import Engine
 from trt_runtime.generate import GenerationConfig
+from trt_runtime.torch_gpu.engine import TorchEngine
 
 EVALUATED = 500
 """Held-out examples a task in report.json (fewer where the task has fewer)."""

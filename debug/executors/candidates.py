@@ -10,11 +10,11 @@ import onnx_ir.passes.common as passes
 import torch
 from torch import Tensor
 
+from debug.capture.prompts import random_prompts
 from debug.executors.name_map import Source
 from debug.executors.onnx_file import Group, OnnxFileEngine
 from debug.executors.roles import FLOATS
 from debug.executors.step import Step, regroup_heads
-from debug.prompts import random_prompts
 from refmodels.spec import ModelSpec
 
 _CHUNK = 1024

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from debug.capture.prompts import Prompts
 from debug.executors.step import CacheAxes, Step
-from debug.prompts import Prompts
-from debug.verify import past_layout, read_case
+from debug.golden.case import past_layout, read_case
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoint import DTYPES, resolve
+from refmodels.checkpoints.load import DTYPES, resolve
 from refmodels.errors import LogitLockError
-from refmodels.taps import Recorder, is_cache_tap, tap_names
+from refmodels.recorder import Recorder
+from refmodels.taps import is_cache_tap, tap_names
 from trt_runtime.engine import Engine
 
 
@@ -31,7 +32,7 @@ class GoldenEngine(Engine):
         dtype: fp32, or bf16 or fp16 where the case was recorded in it too.
         decode: for a run that goes on after the prefill; the only tap is then the logits, which every step has.
     Raises:
-        LogitLockError: as `debug.verify.read_case`.
+        LogitLockError: as `debug.golden.case.read_case`.
     """
 
     prompts: Prompts

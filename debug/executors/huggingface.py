@@ -1,8 +1,8 @@
 """Hugging Face `transformers` itself as an executor: taps by module hooks, its own cache filled from the caller's.
 
-Where a tap is found upstream follows from the family's checkpoint layout (`refmodels.weights.Layout`), which names
-every module: norms and projections show their outputs, the residual stream is what enters a norm or leaves a block, the
-attention's context is what enters its output projection, the activation what enters the MLP's.
+Where a tap is found upstream follows from the family's checkpoint layout (`refmodels.checkpoints.weights.Layout`),
+which names every module: norms and projections show their outputs, the residual stream is what enters a norm or leaves
+a block, the attention's context is what enters its output projection, the activation what enters the MLP's.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from debug.executors.step import CacheAxes, Step, regroup_heads
-from debug.verify import past_layout
+from debug.golden.case import past_layout
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoint import DTYPES
+from refmodels.checkpoints.load import DTYPES
+from refmodels.checkpoints.weights import Layout
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
+from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
-from refmodels.taps import Recorder, is_cache_tap, tap_names
-from refmodels.weights import Layout
+from refmodels.taps import is_cache_tap, tap_names
 from trt_runtime.engine import Engine
 
 _SEQUENCE_FIRST = ("chatglm2",)

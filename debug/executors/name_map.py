@@ -24,10 +24,9 @@ from torch import Tensor
 
 from debug.executors.step import regroup_heads
 from refmodels.errors import LogitLockError
-from refmodels.records import read_json, read_record
+from refmodels.json_records import read_json, read_record
 from refmodels.spec import ModelSpec
-from refmodels.taps import is_cache_tap, tap_names
-from trt_runtime.onnxruntime_engine import tap_width
+from refmodels.taps import is_cache_tap, tap_names, tap_width
 
 
 @dataclass(frozen=True, kw_only=True)

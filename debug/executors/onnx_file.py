@@ -20,10 +20,12 @@ from debug.executors.roles import FLOATS, read_roles
 from debug.executors.step import Step
 from refmodels.cache import KVCache, StepInputs
 from refmodels.errors import LogitLockError
+from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
-from refmodels.taps import Recorder, is_cache_tap, tap_names
+from refmodels.taps import is_cache_tap, tap_names
 from trt_runtime.engine import Engine
-from trt_runtime.rounding import compute_in_float, inline_and_type, promote
+from trt_runtime.onnxruntime.graph_edits import inline_and_type, promote
+from trt_runtime.onnxruntime.half_precision import compute_in_float
 
 _TORCH = {
     ir.DataType.FLOAT: torch.float32,

@@ -10,11 +10,12 @@ from typing import get_args
 import torch
 
 from debug.executors.golden import GoldenEngine
-from refmodels.checkpoint import DTYPES, ModelSource, load
+from refmodels.checkpoints.load import DTYPES, ModelSource, load
 from refmodels.errors import LogitLockError
 from refmodels.spec import Numerics
-from trt_runtime.engine import Engine, TorchEngine
-from trt_runtime.engines import open_engine
+from trt_runtime.engine import Engine
+from trt_runtime.open import open_engine
+from trt_runtime.torch_gpu.engine import TorchEngine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,9 @@ from debug.executors.candidates import Candidate, Captured, capture, joined
 from debug.executors.name_map import NameMap, Source, write_json
 from debug.executors.onnx_file import OnnxFileEngine
 from refmodels.model import Decoder
+from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
-from refmodels.taps import Recorder, is_cache_tap, recording, tap_names
+from refmodels.taps import is_cache_tap, tap_names
 
 _WINDOW = 64
 """Values of the right width looked at for one tap: a block has a few dozen of them."""

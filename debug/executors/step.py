@@ -10,8 +10,8 @@ from torch import Tensor
 from refmodels.cache import KVCache, StepInputs
 from refmodels.errors import LogitLockError
 from refmodels.ops import select_tokens
+from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
-from refmodels.taps import Recorder
 
 
 class Step:

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from debug.comparison.results import DiffResult, LogitToken, Phase, TapError
 from debug.drift import DriftResult
-from debug.results import DiffResult, LogitToken, Phase, TapError
 
 Figure = dict[str, Any]
 _LEAST_RATIO = 0.1

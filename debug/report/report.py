@@ -11,13 +11,13 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from debug.comparison.metrics import json_number
+from debug.comparison.results import DiffResult
 from debug.drift import DriftResult
-from debug.metrics import json_number
 from debug.report import sections
 from debug.report.environment import environment as here
 from debug.report.figures import Figure
 from debug.report.markup import escape
-from debug.results import DiffResult
 from refmodels.errors import LogitLockError
 
 

@@ -6,12 +6,12 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
+from debug.comparison.results import Culprit, DiffResult, Evidence, LogitToken, TapError
 from debug.drift import DriftResult
 from debug.report import figures
 from debug.report.figures import Figure, rank, step_name
 from debug.report.markup import bar, escape, facts, mono, number, pair, plot, section, table
-from debug.results import Culprit, DiffResult, Evidence, LogitToken, TapError
-from debug.tables import verdict_line
+from debug.report.tables import verdict_line
 from refmodels.taps import is_cache_tap
 
 _WORST = 12

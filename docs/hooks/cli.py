@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer.models
 from markdown_of import cell, fenced, table
 
-from debug.cli import VERBS, _help_of
+from debug.command import VERBS, help_of
 
 _EXAMPLE = re.compile(r"^Example: (.*)", re.S)
 
@@ -108,7 +108,7 @@ def _default(value: Any, shown: Any, *, flag: bool) -> str:
 def _section(verb: str) -> str:
     function = function_of(verb)
     found = parameters(function)
-    parts = [f"## {verb}", *_prose(_help_of(function))]
+    parts = [f"## {verb}", *_prose(help_of(function))]
     if arguments := [p for p in found if p.argument]:
         parts.append(table(("argument", "meaning"), [(f"`{p.names[0]}`", cell(p.help)) for p in arguments]))
     rows = [

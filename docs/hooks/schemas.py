@@ -11,13 +11,16 @@ from typing import Any
 
 from markdown_of import cell, fenced, table
 
-from debug import bisect, drift, results, verify
+from debug import bisect, drift
+from debug.comparison import results
 from debug.evaluate import results as evaluation
 from debug.evaluate import speed, statistics
+from debug.golden import verify
 from export import precision_plan
 from refmodels import spec
 from refmodels.quantization import formats
-from trt_runtime import bundle, layers
+from trt_runtime import bundle
+from trt_runtime import plan_layers as layers
 
 MEASURED = Path(__file__).parent.parent / "measured.json"
 

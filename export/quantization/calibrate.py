@@ -33,7 +33,7 @@ from export.quantization.method import (
 )
 from export.quantization.schemes import SCHEMES, QuantizeOptions, plan_of, quantization_of
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoint import (
+from refmodels.checkpoints.load import (
     COMPANION_FILES,
     ModelSource,
     checkpoint_hash,
@@ -41,11 +41,11 @@ from refmodels.checkpoint import (
     put_parameter,
     stream_parameters,
 )
+from refmodels.checkpoints.quantized_layouts import Layout, Storage
 from refmodels.errors import LogitLockError
 from refmodels.quantization.formats import LIMITS, LinearFormat, QuantizationSpec
-from refmodels.quantization.storage import Layout, Storage
+from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
-from refmodels.taps import Recorder, recording
 
 SCHEMA = 1
 Progress = Callable[[str, int, int], None]

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from refmodels.checkpoint import ModelSource, match_names, upstream_modules
+from refmodels.checkpoints.load import ModelSource, match_names, upstream_modules
+from refmodels.checkpoints.quantized_config import MODELOPT_NAME, modelopt_file, write_config
+from refmodels.checkpoints.quantized_layouts import Storage
+from refmodels.checkpoints.quantized_reader import QuantisedReader
+from refmodels.checkpoints.shards import WeightFiles
+from refmodels.checkpoints.weights import Part, to_checkpoint
 from refmodels.errors import LogitLockError
 from refmodels.quantization.arithmetic import QuantizedWeight
-from refmodels.quantization.config import MODELOPT_NAME, modelopt_file, write_config
 from refmodels.quantization.formats import QuantizationSpec
-from refmodels.quantization.reading import QuantisedReader
-from refmodels.quantization.storage import Storage
-from refmodels.shards import WeightFiles
-from refmodels.weights import Part, to_checkpoint
 
 PROVENANCE_NAME = "quantization.json"
 FOLDED_NAME = "quantization.folded.npz"
@@ -200,6 +200,6 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     path = directory / PROVENANCE_NAME
     if not path.is_file():
         return None
-    from refmodels.records import read_json
+    from refmodels.json_records import read_json
 
     return read_json(path)

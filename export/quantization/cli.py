@@ -16,10 +16,10 @@ from export.quantization.checkpoint import read_provenance
 from export.quantization.data import SAMPLES, TOKENS, calibration_data
 from export.quantization.method import MethodOptions
 from export.quantization.schemes import SCHEMES, Inputs, QuantizeOptions
-from refmodels.checkpoint import moved, resolve
-from refmodels.cli import JsonFlag
+from refmodels.checkpoints.load import moved, resolve
+from refmodels.checkpoints.quantized_layouts import Layout
+from refmodels.command import JsonFlag
 from refmodels.quantization.formats import EightBit
-from refmodels.quantization.storage import Layout
 
 _WHAT, _HOW, _DATA, _OUTPUT = "What is quantised", "How codes are found", "Calibration", "Output"
 _SCHEME_LIST = "; ".join(f"{name}: {scheme.describes}" for name, scheme in SCHEMES.items())

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refmodels.checkpoint import ModelSource, load_tokenizer_for
+from refmodels.checkpoints.load import ModelSource, load_tokenizer_for
 from refmodels.errors import LogitLockError
-from refmodels.tokenizer import Tokenizer
+from refmodels.text.tokenizer import Tokenizer
 
 SAMPLES, TOKENS = 128, 512
 _BATCH_TOKENS = 4096

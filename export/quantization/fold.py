@@ -23,8 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from refmodels.dtypes import wide_dtype
 from refmodels.errors import LogitLockError
-from refmodels.positions import wide_dtype
 from refmodels.spec import ModelSpec
 
 Site = Literal["attn.qkv", "attn.out", "mlp.up", "mlp.out", "head"]

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from refmodels.dtypes import wide_dtype
 from refmodels.errors import LogitLockError
-from refmodels.positions import wide_dtype
 
 SKETCH_ERROR = 0.01
 """Largest relative error of a percentile."""

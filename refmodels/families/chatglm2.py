@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from refmodels.checkpoints.weights import Layout
 from refmodels.families.config import Config, Family
 from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
-from refmodels.weights import Layout
 
 
 def _spec(config: Config) -> ModelSpec:

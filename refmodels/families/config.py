@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from refmodels.checkpoints.weights import Layout, WeightMap, weight_map
 from refmodels.errors import LogitLockError
 from refmodels.spec import Activation, ModelSpec
-from refmodels.weights import Layout, WeightMap, weight_map
 
 T = TypeVar("T", int, float, bool, str)
 

@@ -6,9 +6,9 @@ their config keys; of Qwen2: transformers models/qwen2.
 
 from __future__ import annotations
 
+from refmodels.checkpoints.weights import Layout
 from refmodels.families.config import LLAMA_LAYOUT, Config, Family
 from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
-from refmodels.weights import Layout
 
 
 def _spec(config: Config) -> ModelSpec:

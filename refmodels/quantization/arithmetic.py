@@ -6,7 +6,7 @@
                 with scales by group, the sum over groups of such products
 
 Rounding is half to even, as in ONNX's QuantizeLinear, TensorRT and CUDA's conversions.  "Wide" is fp32, or fp64 for
-fp64 (`refmodels.positions.wide_dtype`).
+fp64 (`refmodels.dtypes.wide_dtype`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refmodels.dtypes import wide_dtype
 from refmodels.errors import LogitLockError
-from refmodels.positions import wide_dtype
 from refmodels.quantization.formats import CODE_TYPES, LIMITS, Code, EightBit, LinearFormat
 
 LEAST_AMAX = 2.0**-96

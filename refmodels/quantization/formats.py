@@ -7,7 +7,7 @@ GPTQ, SmoothQuant) leaves no trace in the arithmetic, so it is none of this modu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -144,12 +144,3 @@ def describe_format(linear: LinearFormat) -> str:
     if linear.pre_quant_scale:
         text += ", pre-quant scale"
     return text
-
-
-def linear_modules(layers: int, *, gated: bool, head: bool) -> Iterable[str]:
-    """Names of a decoder's linear layers in the order of execution."""
-    parts = ("attn.qkv", "attn.out", *(("mlp.gate",) if gated else ()), "mlp.up", "mlp.out")
-    for layer in range(layers):
-        yield from (f"blocks.{layer}.{part}" for part in parts)
-    if head:
-        yield "head"

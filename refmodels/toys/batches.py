@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refmodels.tokenizer import Tokenizer
+from refmodels.text.tokenizer import Tokenizer
 from refmodels.toys.tasks import Example, examples
 from refmodels.toys.vocabulary import END_ID, PAD_ID
 

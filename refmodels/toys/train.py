@@ -25,17 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from refmodels.checkpoints.weights import to_checkpoint
 from refmodels.families import FAMILIES, family_of, spec_from_config
 from refmodels.model import Decoder
 from refmodels.positions import ntk_table_index
 from refmodels.spec import ModelSpec
-from refmodels.tokenizer import load_tokenizer
+from refmodels.text.tokenizer import load_tokenizer
 from refmodels.toys import TOYS, toy_path
 from refmodels.toys.batches import IGNORED, Batch, Sampler
 from refmodels.toys.configs import CONFIGS, generation_config
 from refmodels.toys.start import initialise
 from refmodels.toys.vocabulary import train_tokenizer
-from refmodels.weights import to_checkpoint
 
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05

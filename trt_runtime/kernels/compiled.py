@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from refmodels.errors import LogitLockError
-from refmodels.records import read_record
+from refmodels.json_records import read_record
 from refmodels.spec import ModelSpec
 from trt_runtime.kernels import attention, rms_norm
 from trt_runtime.kernels.driver import load_function, start

@@ -1,0 +1,160 @@
+"""What an executor did with one input: every tap of a prefill and of teacher-forced decode steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from debug.capture.prompts import Prompts
+from refmodels.cache import KVCache, StepInputs
+from refmodels.recorder import Recorder
+from refmodels.spec import ModelSpec
+from refmodels.taps import is_cache_tap
+from trt_runtime.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """What an engine showed of one forward.
+
+    step: 0 for the prefill.  tensors: its taps; cache taps hold the live slots after the step.  before: the cache taps
+    before the step ([batch, kv_heads, slots, head_dim], no slots before the first).
+    """
+
+    step: int
+    plan: StepInputs
+    tensors: Mapping[str, Tensor]
+    before: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """One prefill and `tokens.shape[1]` decode steps of an executor.
+
+    tokens: [batch, steps] int64, what was fed after the prompt.  forwards: the tapped run.  untapped: logits
+    [batch, tokens, vocab] of each forward of a run without taps, as the engine ships.
+    """
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    tap_names: tuple[str, ...]
+    arithmetic: str
+    prompts: Prompts
+    tokens: Tensor
+    forwards: Sequence[Forward]
+    untapped: Sequence[Tensor]
+
+    @property
+    def steps(self) -> int:
+        return self.tokens.shape[1]
+
+    def plan(self) -> StepInputs:
+        """Prompt and fed tokens as one forward: what the reference needs to run once instead of step by step."""
+        tokens = self.tokens
+        ids = torch.cat([self.prompts.ids, tokens], 1)
+        mask = torch.cat([self.prompts.mask, torch.ones_like(tokens)], 1)
+        # A cache without memory: only its bookkeeping is wanted.
+        cache = KVCache(self.spec, batch=len(ids), capacity=ids.shape[1], device="meta")
+        return cache.plan(ids, mask, prompt_lengths=self.prompts.mask.sum(1))
+
+    def whole(self) -> Forward:
+        """All forwards as one: taps of all tokens one after the other (joined when they are read).
+
+        Cache taps are left out: they are states, not streams.
+        """
+        return Forward(step=0, plan=self.plan(), tensors=_Joined(self), before={})
+
+
+class _Joined(Mapping[str, Tensor]):
+    def __init__(self, capture: Capture) -> None:
+        self._forwards = capture.forwards
+        self._names = [name for name in capture.tap_names if not is_cache_tap(name)]
+        self._last: tuple[str, Tensor] | None = None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._last is None or self._last[0] != name:
+            self._last = name, torch.cat([forward.tensors[name] for forward in self._forwards], 1)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def run_steps(
+    engine: Engine,
+    prompts: Prompts,
+    *,
+    steps: int,
+    tokens: Tensor | None = None,
+    recorder: Callable[[], Recorder] | None = None,
+    fed: list[Tensor] | None = None,
+) -> Iterator[tuple[int, StepInputs, Tensor]]:
+    """Prefill and decode steps of an engine: (step, plan, logits on the CPU) after each.
+
+    Args:
+        tokens: [batch, steps] to feed after the prompt; None: the engine's own greedy tokens.
+        recorder: makes the recorder of each forward; None: no taps.
+        fed: receives the [batch, 1] tokens of each decode step.
+    """
+    batch, length = prompts.ids.shape
+    cache = engine.new_cache(batch=batch, capacity=length + steps)
+    ids, mask = prompts.ids, prompts.mask
+    for step in range(steps + 1):
+        plan = cache.plan(ids, mask)
+        logits = engine.run(plan, cache, recorder=recorder() if recorder is not None else None).cpu()
+        yield step, plan, logits
+        if step < steps:
+            ids = logits[:, -1:].argmax(-1) if tokens is None else tokens[:, step : step + 1]
+            mask = torch.ones_like(ids)
+            if fed is not None:
+                fed.append(ids)
+
+
+def capture_engine(engine: Engine, prompts: Prompts, *, steps: int, tokens: Tensor | None = None) -> Capture:
+    """Run an engine without taps and then, on the same tokens, with them.
+
+    Args:
+        prompts: the input.
+        steps: decode steps.
+        tokens: [batch, steps] to feed after the prompt; None: the engine's own greedy tokens.
+    """
+    fed: list[Tensor] = []
+    untapped = [logits for _, _, logits in run_steps(engine, prompts, steps=steps, tokens=tokens, fed=fed)]
+    tokens = torch.cat(fed, 1) if fed else torch.zeros(len(prompts.ids), 0, dtype=torch.int64)
+    forwards: list[Forward] = []
+    recorders: list[Recorder] = []
+
+    def recorder() -> Recorder:
+        recorders.append(Recorder())
+        return recorders[-1]
+
+    for step, plan, _ in run_steps(engine, prompts, steps=steps, tokens=tokens, recorder=recorder):
+        now = {name: tensor.cpu() for name, tensor in recorders[-1].tensors.items()}
+        states = {name: now[name] for name in engine.tap_names if is_cache_tap(name)}
+        before = (
+            {name: forwards[-1].tensors[name] for name in states}
+            if forwards
+            else {name: tensor[:, :, :0] for name, tensor in states.items()}
+        )
+        forwards.append(Forward(step=step, plan=plan, tensors=now, before=before))
+    return Capture(
+        spec=engine.spec,
+        dtype=engine.dtype,
+        tap_names=engine.tap_names,
+        arithmetic=engine.arithmetic,
+        prompts=prompts,
+        tokens=tokens,
+        forwards=forwards,
+        untapped=untapped,
+    )

@@ -1,0 +1,131 @@
+"""A reference that holds the weights of one part at a time.
+
+A diff needs each weight once in fp64 and once in the engine's dtype.  Loading part by part, in the order of execution,
+keeps the memory at one part instead of 8 + 2 bytes a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from refmodels.checkpoints.load import ModelSource, empty_decoder, put_parameter, stream_parameters
+from refmodels.model import Decoder
+from refmodels.spec import ModelSpec, Numerics
+from refmodels.taps import tap_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Modules that run one after another, and the taps that they make.
+
+    first, last: names of the first and the last of them to run.  prefixes: of their parameters.
+    """
+
+    first: str
+    last: str
+    prefixes: tuple[str, ...]
+    taps: tuple[str, ...]
+
+
+def parts(spec: ModelSpec) -> list[Part]:
+    """All parts in the order of execution: embedding, blocks, and final norm with head."""
+    names = tap_names(spec)
+    learned = spec.position == "learned"
+    found = [
+        Part(
+            first="embed",
+            last="position_embed" if learned else "embed",
+            prefixes=("embed.", "position_embed."),
+            taps=("embed",),
+        )
+    ]
+    for i in range(spec.layers):
+        block = f"blocks.{i}"
+        taps = tuple(n for n in names if n == block or n.startswith(f"{block}."))
+        found.append(Part(first=block, last=block, prefixes=(f"{block}.",), taps=taps))
+    head = ("final_norm.", "embed." if spec.tied_head else "head.")
+    found.append(Part(first="final_norm", last="head", prefixes=head, taps=("final_norm", "logits")))
+    return found
+
+
+class StreamedDecoder:
+    """A decoder of a checkpoint whose weights come and go.
+
+    Args:
+        source: the model.
+        dtype, numerics: as for `refmodels.load`.
+    Raises:
+        LogitLockError: as `refmodels.checkpoints.load.stream_parameters`, when a part is loaded.
+    """
+
+    def __init__(self, source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact") -> None:
+        self.source, self.dtype, self.numerics = source, dtype, numerics
+        self.decoder = empty_decoder(source.spec, numerics=numerics).eval()
+        self._load(("final_norm.",))
+
+    @contextmanager
+    def running(self) -> Iterator[Decoder]:
+        """Forwards of the decoder inside the block load each part before it runs and drop it after."""
+        with ExitStack() as hooks, ExitStack() as weights:
+            for part in parts(self.decoder.spec):
+                first, last = self.decoder.get_submodule(part.first), self.decoder.get_submodule(part.last)
+
+                def enter(*_: object, part: Part = part) -> None:
+                    weights.enter_context(self.holding(part))
+
+                hooks.callback(first.register_forward_pre_hook(enter).remove)
+                hooks.callback(last.register_forward_hook(lambda *_: weights.close()).remove)
+            yield self.decoder
+
+    @contextmanager
+    def holding(self, part: Part) -> Iterator[Decoder]:
+        """The weights of `part` are there inside the block."""
+        self._load(part.prefixes)
+        try:
+            yield self.decoder
+        finally:
+            for name, value in list(self.decoder.named_parameters(remove_duplicate=False)):
+                if name.startswith((*part.prefixes, "head.")) and not name.startswith("final_norm."):
+                    put_parameter(self.decoder, name, torch.empty_like(value, device="meta"))
+
+    def _load(self, prefixes: tuple[str, ...]) -> None:
+        for name, value in stream_parameters(
+            self.source, dtype=self.dtype, numerics=self.numerics, prefixes=prefixes
+        ):  # fmt: skip
+            put_parameter(self.decoder, name, value)
+        if self.source.spec.tied_head and "final_norm." in prefixes:
+            self.decoder.head.weight = self.decoder.embed.weight
+
+
+Reference = Decoder | StreamedDecoder
+"""The reference with all its weights in memory, or with those of one part at a time."""
+
+
+@contextmanager
+def ready(reference: Reference) -> Iterator[Decoder]:
+    """A decoder whose forwards can be run inside the block."""
+    if isinstance(reference, StreamedDecoder):
+        with reference.running() as decoder:
+            yield decoder
+    else:
+        yield reference
+
+
+@contextmanager
+def ready_at(reference: Reference, tap: str, *, alone: bool = False) -> Iterator[Decoder]:
+    """A decoder that has the weights of the part that makes `tap` inside the block; `alone`: only those of the tap."""
+    if isinstance(reference, StreamedDecoder):
+        part = next(p for p in parts(reference.decoder.spec) if tap in p.taps)
+        with reference.holding(replace(part, prefixes=(f"{tap}.",)) if alone else part) as decoder:
+            yield decoder
+    else:
+        yield reference
+
+
+def decoder_of(reference: Reference) -> Decoder:
+    """The decoder for its facts (spec, dtype, numerics); its weights may not be there."""
+    return reference.decoder if isinstance(reference, StreamedDecoder) else reference

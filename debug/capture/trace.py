@@ -1,0 +1,247 @@
+"""Captures on disk: what an executor showed, so that the two sides of a diff may be captured on different machines.
+
+A trace is one safetensors file.  It is written tap by tap as the executor delivers them and read tap by tap as a diff
+asks for them, so neither side ever holds more of it than one tap.  Tensors are named `{step}.{tap}`; a cache tap holds
+the slots that its step has appended, and the whole cache (`{step}.{tap}.all`) where older slots have changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from debug.capture.capture import Capture, Forward, run_steps
+from debug.capture.prompts import Prompts
+from refmodels.cache import KVCache, StepInputs
+from refmodels.checkpoints.load import DTYPES
+from refmodels.errors import LogitLockError
+from refmodels.recorder import Recorder
+from refmodels.spec import ModelSpec, Numerics, spec_from_dict
+from refmodels.taps import is_cache_tap
+from trt_runtime.engine import Engine
+
+SCHEMA = 1
+_SPELLINGS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_INTEGERS = {torch.int64: "I64"}
+_HEADER_ROOM = 1 << 16
+
+
+class _Writer:
+    """Tensors into a safetensors file, one after the other; the header goes in front at the end.
+
+    safetensors' own writer wants all tensors at once.  The header's room is reserved and padded with spaces, which the
+    format allows.
+    """
+
+    def __init__(self, stream: BinaryIO, room: int) -> None:
+        self.stream, self.room = stream, room
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.stream.seek(8 + room)
+        self.size = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        data = tensor.detach().to("cpu").contiguous()
+        count = data.numel() * data.element_size()
+        self.entries[name] = {
+            "dtype": (_SPELLINGS | _INTEGERS)[data.dtype],
+            "shape": list(data.shape),
+            "data_offsets": [self.size, self.size + count],
+        }
+        self.stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        self.size += count
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        header = json.dumps({"__metadata__": dict(metadata), **self.entries}).encode()
+        assert len(header) <= self.room, f"a trace header of {len(header)} bytes in {self.room}"
+        self.stream.seek(0)
+        self.stream.write(self.room.to_bytes(8, "little") + header.ljust(self.room))
+
+
+def write_trace(
+    engine: Engine,
+    prompts: Prompts,
+    path: Path,
+    *,
+    steps: int,
+    tokens: Tensor | None = None,
+    model: str = "",
+    numerics: Numerics = "exact",
+) -> None:
+    """Run an engine without and with taps and write what it shows; the file appears whole or not at all.
+
+    Args:
+        engine, prompts, steps, tokens: as `debug.capture.capture.capture_engine`.
+        path: the trace to make.
+        model: what the engine was made from, for whoever reads the trace.
+        numerics: of the reference that gives the engine's noise floor.
+    Raises:
+        LogitLockError: `path` cannot be written.
+    """
+    room = _HEADER_ROOM + (steps + 1) * (len(engine.tap_names) + 4) * 160
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.absolute().parent)
+    except OSError as error:
+        raise LogitLockError(f"the trace {path} cannot be written: {error.strerror}") from None
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as stream, torch.inference_mode():
+            writer = _Writer(stream, room)
+            writer.add("prompt.ids", prompts.ids)
+            writer.add("prompt.mask", prompts.mask)
+            fed: list[Tensor] = []
+            for step, _, logits in run_steps(engine, prompts, steps=steps, tokens=tokens, fed=fed):
+                writer.add(f"{step}.untapped", logits)
+            tokens = torch.cat(fed, 1) if fed else torch.zeros(len(prompts.ids), 0, dtype=torch.int64)
+            writer.add("tokens", tokens)
+            _write_taps(writer, engine, prompts, steps, tokens)
+            writer.finish(
+                {
+                    "logitlock_trace": str(SCHEMA),
+                    "model": model,
+                    "numerics": numerics,
+                    "spec": json.dumps(engine.spec.to_dict()),
+                    "dtype": next(n for n, d in DTYPES.items() if d == engine.dtype),
+                    "taps": json.dumps(engine.tap_names),
+                    "arithmetic": engine.arithmetic,
+                    "prompts": prompts.origin,
+                }
+            )
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_taps(writer: _Writer, engine: Engine, prompts: Prompts, steps: int, tokens: Tensor) -> None:
+    last: dict[str, Tensor] = {}
+    step = 0
+
+    def sink(name: str, tensor: Tensor) -> None:
+        if not is_cache_tap(name):
+            writer.add(f"{step}.{name}", tensor)
+            return
+        old = last.get(name, tensor[:, :, :0])
+        slots = old.shape[2]
+        if torch.equal(tensor[:, :, :slots], old):
+            writer.add(f"{step}.{name}", tensor[:, :, slots:])
+        else:
+            writer.add(f"{step}.{name}.all", tensor)
+        last[name] = tensor
+
+    for _ in run_steps(engine, prompts, steps=steps, tokens=tokens, recorder=lambda: Recorder(sink=sink)):
+        step += 1
+
+
+def read_trace(path: Path) -> Capture:
+    """Open a trace; taps are read when they are asked for.
+
+    Raises:
+        LogitLockError: no such file, not a trace, another schema version, or damaged.
+    """
+    if not path.is_file():
+        raise LogitLockError(f"there is no trace at {path}: no such file")
+    try:
+        file: Any = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise LogitLockError(f"{path} is not a trace: {error}") from None
+    metadata: Mapping[str, str] = file.metadata() or {}
+    if "logitlock_trace" not in metadata:
+        raise LogitLockError(f"{path} is a safetensors file, but not a trace; make one with `logitlock trace`")
+    if metadata["logitlock_trace"] != str(SCHEMA):
+        raise LogitLockError(
+            f"{path} has trace schema {metadata['logitlock_trace']}, this version reads schema {SCHEMA}; make it again"
+        )
+    spec = spec_from_dict(json.loads(metadata["spec"]))
+    prompts = Prompts(
+        ids=file.get_tensor("prompt.ids"), mask=file.get_tensor("prompt.mask"), origin=metadata["prompts"]
+    )  # fmt: skip
+    tokens: Tensor = file.get_tensor("tokens")
+    taps = tuple(json.loads(metadata["taps"]))
+    return Capture(
+        spec=spec,
+        dtype=DTYPES[metadata["dtype"]],
+        tap_names=taps,
+        arithmetic=f"{metadata['arithmetic']} (trace {path.name})",
+        prompts=prompts,
+        tokens=tokens,
+        forwards=list(_forwards(file, spec, prompts, tokens, taps)),
+        untapped=_Untapped(file, tokens.shape[1] + 1),
+    )
+
+
+def trace_origin(path: Path) -> tuple[str, Numerics]:
+    """What a trace (that `read_trace` has read) says its engine was made from ("" if nothing), and its numerics."""
+    metadata = safe_open(path, "pt").metadata()  # type: ignore[no-untyped-call]
+    return metadata["model"], "upstream" if metadata["numerics"] == "upstream" else "exact"
+
+
+def _forwards(file: Any, spec: ModelSpec, prompts: Prompts, tokens: Tensor, taps: tuple[str, ...]) -> Iterator[Forward]:
+    batch, length = prompts.ids.shape
+    cache = KVCache(spec, batch=batch, capacity=length + tokens.shape[1], device="meta")
+    names = set(file.keys())
+    before = _Taps(file, names, taps, step=-1)
+    for step in range(tokens.shape[1] + 1):
+        ids = prompts.ids if step == 0 else tokens[:, step - 1 : step]
+        plan: StepInputs = cache.plan(ids, prompts.mask if step == 0 else None)
+        cache.advance(plan)
+        now = _Taps(file, names, taps, step=step)
+        yield Forward(step=step, plan=plan, tensors=now, before=before)
+        before = now
+
+
+class _Taps(Mapping[str, Tensor]):
+    """The taps of one step, read from the file at each access."""
+
+    def __init__(self, file: Any, names: set[str], taps: tuple[str, ...], *, step: int) -> None:
+        self._file, self._names, self._taps, self._step = file, names, taps, step
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._taps:
+            raise KeyError(name)
+        if not is_cache_tap(name):
+            return self._read(f"{self._step}.{name}")
+        pieces: list[Tensor] = []
+        for step in range(self._step, -1, -1):
+            if f"{step}.{name}.all" in self._names:
+                pieces.insert(0, self._read(f"{step}.{name}.all"))
+                break
+            pieces.insert(0, self._read(f"{step}.{name}"))
+        return torch.cat(pieces, 2) if pieces else self._read(f"0.{name}")[:, :, :0]
+
+    def _read(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._taps
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._taps)
+
+    def __len__(self) -> int:
+        return len(self._taps)
+
+
+class _Untapped(Sequence[Tensor]):
+    """Logits of the untapped run, read at each access."""
+
+    def __init__(self, file: Any, count: int) -> None:
+        self._file, self._count = file, count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        return self._file.get_tensor(f"{index % self._count}.untapped")
+
+    def __len__(self) -> int:
+        return self._count

@@ -1,0 +1,81 @@
+"""What one code that falls on the other side of a rounding boundary is worth.
+
+An input (or a key, or a value) that is quantised while the model runs is rounded to coarse steps.  Two correct engines
+differ by rounding before that, so a number near a boundary gets neighbouring codes in them: a whole step of difference,
+in a few elements, where the floor may by luck have none.  A quarter of the relative error of one such flip is therefore
+a bound below which no floor counts: the 8 floors of an alarm are then two steps, which four flips in one token make.
+With inputs as exact as fp32 a token of 4096 has one in about 25; not rounding the input at all is an error of
+sqrt(columns / 12) steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from debug.comparison.modules import linear_of
+from refmodels.model import Decoder
+from refmodels.quantization.formats import LIMITS, EightBit
+from refmodels.quantization.linear import QuantizedLinear
+from refmodels.taps import input_of, linear_name
+
+_SHARE = 0.25
+_FP8_STEP = 2.0**-4
+"""Half the relative distance of neighbouring e4m3 numbers at their largest, which is what rounding may change."""
+
+
+class CodeFlips:
+    """Relative errors that flips explain, from what the engine showed.
+
+    Args:
+        decoder: the reference; constant input scales are read from it if its weights are there.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.spec = decoder, decoder.spec
+        self.largest = 0.0
+        """Of all taps asked for so far: the mean over the tokens of one."""
+        self._cache: dict[str, float] = {}
+
+    def of(self, tap: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """[batch, tokens], of the tap of a linear layer with quantised inputs or of attention on a quantised cache."""
+        layer = tap.removesuffix(".attn.context")
+        if layer != tap and self.spec.cache_code is not None:
+            largest = max(self._cache[f"{layer}.key"], self._cache[f"{layer}.value"])
+            return torch.full(tensors[tap].shape[:2], largest, dtype=torch.float64)
+        if self.spec.format_of(linear_name(tap)) is None:
+            return None
+        linear = linear_of(self.decoder, tap)
+        assert isinstance(linear, QuantizedLinear)
+        code = linear.format.input
+        if code is None:
+            return None
+        x = tensors[input_of(tap)].double()
+        if linear.pre_quant_scale is not None and not linear.pre_quant_scale.is_meta:
+            x = linear.scaled(x)
+        scale = linear.input_scale
+        if scale is not None and not scale.is_meta:
+            step = scale.double() * (1.0 if code == "int8" else LIMITS["fp8"] * _FP8_STEP)
+        else:
+            step = _step(x.abs().amax(-1), code)
+        flips: Tensor = _SHARE * step / x.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+        self.largest = max(self.largest, float(flips.mean()))
+        return flips
+
+    def of_cache(self, tap: str, codes: Tensor) -> Tensor | None:
+        """[batch, slots], of codes [batch, kv_heads, slots, head_dim] of a quantised cache."""
+        code = self.spec.cache_code
+        if code is None:
+            return None
+        rows = codes.transpose(1, 2).flatten(2).double()
+        step = torch.ones(()) if code == "int8" else rows.abs().amax(-1) * _FP8_STEP
+        found: Tensor = _SHARE * step / rows.norm(dim=-1).clamp(min=1.0)
+        self.largest = max(self.largest, float(found.mean()))
+        self._cache[tap] = max(self._cache.get(tap, 0.0), float(found.max()))
+        return found
+
+
+def _step(amax: Tensor, code: EightBit) -> Tensor:
+    return amax / LIMITS["int8"] if code == "int8" else amax * _FP8_STEP

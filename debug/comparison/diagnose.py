@@ -1,0 +1,169 @@
+"""Why a module is wrong: try every known fault on the reference module and see which one makes the engine right.
+
+The module runs in fp64 on the inputs that the engine showed.  A fault is named if, with it, the engine's output is
+within the same multiple of the noise floor that a healthy module is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debug.capture.capture import Forward
+from debug.comparison.faults import CATALOGUE
+from debug.comparison.faults.generic import rounded_sums, stored_as, transformed
+from debug.comparison.metrics import ErrorStats, compare
+from debug.comparison.modules import Module, module_at
+from debug.comparison.results import Diagnosis, Evidence, TokenView
+from refmodels.model import Decoder
+from refmodels.taps import is_cache_tap
+
+_MOST = 5
+"""Diagnoses to give for one tap: two faults can be the same on these inputs, but a long list says nothing."""
+_PAIRS = 3
+"""Of a module that no single fault explains, how many of the faults that help most are tried with each other."""
+_ALIKE = 1.5
+"""Local errors within this factor say nothing about which of two faults it is."""
+
+
+def diagnose(
+    tap: str, forward: Forward, truth: Decoder, rounded: Decoder, *, bound: float, multiple: float, dtype: torch.dtype
+) -> tuple[list[Diagnosis], Evidence]:
+    """The faults that explain the engine's output at `tap`, the best one first (none: unknown), and where it is wrong.
+
+    Args:
+        tap, forward: the culprit and a forward in which it is wrong.
+        truth, rounded: the reference in fp64 and in the engine's dtype and numerics.
+        bound: the least relative floor of the tap (`debug.comparison.compare.lower_bound`).
+        multiple: noise floors that a healthy module may be off.
+        dtype: of the engine.
+    """
+    try:
+        module = module_at(truth, tap, forward)
+    except KeyError:
+        # An executor that does not show the module's inputs.
+        return [], Evidence()
+    engine = forward.tensors[tap].to(truth.device, torch.float64)
+    expected = module()
+    before = _compare(engine, expected, module, dtype)
+    floor = _compare(module_at(rounded, tap, forward)(), expected, module, dtype)
+    # Per token, absolute: a fault may make the output longer or shorter, the rounding of its inputs stays.
+    whole = max(floor.rel_l2 if floor.rel_l2 == floor.rel_l2 else 0.0, bound)
+    allowed = floor.token_rel.nan_to_num(nan=0.0, posinf=0.0).clamp(min=whole)
+    size = _token_norms(expected, module)
+
+    def tried(name: str, output: Tensor) -> Diagnosis:
+        after = _compare(engine, output, module, dtype)
+        # An output that is all zero has only the error of its own.
+        limit = torch.maximum(allowed, allowed * size / _token_norms(output, module).clamp(min=1e-300))
+        ratio = float((after.token_rel / limit).nan_to_num(nan=float("inf")).max())
+        return Diagnosis(fault=name, local_before=before.rel_l2, local_after=after.rel_l2, ratio_after=ratio)
+
+    def explains(diagnosis: Diagnosis) -> bool:
+        return diagnosis.ratio_after <= multiple and diagnosis.local_after < before.rel_l2
+
+    single = [(tried(name, module(**changes)), changes) for name, changes in _faults(module, engine)]
+    found = [diagnosis for diagnosis, _ in single if explains(diagnosis)]
+    found += [d for name, output in transformed(module, expected, engine) if explains(d := tried(name, output))]
+    if not found:
+        found = _of_rounding(module, engine, expected, before, dtype)
+    if not found:
+        # Two faults in one module: those that help most, each with every other on top of it.
+        helping = sorted((s for s in single if s[0].local_after < before.rel_l2), key=lambda s: s[0].local_after)
+        for first, changes in helping[:_PAIRS]:
+            changed = replace(module, arguments={**module.arguments, **changes})
+            for name, more in _faults(changed, engine):
+                if more.keys().isdisjoint(changes) and explains(d := tried(f"{first.fault}; {name}", changed(**more))):
+                    found.append(d)
+    best = min((d.local_after for d in found), default=0.0)
+    # Those that explain it equally well stay in the order of the catalogue, in which exact faults precede estimates.
+    found.sort(key=lambda d: max(d.local_after, _ALIKE * best))
+    return found[:_MOST], _evidence(module, engine, expected, before, allowed)
+
+
+def _faults(module: Module, engine: Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and changed arguments of every fault of the module's kind."""
+    for fault in CATALOGUE:
+        if fault.kind == module.kind:
+            for detail, changes in fault.variants(module, engine):
+                yield fault.full_name(detail), changes
+
+
+def _of_rounding(
+    module: Module, engine: Tensor, expected: Tensor, before: ErrorStats, dtype: torch.dtype
+) -> list[Diagnosis]:
+    """Faults that no exact output explains, told by what the rounding looks like."""
+    real = _real(module)
+    shown, right = (_by_token(t, module)[real].flatten(1) for t in (engine, expected))
+    narrow = stored_as(shown, dtype)
+    if narrow is not None:
+        name, after = f"output rounded to {narrow}", right.to(getattr(torch, narrow)).double()
+    elif rounded_sums(module, shown - right, right, dtype):
+        name, after = f"wrong dtype accumulate: sums rounded in {str(dtype).removeprefix('torch.')}", right
+    else:
+        return []
+    left = float((shown - after).norm() / right.norm())
+    return [Diagnosis(fault=name, local_before=before.rel_l2, local_after=left, ratio_after=0.0)]
+
+
+def _evidence(module: Module, engine: Tensor, expected: Tensor, before: ErrorStats, allowed: Tensor) -> Evidence:
+    ratios = before.token_rel / allowed
+    worst = ratios.nan_to_num(nan=float("inf")).argsort(descending=True)[:_MOST].tolist()
+    tokens = [
+        TokenView(
+            row=int(before.token_of[i, 0]),
+            position=int(before.token_of[i, 1]),
+            local=float(before.token_rel[i]),
+            ratio=float(ratios[i]),
+        )
+        for i in worst
+    ]
+    off, size = ((_by_token(t, module)[_real(module)]) for t in (engine - expected, expected))
+    heads: list[float] = []
+    names: list[str] = []
+    if is_cache_tap(module.tap) or module.part in ("attn.qkv", "attn.context"):
+        head_dim = module.decoder.spec.attention.head_dim
+        errors, sizes = (t.reshape(len(t), -1, head_dim).square().sum((0, 2)).sqrt() for t in (off, size))
+        heads = (errors / sizes.clamp(min=1e-300)).tolist()
+        names = _head_names(module)
+    shares = off.flatten(1).square().sum(0)
+    shares = shares / shares.sum().clamp(min=1e-300)
+    top = shares.topk(min(_MOST, len(shares)))
+    channels = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    # Worth saying only where a few channels stand out.
+    few = float(top.values.sum()) > 0.5 and len(shares) > 4 * _MOST
+    return Evidence(tokens=tokens, heads=heads, head_names=names, channels=channels if few else [])
+
+
+def _head_names(module: Module) -> list[str]:
+    attention = module.decoder.spec.attention
+    queries = [f"query {i}" for i in range(attention.heads)]
+    kinds = ("key", "value") if module.part == "attn.qkv" else (module.tap.rpartition(".")[2],)
+    others = [f"{kind} {i}" for kind in kinds for i in range(attention.kv_heads)]
+    return queries + others if module.part == "attn.qkv" else others if is_cache_tap(module.tap) else queries
+
+
+def _compare(actual: Tensor, expected: Tensor, module: Module, dtype: torch.dtype) -> ErrorStats:
+    return compare(_by_token(actual, module), _by_token(expected, module), _real(module), dtype)
+
+
+def _by_token(tensor: Tensor, module: Module) -> Tensor:
+    """A cache tensor counts by slot: [batch, slots, kv_heads, head_dim]."""
+    if not is_cache_tap(module.tap):
+        return tensor
+    return tensor[:, :, : module.forward.plan.attention_mask.shape[1]].transpose(1, 2)
+
+
+def _real(module: Module) -> Tensor:
+    plan = module.forward.plan
+    return plan.attention_mask != 0 if is_cache_tap(module.tap) else plan.new_mask
+
+
+def _token_norms(tensor: Tensor, module: Module) -> Tensor:
+    rows = _by_token(tensor, module)[_real(module)].double().flatten(1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms

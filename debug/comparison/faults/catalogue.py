@@ -1,0 +1,49 @@
+"""What a fault is, and the list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from debug.comparison.modules import Kind, Module
+
+Variants = Iterator[tuple[str, dict[str, Any]]]
+"""(detail, changed arguments); the detail completes the fault's name and may be empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A mistake by name.
+
+    kind: of the modules that it can befall.  variants: from the module as it should be and the engine's output.
+    small: it can hide below the rounding of half precision (see `debug.comparison.systematic`).
+    """
+
+    name: str
+    kind: Kind
+    variants: Callable[[Module, Tensor], Variants]
+    small: bool = False
+
+    def full_name(self, detail: str) -> str:
+        return f"{self.name}: {detail}" if detail else self.name
+
+
+CATALOGUE: list[Fault] = []
+ESTIMATED = "(estimated)"
+"""Ends the detail of a variant whose number was fitted to the engine."""
+
+
+_Function = Callable[[Module, Tensor], Variants]
+
+
+def fault(name: str, *kinds: Kind, small: bool = False) -> Callable[[_Function], _Function]:
+    """Put a function into the catalogue."""
+
+    def register(variants: _Function) -> _Function:
+        CATALOGUE.extend(Fault(name=name, kind=kind, variants=variants, small=small) for kind in kinds)
+        return variants
+
+    return register

@@ -1,0 +1,92 @@
+"""Faults that any module can have: its output scaled, moved or rounded, whatever the module computes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from debug.comparison.faults.catalogue import ESTIMATED
+from debug.comparison.modules import Module
+from refmodels.taps import is_cache_tap
+
+_LOWER = {
+    torch.float32: ("float16", "bfloat16", "float8_e4m3fn"),
+    torch.float16: ("bfloat16", "float8_e4m3fn"),
+    torch.bfloat16: ("float8_e4m3fn",),
+}
+_NOISE = 4.0
+"""How many times a random walk of roundings the error of a rounded sum may be: sums also grow while they are taken."""
+
+
+def transformed(module: Module, expected: Tensor, engine: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(fault, output) for each way to change the right output of a module; shapes as of its tap.
+
+    expected, engine: the reference's and the engine's output, fp64.
+    """
+    yield "output missing (zero)", torch.zeros_like(expected)
+    yield "sign of the output reversed", -expected
+    size = float(expected.square().sum())
+    factor = float((expected * engine).sum()) / size if size else 1.0
+    if abs(factor - 1) > 1e-6 and factor > 0:
+        yield f"output scaled by {factor:.5g} {ESTIMATED}", expected * factor
+    axis = 2 if is_cache_tap(module.tap) else 1
+    if expected.shape[axis] > 1:
+        for shift in (1, -1):
+            yield f"tokens moved by {shift:+d}", expected.roll(shift, axis)
+    heads = _heads_exchanged(module, expected, engine)
+    if heads is not None:
+        yield heads
+    batch = len(expected)
+    for order in itertools.islice(itertools.permutations(range(batch)), 1, 24 if batch > 1 else 1):
+        yield f"rows of the batch exchanged: {list(order)}", expected[list(order)]
+
+
+def _heads_exchanged(module: Module, expected: Tensor, engine: Tensor) -> tuple[str, Tensor] | None:
+    """The right heads in the engine's order, which the correlation of each pair of heads tells."""
+    if is_cache_tap(module.tap):
+        right, found = (t.transpose(0, 1).flatten(1) for t in (expected, engine))
+    elif module.part in ("attn.context", "attn.qkv"):
+        dim = module.decoder.spec.attention.head_dim
+        right, found = (t.unflatten(-1, (-1, dim)).movedim(2, 0).flatten(1) for t in (expected, engine))
+    else:
+        return None
+    alike = (found @ right.t()) / (found.norm(dim=1)[:, None] * right.norm(dim=1)).clamp(min=1e-300)
+    order = alike.argmax(1)
+    if torch.equal(order, torch.arange(len(order), device=order.device)) or not bool(torch.isfinite(alike).all()):
+        return None
+    if is_cache_tap(module.tap):
+        output = expected[:, order]
+    else:
+        output = expected.unflatten(-1, (-1, dim))[:, :, order].flatten(2)
+    return f"heads in the order {order.tolist()}", output
+
+
+def stored_as(engine: Tensor, dtype: torch.dtype) -> str | None:
+    """A narrower dtype in which all of the engine's numbers can be written, though it computes in `dtype`."""
+    shown = engine.to(dtype)
+    for name in _LOWER.get(dtype, ()):
+        narrow = getattr(torch, name)
+        if bool(shown.any()) and torch.equal(shown.to(narrow).to(dtype), shown):
+            return name
+    return None
+
+
+def rounded_sums(module: Module, off: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an error is what sums in the working dtype would give: noise, as large as a walk of so many roundings.
+
+    off, expected: rows of real tokens, fp64 [tokens, width].
+    """
+    if module.kind != "linear" or off.shape[0] < 8 or dtype == torch.float32:
+        return False
+    terms = module["weight"].shape[1]
+    unit = torch.finfo(dtype).eps / 2
+    relative = float(off.norm() / expected.norm())
+    if not relative < _NOISE * unit * terms**0.5:
+        return False
+    # Noise has no direction: neither along the output nor the same in a channel for all tokens.
+    along = float((off * expected).sum()) / float(off.norm() * expected.norm())
+    steady = float(off.mean(0).norm()) * off.shape[0] ** 0.5 / float(off.std(0).norm())
+    return bool(abs(along) < 5 / off.numel() ** 0.5 + unit and steady < 1.5)

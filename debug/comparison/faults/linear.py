@@ -1,0 +1,145 @@
+"""Faults of linear layers: layout, order, bias, whose weights, quantisation."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from debug.comparison.faults.catalogue import Variants, fault
+from debug.comparison.modules import Module, float_weight, linear_of
+from refmodels.quantization.arithmetic import quantize_weight
+from refmodels.quantization.formats import LinearFormat
+from refmodels.quantization.linear import QuantizedLinear
+
+
+@fault("weight transposed", "linear")
+def transposed(m: Module, _: Tensor) -> Variants:
+    weight: Tensor = m["weight"]
+    rows, columns = weight.shape
+    if rows == columns:
+        yield "", {"weight": weight.t()}
+    else:
+        yield "read as [in, out]", {"weight": weight.reshape(columns, rows).t()}
+        yield "written as [in, out]", {"weight": weight.t().reshape(rows, columns)}
+
+
+@fault("bias missing", "linear")
+def bias_missing(m: Module, _: Tensor) -> Variants:
+    bias: Tensor | None = m["bias"]
+    if bias is not None:
+        yield "", {"bias": None}
+        yield "added twice", {"bias": 2 * bias}
+        if m.part == "attn.qkv":
+            for name, part in zip("qkv", _row_blocks(m), strict=True):
+                kept = bias.clone()
+                kept[part] = 0
+                yield f"of {name}", {"bias": kept}
+
+
+@fault("query, key and value in the wrong order", "linear")
+def qkv_order(m: Module, _: Tensor) -> Variants:
+    if m.part == "attn.qkv":
+        blocks = _row_blocks(m)
+        for order in itertools.permutations(range(3)):
+            if order != (0, 1, 2):
+                yield "".join("qkv"[i] for i in order), _rows(m, torch.cat([blocks[i] for i in order]))
+
+
+@fault("fused query, key and value split in the wrong layout", "linear")
+def qkv_layout(m: Module, _: Tensor) -> Variants:
+    if m.part != "attn.qkv":
+        return
+    a = m.decoder.spec.attention
+    group = a.heads // a.kv_heads
+    rows = torch.arange(m["weight"].shape[0]).view(-1, a.head_dim)
+    query, key, value = rows.split([a.heads, a.kv_heads, a.kv_heads])
+    grouped = torch.cat([query.view(a.kv_heads, group, -1), key[:, None], value[:, None]], 1).flatten()
+    yield "rows grouped by kv head", _rows(m, grouped)
+    yield "rows of kv groups read as blocks", _rows(m, grouped.argsort())
+    by_dim = rows.view(-1, a.head_dim).t().flatten()
+    yield "head_dim before heads", _rows(m, by_dim)
+    half = torch.cat([torch.arange(0, a.head_dim, 2), torch.arange(1, a.head_dim, 2)])
+    for detail, order in (
+        ("interleaved rows made half-split", half),
+        ("half-split rows made interleaved", half.argsort()),
+    ):
+        turned = torch.cat([query[:, order], key[:, order], value])
+        yield detail, _rows(m, turned.flatten())
+
+
+def _row_blocks(m: Module) -> list[Tensor]:
+    a = m.decoder.spec.attention
+    return list(torch.arange(m["weight"].shape[0]).split([n * a.head_dim for n in (a.heads, a.kv_heads, a.kv_heads)]))
+
+
+def _rows(m: Module, order: Tensor) -> dict[str, Tensor | None]:
+    bias = m["bias"]
+    return {"weight": m["weight"][order], "bias": None if bias is None else bias[order]}
+
+
+@fault("gate and up exchanged", "linear")
+def gate_up(m: Module, _: Tensor) -> Variants:
+    other = {"mlp.gate": "up", "mlp.up": "gate"}.get(m.part)
+    if other is not None and m.decoder.spec.mlp.gated:
+        linear = linear_of(m.decoder, f"blocks.{m.layer}.mlp.{other}")
+        yield "", {"weight": float_weight(linear, m["weight"].dtype), "bias": linear.bias}
+
+
+@fault("NormHead missing or on the wrong axis", "linear")
+def norm_head(m: Module, engine: Tensor) -> Variants:
+    if m.tap == "logits":
+        weight: Tensor = m["weight"]
+        yield "rows normalized", {"weight": F.normalize(weight, dim=1)}
+        yield "columns normalized", {"weight": F.normalize(weight, dim=0)}
+        # Without the division each row has a length of its own, which the logits tell.
+        expected = m()
+        length = (engine * expected).flatten(0, -2).sum(0) / expected.flatten(0, -2).square().sum(0)
+        if m.decoder.spec.head_normalized:
+            yield "not normalized", {"weight": weight * length[:, None]}
+
+
+@fault("embedding used as head, or head as embedding", "linear")
+def tied_head(m: Module, _: Tensor) -> Variants:
+    if m.tap == "logits" and not m.decoder.spec.tied_head:
+        yield "", {"weight": m.decoder.embed.weight}
+
+
+@fault("weight quantised wrongly", "linear")
+def quantised(m: Module, _: Tensor) -> Variants:
+    if isinstance(linear_of(m.decoder, m.tap), QuantizedLinear):
+        return  # see debug.comparison.faults.quantized
+    # Whoever quantises starts from the weights in the dtype that the engine would have had.
+    weight: Tensor = m["weight"].to(m.forward.tensors[m.tap].dtype).to(m["weight"].dtype)
+    for linear in (LinearFormat(weight="int8"), LinearFormat(weight="int4")):
+        code = linear.weight
+        rows = quantize_weight(weight, linear)
+        yield f"{code}, scale by output channel", {"weight": rows.dequantized()}
+        yield f"{code}, scale by input channel", {"weight": quantize_weight(weight.t(), linear).dequantized().t()}
+        for offset in (1, -1):
+            yield f"{code}, zero point off by {offset:+d}", {"weight": rows.dequantized() + offset * rows.scale}
+        whole = quantize_weight(weight.reshape(1, -1), linear).dequantized().view_as(weight)
+        yield f"{code}, one scale for all", {"weight": whole}
+        for group in (32, 64, 128):
+            if weight.shape[1] % group == 0:
+                yield (
+                    f"{code}, groups of {group}",
+                    {"weight": quantize_weight(weight, replace(linear, group=group)).dequantized()},
+                )
+
+
+@fault("another layer's weights", "linear")
+def other_weights(m: Module, _: Tensor) -> Variants:
+    own = linear_of(m.decoder, m.tap)
+    for name, module in m.decoder.named_modules():
+        if not isinstance(module, torch.nn.Linear | QuantizedLinear) or module.weight.shape != own.weight.shape:
+            continue
+        # A part of the model that is streamed in and out is not there while another one is looked at.
+        if module.weight is not own.weight and not module.weight.is_meta:
+            weight = float_weight(module, m["weight"].dtype)
+            yield f"those of {name}", {"weight": weight, "bias": module.bias}
+            if module.bias is not None:
+                yield f"the weight of {name}", {"weight": weight}

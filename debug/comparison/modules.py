@@ -1,0 +1,325 @@
+"""The reference module behind every tap, as a function of named arguments.
+
+A decoder runs its modules one after another.  To ask what one of them would have given with a changed fact (another
+epsilon, a transposed weight, rope applied twice) it is needed alone, on the inputs that an engine showed.  `module_at`
+gives it: a kind, a function and its arguments; the fault catalogue (`debug/comparison/faults/`) changes arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from debug.capture.capture import Forward
+from refmodels.dtypes import wide_dtype
+from refmodels.model import Attention, Decoder, RmsNorm, activate
+from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
+from refmodels.positions import ntk_alphas, rope_table
+from refmodels.quantization.arithmetic import quantize_groups, quantize_static
+from refmodels.quantization.formats import CODE_TYPES
+from refmodels.quantization.linear import QuantizedLinear
+from refmodels.spec import RopeSpec
+from refmodels.taps import input_of, linear_name
+
+Kind = Literal["embed", "norm", "linear", "attention", "activation", "residual"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """One module of the reference and the arguments that it ran with in one forward.
+
+    Calling it runs it, with some arguments changed: `module(eps=1e-5)`.  Returns the value of the tap.
+    """
+
+    tap: str
+    kind: Kind
+    decoder: Decoder
+    forward: Forward
+    function: Callable[..., Tensor]
+    arguments: Mapping[str, Any]
+
+    def __call__(self, **changes: Any) -> Tensor:
+        unknown = changes.keys() - self.arguments.keys()
+        assert not unknown, f"{self.kind} has no argument {sorted(unknown)}"
+        return self.function(**{**self.arguments, **changes})
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    @property
+    def layer(self) -> int | None:
+        return int(self.tap.split(".")[1]) if self.tap.startswith("blocks.") else None
+
+    @property
+    def part(self) -> str:
+        """The tap within its block: 'attn.qkv'; '' for the block's own output; the whole name outside blocks."""
+        return self.tap if self.layer is None else ".".join(self.tap.split(".")[2:])
+
+    def rope(self, rope: RopeSpec, *, shift: Tensor | int = 0, alpha: Tensor | None = None) -> dict[str, Tensor]:
+        """cos and sin [batch, tokens, dim / 2] of another rotation, made as this decoder makes its own.
+
+        shift: added to the positions.  alpha: [batch] dynamic-NTK factors; None: those that the plan chose.
+        """
+        plan, device = self.forward.plan, self.decoder.device
+        assert plan.position_ids is not None
+        positions = plan.position_ids.to(device) + shift
+        lowest = min(0, int(positions.min()))
+        # A table begins at 0; the rotation by a negative position is the inverse one.
+        size = int(positions.abs().max()) + 1
+        if alpha is None:
+            factors = torch.tensor(ntk_alphas(rope, self.decoder.table_positions))
+            alpha = torch.ones(len(positions)) if plan.ntk_table is None else factors[plan.ntk_table]
+        rows = []
+        for row, factor in zip(positions, alpha.tolist(), strict=True):
+            cos, sin = rope_table(
+                rope, positions=size, alpha=factor, numerics=self.decoder.numerics, dtype=self.decoder.dtype
+            )
+            sign = torch.where(row < 0, -1.0, 1.0)[:, None].to(sin.dtype) if lowest < 0 else 1.0
+            rows.append((cos.to(device)[row.abs()], sin.to(device)[row.abs()] * sign))
+        return {"cos": torch.stack([c for c, _ in rows]), "sin": torch.stack([s for _, s in rows])}
+
+
+def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
+    """The module that makes `tap`, on what the engine showed as its inputs, in the dtype of `decoder`."""
+    tensors = forward.tensors
+
+    def engine(name: str) -> Tensor:
+        return tensors[name].to(device=decoder.device, dtype=decoder.dtype)
+
+    def make(kind: Kind, run: Callable[..., Tensor], **arguments: Any) -> Module:
+        return Module(tap=tap, kind=kind, decoder=decoder, forward=forward, function=run, arguments=arguments)
+
+    plan, spec = forward.plan, decoder.spec
+    if tap == "embed":
+        learned = spec.position == "learned"
+        return make(
+            "embed",
+            _embed,
+            ids=plan.input_ids.to(decoder.device),
+            positions=None if plan.position_ids is None else plan.position_ids.to(decoder.device),
+            table=decoder.embed.weight,
+            position_table=decoder.position_embed.weight if learned else None,
+            factor=1.0,
+        )
+    if tap in ("final_norm", "logits"):
+        if tap == "logits":
+            return make("linear", **_linear_arguments(decoder, tap, engine(input_of(tap))))
+        index = plan.logit_index.to(decoder.device)
+        last = engine(f"blocks.{spec.layers - 1}")
+        return make("norm", _norm, x=last, index=index, **_norm_arguments(decoder.final_norm))
+    layer = int(tap.split(".")[1])
+    path, block = f"blocks.{layer}", decoder.blocks[layer]
+    part = tap.removeprefix(path).removeprefix(".")
+    entering = f"blocks.{layer - 1}" if layer else "embed"
+    if part in ("attn_norm", "mlp_norm"):
+        x = engine(entering if part == "attn_norm" else f"{path}.resid_mid")
+        return make("norm", _norm, x=x, index=None, **_norm_arguments(getattr(block, part)))
+    if part in ("resid_mid", ""):
+        trunk, branch = (entering, f"{path}.attn.out") if part else (f"{path}.resid_mid", f"{path}.mlp.out")
+        return make("residual", _residual, x=engine(trunk), branch=engine(branch), x_factor=1.0, branch_factor=1.0)
+    if part == "mlp.act":
+        gated = spec.mlp.gated
+        return make(
+            "activation",
+            _activation,
+            gate=engine(f"{path}.mlp.gate") if gated else None,
+            up=engine(f"{path}.mlp.up"),
+            function=lambda x: activate(x, spec.mlp.activation, stepwise=decoder.numerics == "upstream"),
+        )
+    if part in ("key", "value", "attn.context"):
+        return make("attention", _attention, **_attention_arguments(decoder, layer, part, forward))
+    return make("linear", **_linear_arguments(decoder, tap, engine(input_of(tap))))
+
+
+def linear_of(decoder: Decoder, tap: str) -> nn.Linear | QuantizedLinear:
+    """The linear layer that makes `tap`."""
+    layer = decoder.get_submodule(linear_name(tap))
+    assert isinstance(layer, nn.Linear | QuantizedLinear)
+    return layer
+
+
+def float_weight(layer: nn.Linear | QuantizedLinear, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] as numbers; a plain layer's own."""
+    return layer.quantized.dequantized(dtype) if isinstance(layer, QuantizedLinear) else layer.weight
+
+
+def _linear_arguments(decoder: Decoder, tap: str, x: Tensor) -> dict[str, Any]:
+    layer = linear_of(decoder, tap)
+    found = {"input": x, "weight": float_weight(layer, decoder.dtype), "bias": layer.bias}
+    if isinstance(layer, nn.Linear):
+        return {"run": F.linear, **found}
+    rounding = layer.format.input_scale if layer.format.input is not None else None
+    return {"run": partial(_quantized_linear, layer), "rounding": rounding, **found}
+
+
+def _quantized_linear(
+    layer: QuantizedLinear, *, input: Tensor, weight: Tensor, bias: Tensor | None, rounding: str | None
+) -> Tensor:
+    """The layer with another weight, given in numbers, or another rounding of its input."""
+    input = layer.scaled(input)
+    if rounding is not None:
+        input, weight = (t if layer.order is None else t[..., layer.order] for t in (input, weight))
+        input = rounded_input(layer, input, rounding)
+    return F.linear(input, weight.to(input.dtype), bias)
+
+
+def rounded_input(layer: QuantizedLinear, x: Tensor, rounding: str) -> Tensor:
+    """What is left of an input after it was codes; wide until the end."""
+    code = layer.format.input or "int8"
+    if rounding == "tensor":
+        assert layer.input_scale is not None
+        constant = quantize_static(x, layer.input_scale, code).to(wide_dtype(x.dtype)) * layer.input_scale
+        return constant.to(x.dtype)
+    groups = layer.scale.shape[1] if rounding == "group" else 1
+    codes, scale = quantize_groups(x, code, groups)
+    numbers: Tensor = codes.to(scale.dtype).unflatten(-1, (groups, -1)) * scale[..., None]
+    return numbers.flatten(-2).to(x.dtype)
+
+
+def _embed(
+    *, ids: Tensor, positions: Tensor | None, table: Tensor, position_table: Tensor | None, factor: float
+) -> Tensor:
+    x = F.embedding(ids.clamp(0, len(table) - 1), table) * factor
+    if position_table is not None:
+        assert positions is not None
+        x = x + F.embedding(positions.clamp(0, len(position_table) - 1), position_table)
+    return x
+
+
+def _norm_arguments(norm: nn.Module) -> dict[str, Any]:
+    if isinstance(norm, RmsNorm):
+        facts = norm.norm
+        return {
+            "norm": "rms", "weight": norm.weight, "bias": None, "eps": facts.eps,
+            "weight_in_float": facts.weight_in_float,
+        }  # fmt: skip
+    assert isinstance(norm, nn.LayerNorm)
+    return {"norm": "layer", "weight": norm.weight, "bias": norm.bias, "eps": norm.eps, "weight_in_float": False}
+
+
+def _norm(
+    *,
+    x: Tensor,
+    index: Tensor | None,
+    norm: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    weight_in_float: bool,
+) -> Tensor:
+    if index is not None:
+        x = select_tokens(x, index)
+    if norm == "none":
+        return x
+    if norm == "layer":
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    y = fused_rms_norm(x, weight, eps=eps, weight_in_float=weight_in_float)
+    return y if bias is None else y + bias
+
+
+def _residual(*, x: Tensor, branch: Tensor, x_factor: float, branch_factor: float) -> Tensor:
+    return x * x_factor + branch * branch_factor
+
+
+def _activation(*, gate: Tensor | None, up: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    return function(up) if gate is None else function(gate) * up
+
+
+def _attention_arguments(decoder: Decoder, layer: int, part: str, forward: Forward) -> dict[str, Any]:
+    spec, plan, path = decoder.spec, forward.plan, f"blocks.{layer}"
+    device, dtype = decoder.device, decoder.dtype
+    cos = sin = query_scale = None
+    if decoder.rope_cos is not None and decoder.rope_sin is not None:
+        assert plan.position_ids is not None
+        rows = plan.position_ids.to(device)
+        if plan.ntk_table is not None:
+            rows = rope_rows(rows, plan.ntk_table.to(device), decoder.table_positions)
+        cos, sin = F.embedding(rows, decoder.rope_cos), F.embedding(rows, decoder.rope_sin)
+    if decoder.logn is not None:
+        assert plan.position_ids is not None
+        query_scale = decoder.logn[plan.position_ids.to(device)]
+    slots = plan.attention_mask.shape[1]
+    caches: dict[str, Tensor | None] = {}
+    attn = decoder.blocks[layer].attn
+    assert isinstance(attn, Attention)
+    stored = dtype if spec.cache_code is None else CODE_TYPES[spec.cache_code]
+    for name in ("key", "value"):
+        before = forward.before[f"{path}.{name}"].to(device=device, dtype=stored)
+        caches[name] = F.pad(before, (0, 0, 0, slots - before.shape[2]))
+    a = spec.attention
+    return {
+        "part": part,
+        "qkv": forward.tensors[f"{path}.attn.qkv"].to(device=device, dtype=dtype),
+        **caches,
+        "lengths": plan.cache_lengths.to(device),
+        "visible": plan.attention_mask.to(device).bool(),
+        "cos": cos,
+        "sin": sin,
+        "query_scale": query_scale,
+        "slopes": decoder.alibi_slopes,
+        "heads": a.heads,
+        "kv_heads": a.kv_heads,
+        "scale": spec.scale(layer),
+        "interleaved": spec.rope is not None and spec.rope.interleaved,
+        "window": spec.window(layer),
+        "arithmetic": decoder.blocks[layer].arithmetic,
+        "key_scale": attn.key_scale,
+        "value_scale": attn.value_scale,
+        "causal": True,
+        "after": None,
+    }
+
+
+def _attention(
+    *,
+    part: str,
+    qkv: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    query_scale: Tensor | None,
+    slopes: Tensor | None,
+    interleaved: bool,
+    causal: bool,
+    after: Callable[[Tensor], Tensor] | None,
+    **facts: Any,
+) -> Tensor:
+    """`cached_attention` on copies of the caches; `part` says which of its results.
+
+    causal False: every query sees all visible slots.  after: changes the result.
+    """
+    key, value = key.clone(), value.clone()
+
+    def run(qkv: Tensor, lengths: Tensor, visible: Tensor, tables: Sequence[Tensor | None]) -> Tensor:
+        cos, sin, query_scale = tables
+        return cached_attention(
+            qkv, key, value, lengths, visible, cos, sin, query_scale, slopes, rotary_interleaved=interleaved, **facts
+        )[0]
+
+    tables = (cos, sin, query_scale)
+    context = run(qkv, lengths, visible, tables)
+    if part == "attn.context" and not causal:
+        # The keys are written; now each token asks again, from a hidden slot behind all of them.
+        key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
+        slot, slots = torch.full_like(lengths, visible.shape[1]), torch.arange(visible.shape[1], device=visible.device)
+        width, facts["window"] = facts["window"], 0
+        rows = []
+        for s in range(qkv.shape[1]):
+            seen = visible if not width else visible & (slots > (lengths[:, None] + s - width))
+            token = slice(s, s + 1)
+            rows.append(
+                run(qkv[:, token], slot, F.pad(seen, (0, 1)), [None if t is None else t[:, token] for t in tables])
+            )
+        context = torch.cat(rows, 1)
+    # A quantised cache counts as its codes.
+    result = {"key": key, "value": value, "attn.context": context}[part].to(context.dtype)
+    return result if after is None else after(result)

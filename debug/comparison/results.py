@@ -1,0 +1,330 @@
+"""What a diff found, as dataclasses; `DiffResult.to_json` is the versioned form (schema 1)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from debug.comparison.metrics import json_number
+from refmodels.errors import LogitLockError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+TRUTH_ARITHMETIC = "PyTorch reference in float64, exact numerics"
+Phase = Literal["prefill", "decode"]
+Verdict = Literal["aligned", "diverged", "nonfinite"]
+
+
+def to_plain(value: object) -> Any:
+    """JSON values of numbers, lists and dataclasses; NaN and infinities become None."""
+    if isinstance(value, float):
+        return json_number(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    return [to_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def data_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """A row a dict; pandas is imported here only."""
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise LogitLockError("a DataFrame needs pandas: pip install 'logitlock[report]'") from error
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapError:
+    """One tap in one forward; errors are relative L2 over the real tokens unless said otherwise.
+
+    Attributes:
+        tap, phase, step: where; step 0 is the prefill, step n the n-th decode step.
+        accumulated, max_abs, cosine, ulp, snr_db: engine against the fp64 reference, both from the same token ids.
+        accumulated_floor: the reference in the engine's dtype against the same.
+        local, local_max_abs: the engine's output against the fp64 reference module run on the engine's own inputs.
+        floor, floor_spread: the reference module in the engine's dtype on these same inputs, against the same; the
+            spread is the worst token of the batch over all of them.
+        floor_bound: what the floor counts as at least (`debug.comparison.compare.lower_bound`).
+        ratio: local error over floor, of the worst token (see `debug.comparison.compare.MULTIPLE`).
+        accumulated_ratio: accumulated over accumulated_floor.
+        worst: row and position of the token with the largest ratio.
+        cut: the engine's own module on the reference's inputs, against the reference's output (`debug.comparison.cut`);
+            None where it was not asked for or the executor cannot be cut.
+        nonfinite: NaN and Inf in the engine's tensor; numbers that they spoil are None in JSON.
+        floor_nonfinite: the reference in the engine's dtype has some as well, so the dtype itself is too small.
+    """
+
+    tap: str
+    phase: Phase
+    step: int
+    accumulated: float
+    max_abs: float
+    cosine: float
+    ulp: float
+    snr_db: float
+    accumulated_floor: float
+    local: float
+    local_max_abs: float
+    floor: float
+    floor_spread: float
+    floor_bound: float
+    ratio: float
+    accumulated_ratio: float
+    worst: tuple[int, int]
+    nonfinite: int
+    floor_nonfinite: int
+    cut: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """A known fault under which the reference module gives what the engine gave.
+
+    local_before, local_after: local error without and with the fault; ratio_after: the latter in noise floors, of the
+    worst token.  significance: of a deviation below the noise of single tokens (see `debug.comparison.systematic`), how
+    many standard deviations of the noise it is over all tokens; None for faults above the floor.
+    """
+
+    fault: str
+    local_before: float
+    local_after: float
+    ratio_after: float
+    significance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    """A token (or cache slot) of a wrong tap: row and position in its forward, local error, and that in floors."""
+
+    row: int
+    position: int
+    local: float
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Where in a wrong tap the local error is.
+
+    tokens: the worst ones.  heads: relative L2 error by head (query, then key, then value heads for attn.qkv), empty
+    for taps without heads; head_names says which is which.  channels: (index, share of the squared error) of the worst
+    channels, where a few of them have most of it.
+    """
+
+    tokens: list[TokenView] = field(default_factory=list)
+    heads: list[float] = field(default_factory=list)
+    head_names: list[str] = field(default_factory=list)
+    channels: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Culprit:
+    """A tap whose own module is wrong, at its first occurrence.
+
+    kind: "local" (local error above the floor), "nonfinite" (NaN or Inf from finite inputs), "systematic" (below the
+    floor of single tokens, but over all of them exactly what a known fault does), or "accumulated" (no module by
+    itself, but the logits are off by more than the dtype explains), or "configuration" (no tensor: the tap is then
+    what is configured wrongly, such as "stop_ids").  occurrences: forwards that show it.  diagnosis:
+    known faults that explain it, the best first; empty: unknown.  evidence: where in the tap the error is.
+    """
+
+    tap: str
+    phase: Phase
+    step: int
+    kind: Literal["local", "nonfinite", "systematic", "accumulated", "configuration"]
+    local: float
+    floor: float
+    ratio: float
+    worst: tuple[int, int]
+    occurrences: int
+    diagnosis: list[Diagnosis] = field(default_factory=list)
+    evidence: Evidence = field(default_factory=Evidence)
+
+    def to_json(self) -> dict[str, Any]:
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitError:
+    """Logits of the engine as it ships (untapped) against the fp64 reference, over all real tokens.
+
+    KL in nats, float64, reference first.  top1: share of tokens with the reference's greedy token.  flips: tokens where
+    it differs; margin_flips: those where the reference's margin is more than twice the largest error of the floor, so
+    that rounding does not explain them.  floor_*: the same of the reference in the engine's dtype.
+    """
+
+    tokens: int
+    kl_mean: float
+    kl_max: float
+    top1: float
+    flips: int
+    margin_flips: int
+    max_abs: float
+    rel_l2: float
+    floor_kl_mean: float
+    floor_kl_max: float
+    floor_top1: float
+    floor_max_abs: float
+    floor_rel_l2: float
+    nonfinite: int
+
+    def to_json(self) -> dict[str, Any]:
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitToken:
+    """The logits after one token; `LogitError` is made of these.
+
+    step, row, position: as in `TapError.worst`.  index: the token's place in the text of its row, padding not counted.
+    token: what was fed there.  expected, chosen: greedy tokens of the reference and of the engine.  margin: the
+    reference's lead of its token over the runner-up.  error, floor_error: largest absolute logit error of the engine
+    and of the floor.  beyond_rounding: a flip that `LogitError.margin_flips` counts.
+    """
+
+    step: int
+    row: int
+    position: int
+    index: int
+    token: int
+    expected: int
+    chosen: int
+    kl: float
+    floor_kl: float
+    margin: float
+    error: float
+    floor_error: float
+    beyond_rounding: bool
+
+    @property
+    def flip(self) -> bool:
+        return self.chosen != self.expected
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **to_plain(self),
+            "flip": self.flip,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserverEffect:
+    """Logits with taps against logits without.  top1_changed: tokens whose greedy token differs."""
+
+    changed: bool
+    max_abs: float
+    top1_changed: int
+
+    def to_json(self) -> dict[str, Any]:
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapDistance:
+    """One tap of side b against side a, over all real tokens."""
+
+    tap: str
+    rel_l2: float
+    max_abs: float
+    cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Between:
+    """Side b against side a directly, whatever the reference says: logits (KL(a || b) in nats) and common taps."""
+
+    kl_mean: float
+    kl_max: float
+    top1: float
+    max_abs: float
+    taps: list[TapDistance]
+
+    def to_json(self) -> dict[str, Any]:
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+
+@dataclass(kw_only=True)
+class DiffResult:
+    """Outcome of a diff; `taps` in the order of execution, step by step.
+
+    logit_tokens: the logits token by token.  token_texts: texts of their ids, where there is a tokenizer.
+
+    other: of a comparison of two executors, the same of side a; between: b against a directly.
+    """
+
+    verdict: Verdict
+    culprits: list[Culprit]
+    taps: list[TapError]
+    logits: LogitError
+    observer_effect: ObserverEffect
+    reference: str
+    floor: str
+    engine: str
+    multiple: float
+    unit_roundoff: float
+    prompts: str
+    prompt_lengths: list[int]
+    steps: int
+    context: dict[str, Any] = field(default_factory=dict)
+    logit_tokens: list[LogitToken] = field(default_factory=list)
+    token_texts: dict[int, str] = field(default_factory=dict)
+    other: DiffResult | None = None
+    between: Between | None = None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether nothing is wrong, on either side."""
+        return self.verdict == "aligned" and (self.other is None or self.other.aligned)
+
+    @property
+    def first_wrong_tap(self) -> str | None:
+        return self.culprits[0].tap if self.culprits else None
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a tap and step, with the columns of `TapError`; worst_row and worst_position instead of worst.
+
+        Raises:
+            LogitLockError: pandas is not installed.
+        """
+        rows = [asdict(tap) for tap in self.taps]
+        for row in rows:
+            row["worst_row"], row["worst_position"] = row.pop("worst")
+        return data_frame(rows)
+
+    def to_json(self, *, tokens: bool = False) -> dict[str, Any]:
+        """Schema 1; `tokens` adds "logit_tokens", an entry a token, which is long for long prompts."""
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "first_wrong_tap": self.first_wrong_tap,
+            "culprits": [c.to_json() for c in self.culprits],
+            "logits": self.logits.to_json(),
+            "observer_effect": self.observer_effect.to_json(),
+            "taps": [t.to_json() for t in self.taps],
+            "settings": {
+                "reference": self.reference,
+                "floor": self.floor,
+                "engine": self.engine,
+                "multiple": self.multiple,
+                "unit_roundoff": self.unit_roundoff,
+                "prompts": self.prompts,
+                "prompt_lengths": self.prompt_lengths,
+                "steps": self.steps,
+                **self.context,
+            },
+            **({"logit_tokens": [t.to_json() for t in self.logit_tokens]} if tokens else {}),
+            **({} if self.other is None else {"other": self.other.to_json()}),
+            **({} if self.between is None else {"between": self.between.to_json()}),
+        }

@@ -1,0 +1,169 @@
+"""The bodies of the custom nodes, as ONNX functions made of standard operators.
+
+They restate `refmodels/ops.py` in ONNX: whoever has no kernel for a node (onnx.checker, the ONNX reference evaluator,
+ONNX Runtime, TensorRT without our plugin) runs its body.  A body is generated for one spec, precision and numerics;
+only what differs between layers (`scale`, `window`) is read from the node's attributes, the other attributes are for
+the plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+from export.graph.attention_body import attention_body
+from export.graph.function_text import PLUGIN, WIDE, ints, make_function
+from export.graph.native_attention_body import native_attention_body, native_functions
+from refmodels.quantization.arithmetic import LEAST_AMAX
+from refmodels.spec import ModelSpec, Numerics
+from trt_runtime.bundle import AttentionMode, Precision
+
+ELEMENT_TYPES: Mapping[Precision, int] = {
+    "fp32": onnx.TensorProto.FLOAT,
+    "fp16": onnx.TensorProto.FLOAT16,
+    "bf16": onnx.TensorProto.BFLOAT16,
+}
+
+CACHE_SCALES = ("key_scale", "value_scale")
+"""Inputs of a CachedAttention node with a quantised cache, [kv_heads] each."""
+
+
+def make_functions(
+    spec: ModelSpec, *, precision: Precision, numerics: Numerics, attention: AttentionMode = "plugin"
+) -> dict[str, onnx.FunctionProto]:
+    """The functions that a graph of this spec may call, by op type."""
+    dtype = ELEMENT_TYPES[precision]
+    native = attention == "native"
+    body = native_attention_body(spec, dtype, numerics) if native else attention_body(spec, dtype, numerics)
+    functions = [_attention(spec, body), _gelu_new(dtype)]
+    if native:
+        functions += native_functions(spec, dtype)
+    if spec.norm.kind == "rms":
+        functions += [_rms_norm(spec, dtype), _rms_norm_quant(spec, dtype)]
+    return {f.name: f for f in functions}
+
+
+def attention_inputs(spec: ModelSpec) -> tuple[str, ...]:
+    """Inputs of a CachedAttention node, in order: only those that the spec uses."""
+    names = ["qkv", "past_key", "past_value", "cache_lengths", "visible"]
+    if spec.rope is not None:
+        names += ["cos", "sin"]
+    if spec.attention.logn_seq_length is not None:
+        names.append("query_scale")
+    if spec.position == "alibi":
+        names.append("alibi_slopes")
+    if spec.cache_code is not None:
+        names += CACHE_SCALES
+    return tuple(names)
+
+
+def inline(function: onnx.FunctionProto, call: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The nodes of `function` in place of `call`; inner values and nodes are named under the name of the call."""
+    values = {"": ""} | {n: f"{call.name}.{n}" for node in function.node for n in node.output}
+    values |= dict(zip(function.input, call.input, strict=True)) | dict(zip(function.output, call.output, strict=True))
+    attributes = {a.name: a for a in (*function.attribute_proto, *call.attribute)}
+    nodes = []
+    for inner in function.node:
+        node = onnx.NodeProto()
+        node.CopyFrom(inner)
+        node.input[:] = [values[n] for n in inner.input]
+        node.output[:] = [values[n] for n in inner.output]
+        node.name = f"{call.name}.{inner.output[0]}"
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                name = attribute.name
+                attribute.CopyFrom(attributes[attribute.ref_attr_name])
+                attribute.name = name
+        nodes.append(node)
+    return nodes
+
+
+_NORM_ATTRIBUTES = "epsilon: float = 1e-6, weight_in_float: int = 0"
+
+
+def _rms_norm(spec: ModelSpec, dtype: int) -> onnx.FunctionProto:
+    attributes = f"{_NORM_ATTRIBUTES}, {PLUGIN}"
+    return make_function("FusedRmsNorm", ("x", "weight"), ("y",), _norm_lines(spec, dtype), attributes=attributes)
+
+
+def _rms_norm_quant(spec: ModelSpec, dtype: int) -> onnx.FunctionProto:
+    """The norm, and its result by token in codes, as `refmodels.quantization.arithmetic.quantize_tokens`."""
+    body = [
+        *_norm_lines(spec, dtype),
+        f"result = Cast <to = {WIDE}> (y)",
+        "size = Abs (result)",
+        "largest = ReduceMax (size, last)",
+        f"least = Constant <value_float = {LEAST_AMAX!r}> ()",
+        "amax = Max (largest, least)",
+        "limit_number = Constant <value_float: float = @limit> ()",
+        "inverse = Div (limit_number, amax)",
+        "steps = Mul (result, inverse)",
+        "one = Constant <value_float = 1.0> ()",
+        "codes = QuantizeLinear <output_dtype: int = @code> (steps, one)",
+        "scales = Div (amax, limit_number)",
+    ]
+    attributes = f"{_NORM_ATTRIBUTES}, code: int = 3, limit: float = 127.0, {PLUGIN}"
+    return make_function("FusedRmsNormQuant", ("x", "weight"), ("y", "codes", "scales"), body, attributes=attributes)
+
+
+def _norm_lines(spec: ModelSpec, dtype: int) -> list[str]:
+    body = [
+        f"wide = Cast <to = {WIDE}> (x)",
+        "two = Constant <value_float = 2.0> ()",
+        "square = Pow (wide, two)",
+        ints("last", -1),
+        "mean = ReduceMean (square, last)",
+        "eps = Constant <value_float: float = @epsilon> ()",
+        "biased = Add (mean, eps)",
+        "root = Sqrt (biased)",
+        "normed = Div (wide, root)",
+    ]
+    if spec.norm.weight_in_float:
+        body += [
+            f"wide_weight = Cast <to = {WIDE}> (weight)",
+            "scaled = Mul (normed, wide_weight)",
+            f"y = Cast <to = {dtype}> (scaled)",
+        ]
+    else:
+        body += [f"rounded = Cast <to = {dtype}> (normed)", "y = Mul (rounded, weight)"]
+    return body
+
+
+def _gelu_new(dtype: int) -> onnx.FunctionProto:
+    """transformers' NewGELUActivation with a rounding after every step, as torch does it in half precision."""
+    number = 0
+    body = []
+
+    def step(name: str, op: str, x: str, y: str | float) -> None:
+        # A Python number next to a half tensor in torch is not rounded to half, so each step is computed wide.
+        nonlocal number
+        operands = []
+        for operand in (x, y):
+            number += 1
+            wide = f"wide_{number}"
+            body.append(
+                f"{wide} = Cast <to = {WIDE}> ({operand})"
+                if isinstance(operand, str)
+                else f"{wide} = Constant <value_float = {operand!r}> ()"
+            )
+            operands.append(wide)
+        body.append(f"{name}_wide = {op} ({', '.join(operands)})")
+        body.append(f"{name} = Cast <to = {dtype}> ({name}_wide)")
+
+    step("half", "Mul", "x", 0.5)
+    step("cube", "Pow", "x", 3.0)
+    step("small", "Mul", "cube", 0.044715)
+    step("inner", "Add", "x", "small")
+    step("scaled", "Mul", "inner", 0.7978845608028654)
+    body.append("tanh = Tanh (scaled)")
+    step("plus_one", "Add", "tanh", 1.0)
+    body.append("y = Mul (half, plus_one)")
+    return make_function("GeluNew", ("x",), ("y",), body)
+
+
+def _attention(spec: ModelSpec, body: list[str]) -> onnx.FunctionProto:
+    numbers = "heads", "kv_heads", "rotary_dim", "rotary_interleaved", "window", "has_query_scale", "has_alibi"
+    attributes = ", ".join((*(f"{n}: int = 0" for n in numbers), "scale: float = 1.0", PLUGIN))
+    outputs = ("context", "key", "value")
+    return make_function("CachedAttention", attention_inputs(spec), outputs, body, attributes=attributes)

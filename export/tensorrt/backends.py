@@ -1,0 +1,178 @@
+"""The engine of a bundle: which backend makes it, and everything that it adds to the bundle's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from export.graph.quantized_rules import check_quantization
+from export.progress import Progress
+from export.tensorrt.options import BuildOptions
+from refmodels.errors import LogitLockError
+from refmodels.spec import ModelSpec, Numerics
+from trt_runtime.bundle import KERNELS_NAME, LAYERS_NAME, AttentionMode, EngineBackend, EngineInfo, Precision
+from trt_runtime.plan_layers import write_layers
+
+if TYPE_CHECKING:
+    from export.tensorrt.build import BuildResult
+
+Backend = Literal["onnxruntime", "tensorrt", "torch-tensorrt"]
+BACKENDS: tuple[Backend, ...] = ("onnxruntime", "tensorrt", "torch-tensorrt")
+_PORTABLE = 80
+"""Kernels for compute capability 8.0 also run on later 8.x, and their PTX is compiled for everything newer."""
+
+
+def default_backend(spec: ModelSpec, *, attention: AttentionMode, numerics: Numerics) -> tuple[Backend, str]:
+    """TensorRT where it can build here and has kernels for what the model is, else ONNX Runtime; and why."""
+    try:
+        check_quantization(spec)
+    except LogitLockError as error:
+        return "onnxruntime", str(error)
+    if attention == "plugin" and numerics != "exact":
+        return "onnxruntime", "the TensorRT plugins compute exact numerics only"
+    try:
+        from trt_runtime.tensorrt.api import can_build, package_version
+    except LogitLockError:
+        return "onnxruntime", "TensorRT is not installed"
+    if can_build():
+        return "tensorrt", f"{package_version()} builds here"
+    return "onnxruntime", f"{package_version()} builds on a machine with a CUDA GPU only"
+
+
+def check_backend(
+    spec: ModelSpec,
+    backend: Backend,
+    attention: AttentionMode,
+    numerics: Numerics,
+    options: BuildOptions,
+    *,
+    taps: bool,
+) -> None:
+    """Refuse before the work what the backend cannot do.
+
+    Raises:
+        LogitLockError: an option for another backend, no TensorRT or none that can build here, or a combination of
+            attention, numerics and quantisation that it has no kernels for.
+    """
+    if backend == "onnxruntime":
+        for value, option in (
+            (options.workspace, "workspace"),
+            (options.optimization_level, "optimization-level"),
+            (options.compute_capabilities, "compute-capability"),
+            (taps, "taps"),
+        ):
+            if value:
+                raise LogitLockError(f"--{option} is for --backend tensorrt; ONNX Runtime runs the graph as it is")
+        return
+    from trt_runtime.tensorrt.api import can_build, package_version
+
+    if not can_build():
+        raise LogitLockError(f"{package_version()} builds on a machine with a CUDA GPU, and none is here")
+    if backend == "torch-tensorrt":
+        from export.tensorrt.torch_export import check_modes, import_torch_tensorrt
+
+        check_modes(attention, numerics)
+        if spec.quantization is not None:
+            raise LogitLockError(
+                f"--backend torch-tensorrt takes models of floats, and this one has {spec.quantization.describe()}; "
+                "use --backend tensorrt"
+            )
+        import_torch_tensorrt()
+    elif attention == "plugin" and numerics != "exact":
+        raise LogitLockError(
+            "the TensorRT plugins compute --numerics exact only; for an engine with upstream's rounding use "
+            "--attention decomposed"
+        )
+    from export.tensorrt.build import capability_member, capability_name
+
+    for capability in options.compute_capabilities:
+        capability_member(capability)
+    check_quantization(spec, [int(capability_name(c).replace(".", "")) for c in options.compute_capabilities])
+
+
+def build_engine(
+    directory: Path,
+    spec: ModelSpec,
+    *,
+    backend: EngineBackend,
+    precision: Precision,
+    attention: AttentionMode,
+    options: BuildOptions,
+    taps: bool,
+    progress: Progress | None = None,
+) -> EngineInfo:
+    """Add an engine to a bundle that is being written: plans, list of layers, and the plugins' kernels.
+
+    Args:
+        directory: the draft, with the graph and its weights.
+        taps: also a plan whose taps are outputs.
+    Returns: what bundle.json says of it.
+    Raises:
+        LogitLockError: the engine cannot be built; see `export.tensorrt.build.build_plan`.
+    """
+    from export.tensorrt import build as tensorrt_build
+    from trt_runtime.tensorrt.api import package_version
+
+    build: Callable[..., BuildResult] = tensorrt_build.build_plan
+    if backend == "torch-tensorrt":
+        from export.tensorrt import torch_export as torch_tensorrt
+
+        build = functools.partial(torch_tensorrt.build_plan, attention=attention)
+    with ExitStack() as stack:
+        if attention == "plugin":
+            kernels = directory / KERNELS_NAME
+            kernels.write_bytes(_compile(spec, precision, options, progress))
+            from trt_runtime.kernels.compiled import CompiledKernels
+            from trt_runtime.tensorrt.plugins import use_compiled
+
+            stack.enter_context(use_compiled(CompiledKernels.load(kernels)))
+        results = [
+            build(directory, spec, options=options, taps=tapped, progress=progress)
+            for tapped in ((False, True) if taps else (False,))
+        ]
+    plans = [dataclasses.replace(result.layers, warnings=result.warnings) for result in results]
+    write_layers(directory / LAYERS_NAME, plans)
+    return EngineInfo(
+        backend=backend,
+        package=package_version(),
+        compute_capabilities=[tensorrt_build.capability_name(c) for c in options.compute_capabilities],
+        plugins=results[0].plugins,
+        max_batch=options.max_batch,
+        max_input=options.max_input,
+        max_seq=options.max_seq,
+        taps_plan=taps,
+    )
+
+
+def _compile(spec: ModelSpec, precision: Precision, options: BuildOptions, progress: Progress | None) -> bytes:
+    """The plugins' kernels, for the plan's GPUs."""
+    from export.tensorrt.build import capability_name
+    from trt_runtime.tensorrt.api import IS_RTX
+
+    if options.compute_capabilities:
+        capabilities = [int(capability_name(c).replace(".", "")) for c in options.compute_capabilities]
+    elif IS_RTX:
+        capabilities = [_PORTABLE]
+    else:
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        capabilities = [10 * major + minor]
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("compiling kernels", done, total)
+
+    try:
+        from trt_runtime.kernels.compiled import compile_kernels
+
+        return compile_kernels(spec, precision, capabilities=capabilities, progress=report)
+    except ModuleNotFoundError as error:
+        raise LogitLockError(
+            f"--attention plugin needs {error.name} to compile its kernels: pip install {error.name}; or use "
+            "--attention native"
+        ) from None

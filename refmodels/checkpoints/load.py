@@ -1,0 +1,387 @@
+"""From a model's name to a `Decoder` with its weights: resolve, check, stream, load.
+
+`resolve` reads the configuration only.  `stream_parameters` checks every name, shape and dtype first and then makes
+one parameter at a time, so that neither loading nor exporting needs memory for a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from refmodels.checkpoints.quantized_config import MODELOPT_NAME, read_config
+from refmodels.checkpoints.quantized_layouts import Storage
+from refmodels.checkpoints.quantized_reader import QuantisedReader
+from refmodels.checkpoints.shards import StoredTensor, WeightFiles
+from refmodels.checkpoints.weights import WeightMap
+from refmodels.errors import LogitLockError
+from refmodels.families import FAMILIES, family_of, spec_from_config
+from refmodels.families.config import Family
+from refmodels.json_records import read_json
+from refmodels.model import Decoder
+from refmodels.spec import ModelSpec, Numerics
+
+if TYPE_CHECKING:
+    from refmodels.text.tokenizer import Tokenizer
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Working dtypes of the reference, by the names that the command line uses."""
+
+COMPANION_FILES = (
+    "generation_config.json",
+    "qwen.tiktoken",
+    "tokenizer.model",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    MODELOPT_NAME,
+)
+"""What lies beside config.json and the weights, and belongs into a bundle or a copy of a model."""
+
+TOYS = Path(__file__).parent / "toys"
+_PREFIXES = ("transformer.", "model.")
+_TIED_HEAD = "lm_head.weight"
+_NORMALIZE_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that has been found: its directory, its parsed config.json, and what they mean.
+
+    `name` is for people (family name, directory name or hub id).  `storage`: how quantised modules are stored, where
+    `spec.quantization` says that there are any.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    spec: ModelSpec
+    family: Family
+    name: str
+    storage: Storage | None = None
+
+
+def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> ModelSource:
+    """Find a model and read its configuration; weights are not touched.
+
+    Args:
+        model: a family name (the bundled toy), a directory in Hugging Face layout, or a hub id.  A family name wins
+            over a directory of the same name; write ./qwen for the directory.
+        variant: facts that no config key says (see `spec_from_config`).
+    Raises:
+        LogitLockError: nothing found, or a config that is missing, damaged or not supported.
+    """
+    directory, name = _find(model)
+    where = directory / "config.json"
+    if not where.is_file():
+        raise LogitLockError(f"{directory} has no config.json; a model directory in Hugging Face layout has one")
+    config = read_json(where)
+    spec, family = spec_from_config(config, variant=variant, where=str(where)), family_of(config, str(where))
+    return moved(ModelSource(directory=directory, config=config, spec=spec, family=family, name=name), directory)
+
+
+def moved(source: ModelSource, directory: Path) -> ModelSource:
+    """The same model with the weights, and what config.json says of their quantisation, of another directory.
+
+    Raises:
+        LogitLockError: no readable config.json there.
+    """
+    where = directory / "config.json"
+    config, plain = read_json(where), replace(source.spec, quantization=None)
+    modelopt = directory / MODELOPT_NAME
+    found = read_config(
+        config,
+        upstream_modules(plain, source.family),
+        str(where),
+        modelopt=read_json(modelopt) if modelopt.is_file() else None,
+        tensors=lambda: WeightFiles(directory).tensors,
+    )
+    quantization, storage = found or (None, None)
+    spec = replace(plain, quantization=quantization)
+    return replace(source, directory=directory, config=config, spec=spec, storage=storage)
+
+
+def upstream_modules(spec: ModelSpec, family: Family) -> dict[str, tuple[str, ...]]:
+    """For every linear layer the modules of a checkpoint whose rows make it."""
+    table = family.weights(spec)
+    return {
+        module: tuple(part.name.removesuffix(".weight") for part in table[f"{module}.weight"])
+        for module in spec.linears
+    }
+
+
+def _find(model: str | Path) -> tuple[Path, str]:
+    if isinstance(model, str) and model in FAMILIES:
+        toy = TOYS / model
+        if not (toy / "config.json").is_file():
+            raise LogitLockError(
+                f"the bundled toy {model!r} is not in this installation; `python -m refmodels.toys.train` makes it"
+            )
+        return toy, model
+    directory = Path(model)
+    if directory.is_dir():
+        return directory, directory.resolve().name
+    if directory.exists():
+        raise LogitLockError(f"{model} is a file; a model is a directory with config.json and the weights")
+    if isinstance(model, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
+        raise LogitLockError(
+            f"there is no directory {str(model)!r}; a model is one of {', '.join(FAMILIES)}, a directory, or a hub id "
+            "owner/name"
+        )
+    from refmodels.checkpoints.hub import download
+
+    return download(model), model
+
+
+def load(
+    model: str | Path | ModelSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    numerics: Numerics = "exact",
+    device: torch.device | str = "cpu",
+    variant: Mapping[str, Any] | None = None,
+) -> Decoder:
+    """The reference model with its weights, in eval mode; parameters do not require grad.
+
+    Args:
+        model: as for `resolve`, or its result.
+        dtype: fp64, fp32, fp16 or bf16; weights are cast to it.
+        numerics: "exact" or "upstream" (see `Decoder`).
+        variant: as for `resolve`.
+    Raises:
+        LogitLockError: as `resolve` and `stream_parameters`.
+    """
+    source = model if isinstance(model, ModelSource) else resolve(model, variant=variant)
+    decoder = empty_decoder(source.spec, numerics=numerics)
+    for name, value in stream_parameters(source, dtype=dtype, numerics=numerics):
+        put_parameter(decoder, name, value.to(device))
+    if source.spec.tied_head:
+        decoder.head.weight = decoder.embed.weight
+    return decoder.eval()
+
+
+def put_parameter(decoder: Decoder, name: str, value: Tensor) -> None:
+    """Make `value` the decoder's parameter of that name, without grad."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def empty_decoder(spec: ModelSpec, *, numerics: Numerics = "exact") -> Decoder:
+    """A decoder whose parameters have shapes but no memory (device "meta")."""
+    with torch.device("meta"), _WithoutInitialisation():
+        return Decoder(spec, numerics=numerics)
+
+
+@lru_cache(maxsize=8)
+def empty_parameters(spec: ModelSpec) -> Mapping[str, Tensor]:
+    """Every parameter of a decoder in its order, without memory; a tied head is not among them.  Those of dtype fp32
+    have the working dtype in a model, codes and indices their own."""
+    return dict(empty_decoder(spec).named_parameters())
+
+
+def parameter_shapes(spec: ModelSpec) -> Mapping[str, torch.Size]:
+    """Name and shape of every parameter of a decoder, in its order; a tied head is not among them."""
+    return {name: parameter.shape for name, parameter in empty_parameters(spec).items()}
+
+
+def parameter_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Memory of all parameters in a working dtype, int4 codes one a byte."""
+    return sum(
+        value.numel() * (dtype if value.dtype == torch.float32 else value.dtype).itemsize
+        for value in empty_parameters(spec).values()
+    )
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Leaves out torch.nn.init: on the meta device `normal_` imports sympy, a second and 70 MB for nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" and "tensor" in kwargs:
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def load_tokenizer_for(source: ModelSource) -> Tokenizer:
+    """The tokenizer in the model's directory; errors as `tokenizer_in`."""
+    return tokenizer_in(source.directory, source.spec)
+
+
+def tokenizer_in(directory: Path, spec: ModelSpec) -> Tokenizer:
+    """The tokenizer whose files are in a checkpoint or a bundle.
+
+    Raises:
+        LogitLockError: no tokenizer files, damaged ones, or the library they need is not installed.
+    """
+    from refmodels.text.tokenizer import load_tokenizer
+
+    return load_tokenizer(directory, family=spec.family if spec.chat_format == "raw" else spec.chat_format)
+
+
+def stream_parameters(
+    source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact", prefixes: tuple[str, ...] = ("",)
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the decoder in its order, as an own contiguous CPU tensor of `dtype`, one at a time; codes of
+    quantised layers have their own dtype.
+
+    `prefixes` keeps those whose name begins with one of them.  A tied head is not among them.  Names, shapes and dtypes
+    of the whole checkpoint are checked before this returns, values as they are read.
+
+    Raises:
+        LogitLockError: a tensor missing, left over, of the wrong shape, quantised where config.json does not say so,
+            damaged, with NaN or Inf, or too large for `dtype`.
+    """
+    if dtype not in DTYPES.values():
+        raise LogitLockError(f"{dtype} is not a working dtype of the reference; use one of {', '.join(DTYPES)}")
+    if source.spec.tied_head and source.spec.head_normalized:
+        raise LogitLockError(f"{source.directory}: a normalised head (NormHead) that is tied is not supported")
+    files = WeightFiles(source.directory)
+    table = source.family.weights(source.spec)
+    reader = None if source.storage is None else QuantisedReader(source.spec, table, source.storage)
+    stored = match_names(files.tensors, table, source, reader)
+    return _stream(files, table, stored, source.spec, dtype, numerics, prefixes, reader)
+
+
+def match_names(
+    tensors: Mapping[str, StoredTensor], table: WeightMap, source: ModelSource, reader: QuantisedReader | None = None
+) -> dict[str, StoredTensor]:
+    """The stored tensor for each name that the weight map asks for.
+
+    The prefix `transformer.` (or `model.`) may be absent or too much.  Known buffers, and the head of a model that
+    ties it, are left out.  `reader`: of quantised modules, whose tensors are taken as they are.
+
+    Raises:
+        LogitLockError: a tensor missing, left over, stored twice, of the wrong shape, or quantised without a reader.
+    """
+    wanted = {part.name: part for parts in table.values() for part in parts}
+    if reader is not None:
+        wanted = {name: part for name, part in wanted.items() if not reader.replaces(name)}
+    ignored = re.compile("|".join(source.family.ignored) or r"(?!)")
+    found: dict[str, StoredTensor] = {}
+    head: StoredTensor | None = None
+    left_over = []
+    for name, tensor in tensors.items():
+        spellings = [name, *(p + name for p in _PREFIXES), *(name.removeprefix(p) for p in _PREFIXES)]
+        coded = next((s for s in spellings if s not in wanted and reader.owns(s)), None) if reader is not None else None
+        known = coded or next((s for s in spellings if s in wanted or ignored.fullmatch(s)), None)
+        if known is not None and (known == coded or known in wanted):
+            if known in found:
+                raise LogitLockError(f"{source.directory} holds {known} twice: as {found[known].name} and as {name}")
+            found[known] = tensor
+        elif known is None and source.spec.tied_head and _TIED_HEAD in spellings:
+            head = tensor
+        elif known is None:
+            left_over.append(name)
+    embedding = table["embed.weight"][0].name
+    if head is not None and embedding not in found:
+        found[embedding] = head
+    if left_over:
+        raise LogitLockError(
+            f"{source.directory} holds {_several(left_over)} that {source.spec.variant} has no place for"
+        )
+    missing = [name for name in wanted if name not in found] + ([] if reader is None else reader.missing(found))
+    if missing:
+        raise LogitLockError(f"{source.directory} lacks {_several(missing)} of {source.spec.variant}")
+    for name, part in wanted.items():
+        tensor = found[name]
+        if tensor.dtype is None:
+            raise LogitLockError(
+                f"{tensor.name} in {tensor.file} has dtype {tensor.dtype_name}; weights must be fp64, fp32, fp16 or "
+                "bf16, where quantization_config in config.json does not say how they are quantised"
+            )
+        if tensor.shape != part.shape:
+            raise LogitLockError(
+                f"{tensor.name} in {tensor.file} has shape {list(tensor.shape)}; config.json says {list(part.shape)}"
+            )
+    return found
+
+
+def _several(names: list[str]) -> str:
+    return f"the tensor {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _stream(
+    files: WeightFiles,
+    table: WeightMap,
+    stored: Mapping[str, StoredTensor],
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    numerics: Numerics,
+    prefixes: tuple[str, ...],
+    reader: QuantisedReader | None,
+) -> Iterator[tuple[str, Tensor]]:
+    for name, shape in parameter_shapes(spec).items():
+        if not name.startswith(prefixes):
+            continue
+        if reader is not None and reader.provides(name):
+            yield from reader.read(files, stored, name, dtype)
+            continue
+        value = torch.empty(shape, dtype=dtype)
+        normalized = name == "head.weight" and spec.head_normalized
+        start = 0
+        for part in table[name]:
+            tensor = stored[part.name]
+            rows = part.read(files.read(tensor))
+            target = value[start : start + part.row_count]
+            start += part.row_count
+            if normalized and numerics == "exact":
+                _copy_normalized(target, rows, torch.float64)
+            else:
+                target.copy_(rows)
+            _check_finite(target, rows, tensor)
+            del rows
+        if normalized and numerics == "upstream":
+            _copy_normalized(value, value, dtype)
+        yield name, value
+
+
+def _copy_normalized(target: Tensor, rows: Tensor, arithmetic: torch.dtype) -> None:
+    """Rows divided by max(L2 norm, 1e-12), computed in `arithmetic`; a block at a time, for the sake of memory."""
+    for start in range(0, len(rows), _NORMALIZE_ROWS):
+        block = slice(start, start + _NORMALIZE_ROWS)
+        target[block] = torch.nn.functional.normalize(rows[block].to(arithmetic))
+
+
+def _check_finite(value: Tensor, rows: Tensor, tensor: StoredTensor) -> None:
+    if _finite(value):
+        return
+    if _finite(rows):
+        largest = float(rows.abs().max())
+        raise LogitLockError(
+            f"{tensor.name} in {tensor.file} does not fit in {str(value.dtype).removeprefix('torch.')}: "
+            f"it holds values up to {largest:.3g}"
+        )
+    kind = "NaN" if bool(rows.isnan().any()) else "Inf"
+    raise LogitLockError(f"{tensor.name} in {tensor.file} holds {kind}; weights must be finite")
+
+
+def _finite(value: Tensor) -> bool:
+    # Minimum and maximum carry NaN and Inf on and need no temporary of the tensor's size.
+    return value.numel() == 0 or all(bool(bound.isfinite()) for bound in torch.aminmax(value))
+
+
+def checkpoint_hash(source: ModelSource) -> str:
+    """SHA-256 over the names and contents of the weight files: the same after copying, another after any change."""
+    digest = hashlib.sha256()
+    buffer = bytearray(2**20)
+    view = memoryview(buffer)
+    for file in WeightFiles(source.directory).files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                digest.update(view[:count])
+    return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""Prompts as token ids, prompt files, and the token ids that end an answer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from refmodels.errors import LogitLockError
+from refmodels.json_records import read_json
+from refmodels.spec import ModelSpec
+from refmodels.text.chat import chat_ids
+from refmodels.text.chat import stop_ids as chat_stop_ids
+from refmodels.text.tokenizer import Tokenizer
+
+
+def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
+    """The ids of a prompt, bare or as the user's message of a chat.
+
+    Raises:
+        LogitLockError: a chat with a model that has no chat format.
+    """
+    if not chat:
+        return tokenizer.encode(text)
+    if spec.chat_format == "raw":
+        raise LogitLockError(f"{spec.variant} has no chat format; leave --chat out")
+    return chat_ids(spec.chat_format, tokenizer, [{"role": "user", "content": text}])
+
+
+def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
+    """The tokens that end an answer: eos_token_id of generation_config.json (one or several), the tokenizer's eos, and
+    in a chat those of its format.
+
+    Raises:
+        LogitLockError: eos_token_id is neither a number nor a list of numbers.
+    """
+    stops: list[int] = []
+    path = directory / "generation_config.json"
+    declared = read_json(path).get("eos_token_id") if path.is_file() else None
+    for value in declared if isinstance(declared, list) else [] if declared is None else [declared]:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise LogitLockError(f"{path}: eos_token_id is {declared!r}; it must be a token id or a list of them")
+        stops.append(value)
+    if tokenizer.special.eos is not None:
+        stops.append(tokenizer.special.eos)
+    if chat:
+        stops += chat_stop_ids(spec.chat_format, tokenizer)
+    return tuple(dict.fromkeys(stops))
+
+
+def read_prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
+    prompts = list(prompt or [])
+    if prompt_file is not None:
+        try:
+            data = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
+            text = data.decode("utf-8")
+        except OSError as error:
+            raise LogitLockError(f"cannot read the prompt file {prompt_file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise LogitLockError(f"the prompt file {prompt_file} is not UTF-8: bad byte at {error.start}") from None
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise LogitLockError("there is no prompt: give --prompt TEXT or --prompt-file FILE")
+    return prompts

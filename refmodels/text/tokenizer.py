@@ -1,0 +1,276 @@
+"""Text to token ids and back, for every family, without remote code.
+
+Three file formats cover all families, and `load_tokenizer` picks by the files that are there:
+
+* `qwen.tiktoken` (Qwen v1): ranks of a byte BPE; special tokens follow them.
+* `tokenizer.model` (ChatGLM, Baichuan): SentencePiece; ChatGLM appends its special tokens after the pieces.
+* `tokenizer.json`, or `vocab.json` and `merges.txt` (GPT, StarCoder, Qwen2, the bundled toys): byte-level BPE.
+
+All of them answer to one class, `Tokenizer`. Two switches of `encode` matter for fidelity: `add_special` adds what the
+upstream tokenizer puts around a bare prompt (ChatGLM: `[gMASK] sop`), and `parse_special` says whether text that spells
+a control token becomes that token. Upstream differs (Qwen's plain `encode` does, its chat prompt does not), so the
+default follows the upstream tokenizer and `refmodels.text.chat` turns it off in chats.
+
+The libraries (`tiktoken`, `sentencepiece`, `tokenizers`) are imported when a file of their format is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from refmodels.errors import LogitLockError
+from refmodels.json_records import read_json
+from refmodels.text.tokenizer_types import (
+    ByteBpeTokenizer,
+    Padded,
+    SentencePieceTokenizer,
+    SpecialIds,
+    TextStream,
+    TiktokenTokenizer,
+    Tokenizer,
+)
+
+__all__ = [
+    "ByteBpeTokenizer",
+    "Padded",
+    "SentencePieceTokenizer",
+    "SpecialIds",
+    "TextStream",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+]
+
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen and Qwen2 split text before BPE, as published: GPT-4's pattern, but digits one by one."""
+
+QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN_SPECIAL: dict[str, tuple[str, ...]] = {
+    "dec2023": (*QWEN_CONTROL, *(f"<|extra_{i}|>" for i in range(205))),
+    "aug2023": (*QWEN_CONTROL, "<R>", "<S>", "<X>", "<mask>", "<sep>", *(f"<extra_{i}>" for i in range(200))),
+}
+"""Names of the ids that follow Qwen's ranks, by the revision that named them; both have 208."""
+
+CHATGLM2_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+CHATGLM3_SPECIAL = (*CHATGLM2_SPECIAL, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+CHATGLM_PREFIX = ("[gMASK]", "sop")
+BAICHUAN_USER_ID, BAICHUAN_ASSISTANT_ID = 195, 196
+
+
+def load_tokenizer(directory: str | Path, *, family: str, generation: str | None = None) -> Tokenizer:
+    """The tokenizer of a model directory.
+
+    family: the family's name (`chatglm2`, `chatglm3`, `baichuan`, `qwen`, `qwen2`, `gpt` …); it decides what the files
+        leave open: ChatGLM's control tokens and prefix, Baichuan's role markers, how a bare vocabulary splits text.
+    generation: which names Qwen v1's control tokens have, `dec2023` or `aug2023`; None reads it off `config.json`.
+    Raises LogitLockError when no tokenizer file is there, one is damaged, or its library is not installed.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise LogitLockError(f"no tokenizer can be loaded from {folder}: it is not a directory")
+    if (folder / "qwen.tiktoken").is_file():
+        return _load_tiktoken(folder, generation)
+    pieces = folder / "tokenizer.model"
+    if pieces.is_file() and family.startswith("chatglm"):
+        return _load_chatglm(folder, pieces, family)
+    if pieces.is_file() and family.startswith("baichuan"):
+        return _load_baichuan(folder, pieces)
+    if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+        return _load_byte_bpe(folder, family)
+    wanted = (
+        "tokenizer.model or tokenizer.json"
+        if family.startswith(("chatglm", "baichuan"))
+        else (
+            "qwen.tiktoken or tokenizer.json" if family == "qwen" else "tokenizer.json, or vocab.json with merges.txt"
+        )
+    )
+    raise LogitLockError(f"{folder} has no tokenizer that the family {family} can use: expected {wanted}")
+
+
+def _load_tiktoken(folder: Path, generation: str | None) -> Tokenizer:
+    path = folder / "qwen.tiktoken"
+    tiktoken = _library("tiktoken", path)
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise LogitLockError(f"{path} is damaged: line {number} is not a base64 token and a rank") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        raise LogitLockError(f"{path} is damaged: its ranks must be 0, 1, 2 … without gaps and cover all 256 bytes")
+    declared = _read_json(folder / "generation_config.json").get("eos_token_id")
+    if isinstance(declared, int) and declared != len(ranks):
+        raise LogitLockError(
+            f"{path} is damaged or of another model: after its {len(ranks)} ranks <|endoftext|> is {len(ranks)}, "
+            f"but generation_config.json says eos_token_id {declared}"
+        )
+    if generation is None:
+        # The config keys were renamed together with the tokens, between the first release and December 2023.
+        generation = "aug2023" if "padded_vocab_size" in _read_json(folder / "config.json") else "dec2023"
+    if generation not in QWEN_SPECIAL:
+        raise LogitLockError(f"Qwen's tokenizer has no generation {generation!r}: use one of {', '.join(QWEN_SPECIAL)}")
+    special = {name: len(ranks) + offset for offset, name in enumerate(QWEN_SPECIAL[generation])}
+    encoding = tiktoken.Encoding("qwen", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return TiktokenTokenizer(encoding, special_tokens=special, parses_special=generation == "dec2023")
+
+
+def _load_sentencepiece(path: Path) -> Any:
+    library = _library("sentencepiece", path)
+    try:
+        return library.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise LogitLockError(f"{path} is not a SentencePiece model (damaged or cut short?): {error}") from None
+
+
+def _load_chatglm(folder: Path, path: Path, family: str) -> Tokenizer:
+    processor = _load_sentencepiece(path)
+    appended = CHATGLM3_SPECIAL if family == "chatglm3" or _is_chatglm3(folder) else CHATGLM2_SPECIAL
+    first = int(processor.vocab_size())
+    unk = int(processor.unk_id())
+    return SentencePieceTokenizer(
+        processor,
+        special=SpecialIds(bos=int(processor.bos_id()), eos=int(processor.eos_id()), pad=unk, unk=unk),
+        appended=appended,
+        prefix=[first + appended.index(name) for name in CHATGLM_PREFIX],
+    )
+
+
+def _is_chatglm3(folder: Path) -> bool:
+    # ChatGLM3 ships the same piece file and the same kind of config as ChatGLM2; only the names tell.
+    settings = _read_json(folder / "tokenizer_config.json")
+    names = (settings.get("name_or_path"), _read_json(folder / "config.json").get("_name_or_path"))
+    return "<|observation|>" in json.dumps(settings) or any("chatglm3" in str(name).lower() for name in names)
+
+
+def _load_baichuan(folder: Path, path: Path) -> Tokenizer:
+    processor = _load_sentencepiece(path)
+    special = SpecialIds(bos=int(processor.bos_id()), eos=int(processor.eos_id()), unk=int(processor.unk_id()))
+    settings = _settings(folder)
+    pad = _surface(settings.get("pad_token"))
+    if pad is not None:
+        special = replace(special, pad=int(processor.piece_to_id(pad)))
+    if int(processor.vocab_size()) > BAICHUAN_ASSISTANT_ID:
+        special = replace(special, user=BAICHUAN_USER_ID, assistant=BAICHUAN_ASSISTANT_ID)
+    # The defaults are those of upstream's code; every published tokenizer_config.json says false to both.
+    return SentencePieceTokenizer(
+        processor,
+        special=_declared_ids(folder, special),
+        prefix=[int(processor.bos_id())] if settings.get("add_bos_token", True) else [],
+        suffix=[int(processor.eos_id())] if settings.get("add_eos_token", False) else [],
+    )
+
+
+def _load_byte_bpe(folder: Path, family: str) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    library = _library("tokenizers", path)
+    settings = _settings(folder)
+    if path.is_file():
+        try:
+            model = library.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise LogitLockError(f"{path} is not a tokenizer of the tokenizers library (damaged?): {error}") from error
+        if type(model.model).__name__ != "BPE" or type(model.decoder).__name__ != "ByteLevel":
+            raise LogitLockError(
+                f"{path} is a {type(model.model).__name__} tokenizer with {type(model.decoder).__name__} decoding; "
+                "only byte-level BPE (model BPE, decoder ByteLevel) is known here"
+            )
+    else:
+        model = _bpe_from_vocabulary(folder, settings, family, library)
+    special = SpecialIds(
+        **{
+            name: model.token_to_id(surface)
+            for name in ("bos", "eos", "pad", "unk")
+            if (surface := _surface(settings.get(f"{name}_token"))) is not None
+        }
+    )
+    around = list(model.encode("", add_special_tokens=True).ids)
+    # What a template puts before and after the text can only be told apart around a text.
+    probe = list(model.encode("a", add_special_tokens=False).ids)
+    framed = list(model.encode("a", add_special_tokens=True).ids)
+    split = next((n for n in range(len(around) + 1) if framed == around[:n] + probe + around[n:]), len(around))
+    prefix, suffix = around[:split], around[split:]
+    if not around and family.startswith("chatglm"):
+        found = [model.token_to_id(name) for name in CHATGLM_PREFIX]
+        prefix = found if None not in found else []
+    return ByteBpeTokenizer(model, special=_declared_ids(folder, special), prefix=prefix, suffix=suffix)
+
+
+def _bpe_from_vocabulary(folder: Path, settings: dict[str, Any], family: str, library: Any) -> Any:
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if not merges.is_file():
+        raise LogitLockError(f"{vocabulary} needs merges.txt beside it, and {merges} is missing")
+    try:
+        model = library.Tokenizer(library.models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:
+        raise LogitLockError(f"{vocabulary} with {merges.name} is not a BPE vocabulary (damaged?): {error}") from error
+    byte_level = library.pre_tokenizers.ByteLevel
+    if family == "qwen2" or settings.get("tokenizer_class") == "Qwen2Tokenizer":
+        model.normalizer = library.normalizers.NFC()
+        model.pre_tokenizer = library.pre_tokenizers.Sequence(
+            [
+                library.pre_tokenizers.Split(library.Regex(QWEN_PATTERN), "isolated"),
+                byte_level(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    else:
+        model.pre_tokenizer = byte_level(add_prefix_space=bool(settings.get("add_prefix_space", False)))
+    model.decoder = library.decoders.ByteLevel()
+    added = {int(i): dict(token) for i, token in dict(settings.get("added_tokens_decoder") or {}).items()}
+    for surface, i in _read_json(folder / "added_tokens.json").items():
+        added.setdefault(int(i), {"content": surface, "special": True})
+    named = [_surface(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")]
+    for i in sorted(added):
+        token = library.AddedToken(added[i]["content"], special=bool(added[i].get("special")), normalized=False)
+        model.add_tokens([token])
+        if model.token_to_id(added[i]["content"]) != i:
+            raise LogitLockError(
+                f"{folder} declares the added token {added[i]['content']!r} as id {i}, but after {vocabulary.name} "
+                f"it would be {model.token_to_id(added[i]['content'])}: the vocabulary is not the one of this model"
+            )
+    model.add_special_tokens([surface for surface in named if surface and model.token_to_id(surface) is not None])
+    return model
+
+
+def _declared_ids(folder: Path, special: SpecialIds) -> SpecialIds:
+    """`special` with the gaps, and Baichuan's role ids, filled from the ids that the directory's configs declare."""
+    config = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
+    found: dict[str, int] = {}
+    for name in ("bos", "eos", "pad", "user", "assistant"):
+        declared = config.get(f"{name}_token_id")
+        first = declared[0] if isinstance(declared, list) and declared else declared
+        if isinstance(first, int) and (getattr(special, name) is None or name in ("user", "assistant")):
+            found[name] = first
+    return replace(special, **found)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+
+
+def _surface(token: Any) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} when there is no such file, because every one of them is optional."""
+    return read_json(path) if path.is_file() else {}
+
+
+def _library(name: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise LogitLockError(
+            f"reading {path} needs the package {name}, which is not installed: pip install {name}"
+        ) from None

@@ -1,0 +1,121 @@
+"""Traces: what comes back from disk gives the same diff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import refmodels
+from debug.capture.capture import capture_engine
+from debug.capture.prompts import random_prompts
+from debug.capture.trace import read_trace, trace_origin, write_trace
+from debug.comparison.compare import diff_capture
+from refmodels.cache import KVCache, StepInputs
+from refmodels.errors import LogitLockError
+from refmodels.recorder import Recorder
+from refmodels.taps import tap_names
+from tests.support.goldens import case_source
+from trt_runtime.torch_gpu.engine import TorchEngine
+
+
+def engine_of(case: str, dtype: torch.dtype = torch.bfloat16) -> TorchEngine:
+    return TorchEngine(refmodels.load(case_source(case), dtype=dtype))
+
+
+@pytest.mark.parametrize("case", ["qwen_ntk", "baichuan_13b", "gpt2"])
+def test_a_trace_is_the_capture(case: str, tmp_path: Path) -> None:
+    engine = engine_of(case)
+    prompts = random_prompts(engine.spec.vocab_size, (20, 13, 9), seed=0)
+    path = tmp_path / "a.safetensors"
+    write_trace(engine, prompts, path, steps=3, model=case)
+    traced, captured = read_trace(path), capture_engine(engine, prompts, steps=3)
+    assert trace_origin(path) == (case, "exact") and traced.spec == engine.spec and traced.dtype == engine.dtype
+    assert torch.equal(traced.tokens, captured.tokens) and torch.equal(traced.prompts.ids, prompts.ids)
+    assert len(traced.forwards) == len(traced.untapped) == 4
+    for ours, live in zip(traced.forwards, captured.forwards, strict=True):
+        assert set(ours.tensors) == set(tap_names(engine.spec)) and set(live.before) <= set(ours.before)
+        for name, tensor in live.tensors.items():
+            assert torch.equal(ours.tensors[name], tensor), name
+        for name, tensor in live.before.items():
+            assert torch.equal(ours.before[name], tensor), name
+        assert torch.equal(ours.plan.attention_mask, live.plan.attention_mask)
+        assert torch.equal(ours.plan.cache_lengths, live.plan.cache_lengths)
+    source = case_source(case)
+    truth, rounded = (refmodels.load(source, dtype=d) for d in (torch.float64, torch.bfloat16))
+    found, expected = (diff_capture(c, truth, rounded).to_json() for c in (traced, captured))
+    assert found["taps"] == expected["taps"] and found["logits"] == expected["logits"]
+
+
+class Corrupting(TorchEngine):
+    """Spoils an old slot of a cache in the second decode step."""
+
+    calls = 0
+
+    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        self.calls += recorder is not None
+        if self.calls == 3:
+            cache.key[1][:, :, 12] *= 2.0
+        return super().run(plan, cache, recorder=recorder)
+
+
+def test_changed_slots_come_back(tmp_path: Path) -> None:
+    engine = Corrupting(refmodels.load(case_source("qwen"), dtype=torch.float32))
+    path = tmp_path / "a.safetensors"
+    write_trace(engine, random_prompts(engine.spec.vocab_size, (20, 13), seed=0), path, steps=3)
+    before, after, later = (read_trace(path).forwards[step].tensors["blocks.1.key"] for step in (1, 2, 3))
+    assert torch.equal(after[:, :, 12], 2 * before[:, :, 12])
+    assert torch.equal(later[:, :, :22], after) and later.shape[2] == 23
+    source = case_source("qwen")
+    truth, rounded = (refmodels.load(source, dtype=d) for d in (torch.float64, torch.float32))
+    result = diff_capture(read_trace(path), truth, rounded)
+    assert (result.culprits[0].tap, result.culprits[0].step, result.culprits[0].worst[1]) == ("blocks.1.key", 2, 12)
+
+
+def test_taps_are_not_kept_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    original = Recorder.__call__
+
+    def counting(self: Recorder, name: str, tensor: Tensor) -> Tensor:
+        result = original(self, name, tensor)
+        kept.append(len(self.tensors))
+        return result
+
+    monkeypatch.setattr(Recorder, "__call__", counting)
+    engine = engine_of("qwen")
+    write_trace(engine, random_prompts(engine.spec.vocab_size, (20,), seed=0), tmp_path / "a", steps=1)
+    assert kept and max(kept) == 0
+
+
+def test_bad_traces(tmp_path: Path) -> None:
+    engine = engine_of("qwen")
+    prompts = random_prompts(engine.spec.vocab_size, (9,), seed=0)
+    with pytest.raises(LogitLockError, match="cannot be written"):
+        write_trace(engine, prompts, tmp_path / "none" / "a", steps=1)
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(LogitLockError, match="no such file"):
+        read_trace(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(LogitLockError, match="is not a trace"):
+        read_trace(path)
+    with pytest.raises(LogitLockError, match="but not a trace"):
+        read_trace(case_source("qwen").directory / "model.safetensors")
+    write_trace(engine, prompts, path, steps=1)
+    path.write_bytes(path.read_bytes().replace(b'"logitlock_trace": "1"', b'"logitlock_trace": "9"'))
+    with pytest.raises(LogitLockError, match="trace schema 9"):
+        read_trace(path)
+
+
+def test_nothing_is_left_of_a_trace_that_failed(tmp_path: Path) -> None:
+    class Failing(TorchEngine):
+        def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+            if recorder is not None:
+                raise RuntimeError("out of memory")
+            return super().run(plan, cache)
+
+    engine = Failing(refmodels.load(case_source("qwen")))
+    with pytest.raises(RuntimeError):
+        write_trace(engine, random_prompts(engine.spec.vocab_size, (9,), seed=0), tmp_path / "a", steps=1)
+    assert list(tmp_path.iterdir()) == []

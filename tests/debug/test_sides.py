@@ -1,0 +1,149 @@
+"""`logitlock diff A B`, `trace` and `drift`: any two executors of one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from debug.sides import diff_sides
+from export.bundle import export_model
+from refmodels.errors import LogitLockError
+from tests.support import mutate
+from tests.support.command import logitlock
+from tests.support.goldens import GOLDENS, case_source
+
+MODEL = str(GOLDENS / "qwen2")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_model(case_source("qwen2"), precision="fp16", output=tmp_path_factory.mktemp("sides") / "clean")
+
+
+@pytest.fixture(scope="module")
+def broken(clean: Path) -> Path:
+    return mutate.mutated(clean, clean.parent / "broken", mutate.attention_scale("blocks.1.attn", 2.0))
+
+
+def test_both_sides_are_judged(clean: Path, broken: Path) -> None:
+    result = diff_sides("reference:bf16", str(broken), model=MODEL, steps=2)
+    assert result.verdict == "diverged" and result.first_wrong_tap == "blocks.1.attn.context"
+    assert result.culprits[0].diagnosis[0].fault.startswith("wrong attention scale: doubled")
+    assert result.other is not None and result.other.verdict == "aligned" and not result.aligned
+    # The other way round it is side a that is wrong, and the result says so.
+    turned = diff_sides(str(broken), str(clean), model=MODEL, steps=2)
+    assert turned.verdict == "aligned" and turned.other is not None and turned.other.verdict == "diverged"
+    assert not turned.aligned and turned.between is not None and turned.between.kl_mean > 1e-4
+    rel = {tap.tap: tap.rel_l2 for tap in turned.between.taps}
+    assert rel["blocks.0"] == 0.0 and rel["blocks.1.attn.context"] > 0.01
+    same = diff_sides(str(clean), str(clean), model=MODEL, steps=2)
+    assert same.aligned and same.between is not None and same.between.kl_max == 0.0
+
+
+def test_transformers_against_a_bundle(clean: Path) -> None:
+    result = diff_sides("hf:fp16", str(clean), model=MODEL, steps=2)
+    assert result.aligned and result.other is not None and "transformers" in result.other.engine.lower()
+
+
+def test_the_reference_itself_is_one_side_only(clean: Path) -> None:
+    assert diff_sides("reference", str(clean), model=MODEL, steps=1).other is None
+    assert diff_sides("reference:fp64", str(clean), model=MODEL, steps=1).other is None
+
+
+def test_golden_case_as_a_side() -> None:
+    result = diff_sides(str(GOLDENS / "gpt2"), "reference:fp32:upstream", steps=4)
+    assert result.aligned and result.prompts == "those of gpt2" and result.other is not None
+    assert {tap.tap for tap in result.other.taps} < {tap.tap for tap in result.taps}
+
+
+def test_traces_meet(clean: Path, broken: Path, tmp_path: Path) -> None:
+    for name, bundle, more in (("a", clean, ()), ("b", broken, ("--tokens-of", tmp_path / "a.safetensors"))):
+        out = tmp_path / f"{name}.safetensors"
+        done = logitlock("trace", bundle, "--out", out, "--model", MODEL, "--steps", 3, *more)
+        assert done.code == 0 and out.name in done.out, done.err
+    found = logitlock("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--model", MODEL, "--json")
+    assert found.code == 1, found.err
+    document = json.loads(found.out)
+    assert document["verdict"] == "diverged" and document["other"]["verdict"] == "aligned"
+    assert document["first_wrong_tap"] == "blocks.1.attn.context" and document["between"]["top1"] <= 1.0
+    assert document["settings"]["steps"] == 3
+    # A trace and something that runs: the trace's tokens are fed to the other.
+    live = logitlock("diff", "--model", MODEL, tmp_path / "a.safetensors", broken)
+    assert live.code == 1 and "doubled" in live.out
+
+
+def test_traces_of_other_tokens_do_not_meet(clean: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        out = tmp_path / f"{seed}.safetensors"
+        assert logitlock("trace", clean, "--out", out, "--model", MODEL, "--steps", 1, "--seed", seed).code == 0
+    logitlock("diff", tmp_path / "0.safetensors", tmp_path / "1.safetensors", "--model", MODEL).assert_bad_input(
+        "on other tokens"
+    )
+
+
+def test_drift_command(clean: Path, broken: Path) -> None:
+    calm = logitlock("drift", clean, "--model", MODEL, "--steps", 4, "--json")
+    assert calm.code == 0, calm.err
+    document = json.loads(calm.out)
+    assert document["schema"] == 1 and len(document["steps"]) == 5
+    assert document["steps"][-1]["kl"] < 100 * document["steps"][-1]["floor_kl"]
+    off = logitlock("drift", broken, "--model", MODEL, "--steps", 4)
+    assert "cache error" in off.out and "free-running" in off.out
+
+
+def test_bad_input(clean: Path, tmp_path: Path) -> None:
+    logitlock("diff", "--model", MODEL).assert_bad_input("--bundle DIR, or one or two sides")
+    logitlock("diff", clean, "--bundle", clean).assert_bad_input("--bundle DIR, or one or two sides")
+    logitlock("diff", "a", "b", "c").assert_bad_input("one or two sides")
+    logitlock("diff", "reference:fp16").assert_bad_input("--model")
+    logitlock("diff", "--model", MODEL, "nonsense").assert_bad_input("names no executor")
+    logitlock("diff", "--model", "gpt", clean).assert_bad_input("not a bundle of gpt")
+    logitlock("diff", "--model", MODEL, tmp_path / "none.safetensors").assert_bad_input("no such file")
+    logitlock("trace", clean, "--model", MODEL, "--out", tmp_path / "no" / "a").assert_bad_input("cannot be written")
+    with pytest.raises(LogitLockError, match="say with --model where that model is"):
+        diff_sides("reference", str(clean))
+
+
+def test_a_wrong_stop_id(tmp_path: Path) -> None:
+    """No tensor shows it: the engine is right and answers go on for ever."""
+    bundle = export_model("qwen", precision="fp32", output=tmp_path / "b")
+    assert logitlock("diff", bundle, "--steps", 1).code == 0
+    config = json.loads((bundle / "generation_config.json").read_text())
+    config["eos_token_id"] = [7]
+    (bundle / "generation_config.json").write_text(json.dumps(config))
+    broken = mutate.mutated(bundle, tmp_path / "broken", lambda model: None)
+    found = logitlock("diff", broken, "--steps", 1, "--json")
+    assert found.code == 1, found.err
+    document = json.loads(found.out)
+    assert document["verdict"] == "diverged" and document["first_wrong_tap"] == "stop_ids"
+    assert document["culprits"][0]["kind"] == "configuration"
+    assert document["culprits"][0]["diagnosis"][0]["fault"].startswith("wrong stop id: generation ends at [")
+    assert "every tensor is right" in logitlock("diff", broken, "--steps", 1).out
+
+
+def test_library_use(clean: Path, broken: Path) -> None:
+    from debug import diff
+
+    assert diff(str(clean), model=MODEL, steps=1).aligned
+    result = diff("reference:fp32", str(broken), model=MODEL, steps=1)
+    assert result.first_wrong_tap == "blocks.1.attn.context"
+    frame = result.to_frame()
+    assert set(frame["tap"]) == {tap.tap for tap in result.taps}
+    with pytest.raises(LogitLockError, match="one or two sides"):
+        diff(model=MODEL)
+
+
+def test_modules_by_themselves(clean: Path, broken: Path) -> None:
+    """The engine's modules on the reference's tensors: only the broken one is off, whatever comes before it."""
+    right, wrong = (diff_sides("reference", str(b), model=MODEL, steps=1, cut=True) for b in (clean, broken))
+    cuts = {tap.tap: tap.cut for tap in right.taps if tap.step == 0}
+    assert cuts["blocks.1.mlp.out"] is not None and cuts["blocks.1.key"] is None
+    unit = right.unit_roundoff
+    assert all(cut < 3 * unit for cut in cuts.values() if cut is not None)
+    off = {tap.tap for tap in wrong.taps if tap.cut is not None and tap.cut > 8 * unit}
+    assert off == {"blocks.1.attn.context"}
+    assert all(tap.cut is None for tap in diff_sides("reference", str(clean), model=MODEL, steps=1).taps)
+    found = logitlock("diff", "--model", MODEL, broken, "--steps", 1, "--cut", "--json")
+    assert any(tap["cut"] for tap in json.loads(found.out)["taps"])

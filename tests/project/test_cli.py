@@ -1,0 +1,232 @@
+"""The command line as a whole: help, exit codes, one clear line for every kind of bad input, nothing half-written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from debug.command import VERBS
+from export.bundle import export_model
+from tests.support.command import logitlock
+from tests.support.goldens import GOLDENS
+
+CASE = GOLDENS / "qwen_b1"
+
+
+def plain(text: str) -> str:
+    """Help as one line, without the boxes that typer draws."""
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_model(CASE, precision="fp32", output=tmp_path_factory.mktemp("bundle") / "b")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    target = tmp_path / "model"
+    target.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(CASE / name, target / name)
+    return target
+
+
+# Help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_shows_an_example(verb: str) -> None:
+    shown = logitlock(verb, "--help")
+    assert shown.code == 0
+    text = plain(shown.out)
+    assert "Example: " in text and "--json" in text
+    where = VERBS[verb]
+    function = getattr(importlib.import_module(where.module), where.function)
+    assert function.__doc__.splitlines()[0] == where.summary
+    assert where.summary in text
+    # The example itself names the verb.
+    assert verb in text.partition("Example: ")[2]
+
+
+def test_help_of_the_whole() -> None:
+    for arguments in ([], ["--help"]):
+        shown = logitlock(*arguments)
+        assert shown.code == 0 if arguments else shown.code in (0, 2)
+        text = plain(shown.out)
+        for verb, where in VERBS.items():
+            assert verb in text and where.summary[:40] in text
+        assert "logitlock diff --model qwen --bundle engines/qwen-fp16" in text
+        assert "Exit codes: 0 fine, 1 ran and found a difference, 2 bad input" in text
+
+
+def test_version() -> None:
+    shown = logitlock("--version")
+    assert (shown.code, shown.out.strip()) == (0, f"logitlock {metadata.version('logitlock')}")
+
+
+def test_help_does_not_import_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['logitlock', '--help']; from debug.command import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'onnx', 'onnxruntime', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("module", ["debug", "export", "trt_runtime", "refmodels"])
+def test_each_package_is_a_command(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    verbs = [verb for verb, where in VERBS.items() if where.module.startswith(module)]
+    assert verbs and all(verb in done.stdout for verb in verbs)
+
+
+def test_unknown_words() -> None:
+    logitlock("frobnicate").assert_bad_input("frobnicate")
+    logitlock("verify", "--frobnicate").assert_bad_input("--frobnicate")
+
+
+# Good input: one JSON document on stdout
+
+
+def test_json_documents(bundle: Path, tmp_path: Path) -> None:
+    families = json.loads(logitlock("models", "--json").out)
+    assert {"chatglm2", "baichuan", "qwen", "gpt"} <= {row["name"] for row in families["families"]}
+    target = tmp_path / "exported"
+    exported = logitlock("export", "--model", CASE, "--precision", "fp16", "--output", target, "--json")
+    assert exported.code == 0, exported.err
+    assert json.loads(exported.out)["precision"] == "fp16"
+    assert json.loads(logitlock("inspect", target, "--json").out)
+    diffed = logitlock("diff", "--model", CASE, "--bundle", target, "--steps", 1, "--json")
+    assert diffed.code == 0 and json.loads(diffed.out)["verdict"] == "aligned"
+
+
+# Bad input
+
+
+def _truncated(model: Path) -> str:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return "model.safetensors"
+
+
+def _weights(change: Callable[[dict[str, torch.Tensor]], Any], said: str) -> Callable[[Path], str]:
+    def spoil(model: Path) -> str:
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors")
+        return said
+
+    return spoil
+
+
+def _config(change: Callable[[dict[str, Any]], Any], said: str) -> Callable[[Path], str]:
+    def spoil(model: Path) -> str:
+        config = json.loads((model / "config.json").read_text())
+        change(config)
+        (model / "config.json").write_text(json.dumps(config))
+        return said
+
+    return spoil
+
+
+HEAD = "lm_head.weight"
+SPOILED: dict[str, Callable[[Path], str]] = {
+    "truncated": _truncated,
+    "missing tensor": _weights(lambda t: t.pop(HEAD), HEAD),
+    "wrong shape": _weights(lambda t: t.update({HEAD: t[HEAD][:, :-1].contiguous()}), HEAD),
+    "NaN": _weights(lambda t: t[HEAD].view(-1)[7].fill_(float("nan")), "NaN"),
+    "missing key": _config(lambda c: c.pop("num_attention_heads"), "num_attention_heads"),
+    "unknown architecture": _config(lambda c: c.update(model_type="rwkv"), "rwkv"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+@pytest.mark.parametrize("verb", ["export", "generate", "diff"])
+def test_bad_checkpoints(name: str, verb: str, checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    said = SPOILED[name](checkpoint)
+    output = tmp_path / "out"
+    arguments = {
+        "export": ["--output", output],
+        "generate": ["--prompt", "x"],
+        "diff": ["--bundle", bundle],
+    }[verb]
+    outcome = logitlock(verb, "--model", checkpoint, *arguments)
+    # A diff may stop earlier: the bundle was not made from these weights.
+    outcome.assert_bad_input(*([said] if verb != "diff" else []))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def _schema(bundle: Path) -> str:
+    data = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps(data | {"schema": 99}))
+    return "schema 99"
+
+
+def _changed(bundle: Path) -> str:
+    path = bundle / "model.onnx.data"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    return "has changed"
+
+
+def _missing(bundle: Path) -> str:
+    (bundle / "model.onnx.data").unlink()
+    return "lacks its file"
+
+
+def _outside(bundle: Path) -> str:
+    data = json.loads((bundle / "bundle.json").read_text())
+    data["files"]["../../outside"] = data["files"]["model.onnx"]
+    (bundle / "bundle.json").write_text(json.dumps(data))
+    return "leaves the bundle's directory"
+
+
+@pytest.mark.parametrize("spoil", [_schema, _changed, _missing, _outside])
+@pytest.mark.parametrize("verb", ["generate", "inspect", "diff"])
+def test_bad_bundles(spoil: Callable[[Path], str], verb: str, bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    said = spoil(copy)
+    arguments = {
+        "generate": ["--bundle", copy, "--prompt", "x"],
+        "inspect": [copy],
+        "diff": ["--model", CASE, "--bundle", copy],
+    }[verb]
+    logitlock(verb, *arguments).assert_bad_input(said)
+
+
+def test_output_that_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    logitlock("export", "--model", CASE, "--output", tmp_path).assert_bad_input("not empty")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_prompt_longer_than_the_cache(tmp_path: Path) -> None:
+    export_model("qwen", precision="fp32", output=tmp_path / "small", max_seq=16)
+    long = "The quick brown fox jumps over the lazy dog again and again and again."
+    logitlock("generate", "--bundle", tmp_path / "small", "--prompt", long).assert_bad_input("16")
+    logitlock("diff", "--bundle", tmp_path / "small", "--prompt", long).assert_bad_input("16")
+    # Default prompts are cut to fit instead.
+    assert logitlock("diff", "--bundle", tmp_path / "small").code == 0
+
+
+def test_offline_hub_and_missing_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for model in ("nobody/nothing-here", "./no/such/directory"):
+        outcome = logitlock("export", "--model", model)
+        outcome.assert_bad_input()
+    logitlock("inspect", "no-bundle").assert_bad_input("no-bundle")

@@ -1,0 +1,225 @@
+"""The documentation builds without a warning, and its code runs.
+
+Fenced blocks marked `bash` or `python` in README.md and docs/ are executed, page by page, in one directory that has the
+bundled toy's bundle as engines/qwen-fp16.  A block that cannot run here follows a comment that says why:
+
+    <!-- not run: needs a GPU -->
+
+A `text` block right after a `bash` block holds lines that the command prints; numbers may differ.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.bundle import export_model
+from tests.support.command import logitlock
+from tests.support.paths import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FENCE = re.compile(
+    r"(?P<why><!-- not run: (?P<reason>[^>]*) -->\n\s*)?"
+    r"^(?P<indent> *)```(?P<kind>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```",
+    re.S | re.M,
+)
+REASONS = ("needs a GPU", "needs the hub", "needs a model of yours", "tests/", "make ")
+"""Why a block may be left out, as its reason begins or contains."""
+
+
+_FEWER = {"eval": ["--limit", "5", "--no-speed"], "quantize": ["--samples", "16"]}
+"""What is added to commands of pages, so that the test takes seconds."""
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    line: int
+    kind: str
+    code: str
+    reason: str | None
+    after: str
+    """The kind of the block before, where nothing but white space is between the two."""
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(path: Path) -> list[Block]:
+    text = path.read_text(encoding="utf-8")
+    found, end, before = [], 0, ""
+    for match in _FENCE.finditer(text):
+        code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.M)
+        line = text[: match.start("code")].count("\n")
+        after = before if not text[end : match.start()].strip() else ""
+        found.append(Block(path.name, line, match["kind"], code, match["reason"], after))
+        end, before = match.end(), match["kind"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as a user has it after `make demo`, with the repository's tests and examples beside it."""
+    directory = tmp_path_factory.mktemp("docs")
+    with torch.no_grad():
+        export_model("qwen", precision="fp16", output=directory / "engines" / "qwen-fp16")
+    for name in ("tests", "examples", "refmodels", "docs"):
+        (directory / name).symlink_to(ROOT / name)
+    return directory
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_code_runs(path: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workshop)
+    printed = ""
+    for block in blocks(path):
+        if block.reason is not None:
+            continue
+        if block.kind == "python":
+            out = io.StringIO()
+            with redirect_stdout(out):
+                exec(compile(block.code, f"{block}", "exec"), {"__name__": "__doc__"})
+            printed = out.getvalue()
+        elif block.kind == "bash":
+            printed = "".join(_command(line, block) for line in _commands(block.code))
+        elif block.kind == "text" and block.after in ("bash", "python"):
+            for line in block.code.splitlines():
+                assert _masked(line) in _masked(printed), f"{block}: this is not printed: {line}"
+
+
+def _commands(code: str) -> list[str]:
+    joined = code.replace("\\\n", " ")
+    return [line for line in (line.strip() for line in joined.splitlines()) if line and not line.startswith("#")]
+
+
+def _command(line: str, block: Block) -> str:
+    """Run one line: our own commands in this process (importing torch takes seconds), others in a shell."""
+    line = re.sub(r"\s+#.*$", "", line)
+    words = shlex.split(line.replace("python -m export ", "logitlock export "))
+    if words[0] == "logitlock" and not {"&&", "|", ">", "&", ";"} & set(words):
+        if words[1] == "export" and "--output" not in words and (Path("engines/qwen-fp16")).exists():
+            words.append("--overwrite")
+        if words[1] == "export" and "--backend" not in words:
+            words += ["--backend", "onnxruntime"]  # plans are built by other tests
+        words += _FEWER.get(words[1], [])
+        done = logitlock(*[w for word in words[1:] for w in _expanded(word)])
+        assert done.code in (0, 1) and (done.code == 0 or words[1] == "diff"), f"{block}: {line}\n{done.out}{done.err}"
+        return done.out
+    shell = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", line],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert shell.returncode == 0, f"{block}: {line}\n{shell.stdout}{shell.stderr}"
+    return shell.stdout
+
+
+def _expanded(word: str) -> list[str]:
+    return sorted(map(str, Path().glob(word))) if "*" in word and "/" in word else [word]
+
+
+def _masked(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"[\d.]+(e-?\d+)?", "#", text)).strip()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_blocks_left_out_say_why(path: Path) -> None:
+    for block in blocks(path):
+        if block.reason is not None:
+            assert any(r in block.reason for r in REASONS), f"{block}: not run because {block.reason!r}"
+        assert block.kind in ("python", "bash", "text", "json", "diff", ""), f"{block}: what is {block.kind!r}?"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_diffs_are_real(path: Path) -> None:
+    """What a `diff` block adds is in the file that it names; a new file is there as a whole."""
+    for block in blocks(path):
+        if block.kind != "diff":
+            continue
+        named = re.search(r"^\+\+\+ b/(.*)$", block.code, flags=re.M)
+        new = "--- /dev/null" in block.code
+        text = (ROOT / (named[1] if named else "refmodels/families/__init__.py")).read_text(encoding="utf-8")
+        added = [line[1:] for line in block.code.splitlines() if re.match(r"\+(?!\+\+ )", line)]
+        if new:
+            assert "\n".join(added) + "\n" == text, f"{block} is not what the file says"
+        assert all(line in text.splitlines() for line in added), f"{block} adds what is not there"
+
+
+def test_few_blocks_are_left_out() -> None:
+    all_ = [b for path in PAGES for b in blocks(path) if b.kind in ("python", "bash")]
+    left_out = [b for b in all_ if b.reason is not None]
+    assert len(left_out) <= 8 and len(all_) > 2 * len(left_out), [str(b) for b in left_out]
+
+
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "site").glob("*.html")}
+    assert not [name for name, page in pages.items() if "<!-- table:" in page or "<!-- file:" in page]
+    # Nothing is fetched from elsewhere when a page is read.
+    assert not [n for n, page in pages.items() if re.search(r'<(script|link|img)[^>]+(src|href)="https?://', page)]
+
+
+def test_cli_reference_has_every_verb_and_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page is made from signatures; every option that typer itself lists must be in it."""
+    from debug.command import VERBS
+
+    monkeypatch.setenv("COLUMNS", "250")
+    page = _hook("cli").cli_page()
+    for verb in VERBS:
+        section = page.split(f"\n## {verb}\n")[1].split("\n## ")[0]
+        listed = re.findall(r"^│ (?:\*)? *(--[a-z][a-z-]+)", logitlock(verb, "--help").out, flags=re.M)
+        missing = {name for name in listed if f"`{name}`" not in section} - {"--help"}
+        assert len(listed) > 1 and not missing, (verb, missing)
+
+
+def test_schemas_describe_what_is_written(workshop: Path) -> None:
+    """Every key of a real bundle.json and of a real diff is on the page."""
+    page = _hook("schemas").schemas_page()
+    info = json.loads((workshop / "engines" / "qwen-fp16" / "bundle.json").read_text(encoding="utf-8"))
+    example = json.loads((ROOT / "docs" / "measured.json").read_text(encoding="utf-8"))["swapped"]["json"]
+    spec = {**info["spec"], **info["spec"]["attention"], **info["spec"]["rope"]}
+    for key in [*info, *spec, *example["culprits"][0], *example["taps"][0], *example["logits"]]:
+        assert f"`{key}`" in page, key
+
+
+def test_measured_numbers_are_those_of_this_code() -> None:
+    """docs/measured.json was written by docs/measure.py of a code that still agrees with it."""
+    measured = json.loads((ROOT / "docs" / "measured.json").read_text(encoding="utf-8"))
+    assert sum(f["cases"] for f in measured["verify"].values()) == len(list((ROOT / "tests/goldens").glob("[a-z]*")))
+    assert all(f["passed"] == f["cases"] and f["bf16_exact"] == f["bf16"] for f in measured["verify"].values())
+    sys.path.insert(0, str(ROOT / "docs"))
+    from measure import rope_errors
+
+    for dtype, errors in rope_errors().items():
+        assert errors == pytest.approx(measured["rope_table"][dtype], rel=1e-3)
+
+
+def _hook(name: str):  # type: ignore[no-untyped-def]
+    folder = ROOT / "docs" / "hooks"
+    sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", folder / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

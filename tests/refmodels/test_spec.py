@@ -1,0 +1,130 @@
+"""Specs and families: what a config says, what it may not say, and how small a family stays."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from refmodels.errors import LogitLockError
+from refmodels.families import FAMILIES, family_of, spec_from_config
+from refmodels.model import Decoder
+from refmodels.spec import spec_from_dict
+from tests.support.goldens import CASES, GOLDENS
+from tests.support.paths import ROOT
+
+FAMILY_FILES = ROOT / "refmodels" / "families"
+
+
+def config_of(case: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    config = json.loads((GOLDENS / case / "config.json").read_text())
+    return config, json.loads((GOLDENS / case / "meta.json").read_text()).get("variant")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_spec_survives_json_and_names_every_parameter(case: str) -> None:
+    import torch
+
+    config, variant = config_of(case)
+    spec = spec_from_config(config, variant=variant)
+    assert spec_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    weights = family_of(config).weights(spec)
+    with torch.device("meta"):
+        parameters = dict(Decoder(spec).named_parameters())
+    assert set(weights) == set(parameters)
+    for name, parts in weights.items():
+        assert sum(p.row_count for p in parts) == parameters[name].shape[0], name
+
+
+def test_variants_are_told_apart() -> None:
+    found = {case: spec_from_config(*[config_of(case)[0]], variant=config_of(case)[1]).variant for case in CASES}
+    assert {found[c] for c in ("baichuan_7b", "baichuan_13b", "baichuan2_7b", "baichuan2_13b")} == {
+        "baichuan-7b", "baichuan-13b", "baichuan2-7b", "baichuan2-13b",
+    }  # fmt: skip
+    assert found["chatglm2_32k"] == "chatglm2-32k" and found["qwen2"] == "qwen2" and found["gpt2"] == "gpt2"
+
+
+def test_real_vocabularies_decide_norm_head_and_others_must_say() -> None:
+    config, _ = config_of("baichuan2_7b")
+    assert spec_from_config(config | {"vocab_size": 125696}).head_normalized
+    assert not spec_from_config(config | {"vocab_size": 64000}).head_normalized
+    assert spec_from_config(config | {"norm_head": True}).head_normalized
+    with pytest.raises(LogitLockError, match="neither 64000 nor 125696"):
+        spec_from_config(config)
+
+
+def test_chatglm3_32k_scales_the_base_and_chatglm2_32k_the_position() -> None:
+    config, _ = config_of("chatglm2_32k")
+    second = spec_from_config(config).rope
+    third = spec_from_config(config | {"_name_or_path": "THUDM/chatglm3-6b-32k"}).rope
+    assert second is not None and (second.theta, second.position_divisor) == (10000.0, 4.0)
+    assert third is not None and (third.theta, third.position_divisor) == (40000.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("qwen", {"hidden_size": None}, "lacks the key 'hidden_size' or 'n_embd'"),
+        ("qwen", {"seq_length": "64"}, "seq_length is '64'; it must be of type int"),
+        ("qwen", {"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be at least 1"),
+        ("qwen", {"model_type": "llama"}, "unknown model_type 'llama'"),
+        ("qwen", {"model_type": None}, "no model_type"),
+        ("qwen", {"use_cache_quantization": True}, "use_cache_quantization = True is not supported"),
+        ("qwen2", {"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ("qwen2", {"hidden_act": "mish"}, "activation 'mish' is not supported"),
+        ("qwen2", {"num_key_value_heads": 3}, "4 heads are not a multiple of 3 kv_heads"),
+        ("chatglm2", {"rmsnorm": False}, "rmsnorm = False is not supported"),
+        ("gpt2", {"n_head": 5}, "hidden size 64 is not a multiple of 5"),
+    ],
+)
+def test_bad_configs_are_one_clear_error(case: str, change: dict[str, Any], message: str) -> None:
+    config, variant = config_of(case)
+    with pytest.raises(LogitLockError, match=message):
+        spec_from_config(config | change, variant=variant)
+
+
+def test_qwen2_reads_rope_theta_from_either_place() -> None:
+    config, _ = config_of("qwen2")
+    moved = {k: v for k, v in config.items() if k != "rope_theta"} | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}
+    }
+    assert spec_from_config(moved) == spec_from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((), {"colour": 1}, "spec has an unknown key 'colour'"),
+        (("norm",), {"eps": "x"}, "spec.norm.eps is 'x'; it must be of type float"),
+        (("norm",), {"kind": "batch"}, "spec.norm.kind is 'batch'; it must be one of"),
+        (("attention",), {"heads": True}, "spec.attention.heads is True"),
+        (("rope",), {"dim": 7}, "rope dim 7 must be even"),
+    ],
+)
+def test_specs_reject_what_they_do_not_know(path: tuple[str, ...], value: dict[str, Any], message: str) -> None:
+    data = spec_from_config(config_of("qwen")[0]).to_dict()
+    target = data
+    for key in path:
+        target = target[key]
+    target.update(value)
+    with pytest.raises(LogitLockError, match=message):
+        spec_from_dict(data)
+
+
+def test_missing_keys_are_named() -> None:
+    data = spec_from_config(config_of("qwen")[0]).to_dict()
+    del data["mlp"]["width"]
+    with pytest.raises(LogitLockError, match=r"spec.mlp lacks the key 'width'"):
+        spec_from_dict(data)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_at_most_two_files_and_300_lines(family: str) -> None:
+    files = list(FAMILY_FILES.glob(f"{family}*.py"))
+    assert 1 <= len(files) <= 2
+    assert sum(len(f.read_text().splitlines()) for f in files) <= 300
+
+
+def test_an_error_is_one_printable_line() -> None:
+    assert str(LogitLockError("the tensor a\nb\x1b[31m of 世界")) == "the tensor a\\nb\\x1b[31m of 世界"

@@ -1,0 +1,237 @@
+"""The CPU engine: a bundle's graph on ONNX Runtime, the caches bound in place.
+
+The memory of the cache's torch tensors is bound both as the graph's `past.*` inputs and as the cache outputs; the
+graph writes it by TensorScatter, which ONNX Runtime does in place when both are one buffer.  A step therefore neither
+copies nor allocates anything of the size of the cache.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from refmodels.cache import KVCache, StepInputs
+from refmodels.checkpoints.load import DTYPES
+from refmodels.errors import LogitLockError
+from refmodels.quantization.formats import CODE_TYPES
+from refmodels.recorder import Recorder
+from refmodels.spec import ModelSpec
+from refmodels.taps import is_cache_tap, tap_names, tap_width
+from trt_runtime.bundle import Bundle, read_bundle
+from trt_runtime.engine import Engine
+from trt_runtime.onnxruntime.before_opset_24 import has_tensor_scatter, without_tensor_scatter
+from trt_runtime.onnxruntime.graph_edits import cut_at, inline_and_type, load_graph, promote
+from trt_runtime.onnxruntime.half_precision import HALF_TYPES, compute_in_float
+from trt_runtime.onnxruntime.integer_kernels import SESSION_OPTIONS, cache_as_bytes, use_integer_kernels
+
+# fp8 caches are bound as bytes: ONNX Runtime's kernels do not move fp8 (see `cache_as_bytes`).
+_ELEMENT_TYPES = {
+    torch.float32: 1,
+    torch.float8_e4m3fn: 2,
+    torch.int8: 3,
+    torch.int64: 7,
+    torch.float16: 10,
+    torch.bfloat16: 16,
+}
+_TORCH_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.float8_e4m3fn,
+}
+_BOTH_SESSIONS_BYTES = 2 << 30
+"""Up to this size of weights the tapped and the untapped session stay loaded together."""
+_LOG_SEVERITY = 3
+_WRONG = {"MatMulIntegerToFloatFusion"}
+"""Optimisations of ONNX Runtime 1.31 that change results: this one takes a scale for each token for one of all."""
+_FED = "fed."
+_Mode = Literal["plain", "tapped", "cut"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Binding:
+    """What a session has bound for one cache."""
+
+    io: Any
+    pointers: tuple[int, ...]
+
+
+class _Session:
+    """One ONNX Runtime session and its bindings, one for each cache."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.step_inputs = [i.name for i in session.get_inputs() if not i.name.startswith("past.")]
+        self.outputs = {o.name: _TORCH_TYPES[o.type] for o in session.get_outputs()}
+        self._bindings: weakref.WeakKeyDictionary[KVCache, _Binding] = weakref.WeakKeyDictionary()
+
+    def binding(self, cache: KVCache) -> Any:
+        """The IOBinding with the cache's buffers as inputs and outputs; made anew when the buffers are others."""
+        buffers = (*cache.key, *cache.value)
+        pointers = tuple(t.data_ptr() for t in buffers)
+        known = self._bindings.get(cache)
+        if known is not None and known.pointers == pointers:
+            return known.io
+        io = self.session.io_binding()
+        names = [f"blocks.{i}.{part}" for part in ("key", "value") for i in range(len(cache.key))]
+        for name, tensor in zip(names, buffers, strict=True):
+            bind(io.bind_input, f"past.{name}", tensor)
+            bind(io.bind_output, name, tensor)
+        self._bindings[cache] = _Binding(io, pointers)
+        return io
+
+
+def bind(binder: Any, name: str, tensor: Tensor) -> None:
+    """Bind the memory of a contiguous CPU tensor; the tensor must outlive the run."""
+    binder(name, "cpu", 0, _ELEMENT_TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+
+
+class OnnxRuntimeEngine(Engine):
+    """A bundle on the CPU.
+
+    Args:
+        bundle: a bundle or its directory.
+        emulate_rounding: for fp16 and bf16 bundles: round every node's result to the half type, so that rounding and
+            overflow are those of an engine that really computes in it.  Without it nothing is rounded between nodes
+            but what is stored in the caches; faster.  fp32 bundles are the same in both.
+        threads: of ONNX Runtime; default: torch's.
+    Raises:
+        LogitLockError: as `read_bundle`; a graph that does not fit its bundle.json.
+    """
+
+    def __init__(
+        self, bundle: Bundle | Path | str, *, emulate_rounding: bool = False, threads: int | None = None
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+        info = self.bundle.info
+        self.spec, self.max_positions = self.bundle.spec, info.max_positions
+        self.dtype, self.device = DTYPES[info.precision], torch.device("cpu")
+        self.tap_names = tuple(name for name in tap_names(self.spec) if name in info.taps)
+        self.emulate_rounding = emulate_rounding and info.precision != "fp32"
+        self.threads = torch.get_num_threads() if threads is None else threads
+        if self.threads < 1:
+            raise LogitLockError(f"threads must be at least 1, got {threads}")
+        self.arithmetic = _describe(self.dtype, self.spec, emulated=self.emulate_rounding)
+        self.keep_both_sessions = sum(file.bytes for file in info.files.values()) <= _BOTH_SESSIONS_BYTES
+        self._tap_of = {value: tap for tap, value in info.taps.items()}
+        self._sessions: dict[_Mode, _Session] = {}
+        self._session("plain")
+
+    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        outputs = self._run("plain" if recorder is None else "tapped", plan, cache, {})
+        if recorder is not None:
+            self._deliver(recorder, outputs, plan, cache)
+        return outputs["logits"]
+
+    def run_cut(self, plan: StepInputs, cache: KVCache, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run every module by itself: the graph is cut at every tap but the cache's and goes on with what is fed there.
+
+        Args:
+            plan, cache: as for `run`; the cache is updated.
+            fed: for every tap that is not a cache tensor, [batch, tokens, width].
+        Returns: what the modules made of it, by tap.
+        """
+        cut = {f"{_FED}{self.bundle.info.taps[tap]}": fed[tap] for tap in self.tap_names if not is_cache_tap(tap)}
+        outputs = self._run("cut", plan, cache, cut)
+        return {self._tap_of.get(name, name): tensor for name, tensor in outputs.items()}
+
+    def _run(self, mode: _Mode, plan: StepInputs, cache: KVCache, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        session = self._session(mode)
+        self._check_cache(cache)
+        io = session.binding(cache)
+        # Held until the run is over: ONNX Runtime knows only their addresses.
+        inputs = {name: tensor.contiguous() for name, tensor in {**plan.tensors(), **fed}.items()}
+        for name in session.step_inputs:
+            bind(io.bind_input, name, inputs[name])
+        batch, tokens = plan.input_ids.shape
+        outputs: dict[str, Tensor] = {}
+        for name, dtype in session.outputs.items():
+            tap = self._tap_of.get(name, name)
+            if not is_cache_tap(tap):
+                length = plan.logit_index.shape[1] if tap in ("logits", "final_norm") else tokens
+                outputs[name] = torch.empty(batch, length, tap_width(self.spec, tap), dtype=dtype)
+                bind(io.bind_output, name, outputs[name])
+        session.session.run_with_iobinding(io)
+        cache.advance(plan)
+        return outputs
+
+    def _deliver(self, recorder: Recorder, outputs: dict[str, Tensor], plan: StepInputs, cache: KVCache) -> None:
+        recorder.live_slots = plan.attention_mask.shape[1]
+        for name in self.tap_names:
+            if is_cache_tap(name):
+                _, layer, part = name.split(".")
+                tensor = (cache.key if part == "key" else cache.value)[int(layer)]
+            else:
+                tensor = outputs[self.bundle.info.taps[name]]
+            if recorder(name, tensor) is not tensor:
+                raise LogitLockError(f"the recorder substitutes {name}, which only the reference can do")
+
+    def _check_cache(self, cache: KVCache) -> None:
+        code = self.spec.cache_code
+        dtype = self.dtype if code is None else CODE_TYPES[code]
+        if cache.capacity > self.max_positions or cache.key[0].dtype != dtype or cache.spec != self.spec:
+            raise LogitLockError(
+                f"this cache ({cache.spec.variant}, {cache.key[0].dtype}, {cache.capacity} tokens) is not one of "
+                f"{self.spec.variant} in {dtype} with at most {self.max_positions}; use the engine's new_cache"
+            )
+
+    def _session(self, mode: _Mode) -> _Session:
+        if mode not in self._sessions:
+            if not self.keep_both_sessions:
+                self._sessions.clear()
+            self._sessions[mode] = self._open(mode)
+        return self._sessions[mode]
+
+    def _open(self, mode: _Mode) -> _Session:
+        path, info = self.bundle.model_path, self.bundle.info
+        model = load_graph(path, files=info.files)
+        taps = () if mode == "plain" else tuple(info.taps.values())
+        quantized = self.spec.quantization is not None
+        if info.precision != "fp32" or quantized:
+            model = inline_and_type(model)
+        if mode == "cut":
+            # After the bodies of norms are in place: what a norm makes codes of is one of the values that are fed.
+            cut_at(model, [info.taps[tap] for tap in self.tap_names if not is_cache_tap(tap)], prefix=_FED)
+        if quantized:
+            use_integer_kernels(model, weights_rounded=self.emulate_rounding)
+        if info.precision != "fp32":
+            compute_in_float(model, HALF_TYPES[info.precision], rounded=self.emulate_rounding)
+        promote(model, taps)
+        if quantized:
+            cache_as_bytes(model)
+            # Or ONNX Runtime dequantises weights that nobody reads any more, all of them, before it drops them.
+            passes.RemoveUnusedNodesPass()(model)
+        if not has_tensor_scatter():
+            model = without_tensor_scatter(model)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _LOG_SEVERITY
+        # Spinning threads gain 3 % on idle cores and lose half on shared ones (another process, or torch in this one).
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        for key, value in SESSION_OPTIONS.items() if quantized else ():
+            options.add_session_config_entry(key, value)
+        data = ir.to_proto(model).SerializeToString()
+        providers = ["CPUExecutionProvider"]
+        return _Session(ort.InferenceSession(data, options, providers=providers, disabled_optimizers=_WRONG))
+
+
+def _describe(dtype: torch.dtype, spec: ModelSpec, *, emulated: bool) -> str:
+    name = str(dtype).removeprefix("torch.")
+    codes = "" if spec.quantization is None else f"; {spec.quantization.describe()}"
+    if dtype == torch.float32:
+        return f"ONNX Runtime on the CPU in float32{codes}"
+    if emulated:
+        return f"ONNX Runtime on the CPU, every node computed in float32 and rounded to {name}{codes}"
+    return f"ONNX Runtime on the CPU in float32 with {name} weights and caches; nothing between nodes is rounded{codes}"

@@ -1,0 +1,100 @@
+"""The reference behind the engine interface, and the same model on a GPU with this project's kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from refmodels.cache import KVCache, StepInputs
+from refmodels.errors import LogitLockError
+from refmodels.model import Decoder
+from refmodels.recorder import Recorder, recording
+from refmodels.taps import tap_names
+from trt_runtime.engine import Engine
+from trt_runtime.torch_gpu.convert import fused_decoder
+from trt_runtime.torch_gpu.cuda_graph import StaticDecode
+
+
+def kernels_serve(decoder: Decoder) -> bool:
+    """Whether `TorchEngine` can run this model with kernels, here."""
+    exact = decoder.numerics == "exact" and decoder.dtype != torch.float64
+    return exact and decoder.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+class TorchEngine(Engine):
+    """The reference model as an engine, on the device where it is.
+
+    Args:
+        decoder: the model.
+        max_positions: longest cache; default is the spec's (position tables are made as needed).
+        kernels: run it for speed, on a CUDA GPU: attention, norms and products in the project's kernels, and a CUDA
+            graph for each cache and width of its mask in decode steps.  The decoder's MLP weights then move next to
+            each other, and it must not be moved or cast any more; as a reference it serves as before.
+    Raises:
+        LogitLockError: kernels for a model that they do not serve.
+    """
+
+    def __init__(self, decoder: Decoder, *, max_positions: int | None = None, kernels: bool = False) -> None:
+        self.decoder = decoder.eval()
+        self.spec = decoder.spec
+        self.max_positions = decoder.spec.max_positions if max_positions is None else max_positions
+        self.dtype, self.device = decoder.dtype, decoder.device
+        self.tap_names = tap_names(decoder.spec)
+        name = str(decoder.dtype).removeprefix("torch.")
+        self.arithmetic = f"PyTorch in {name}, {decoder.numerics} numerics"
+        self._static: StaticDecode | None = None
+        if kernels:
+            if not kernels_serve(decoder):
+                raise LogitLockError(
+                    "the kernels serve fp32, fp16 and bf16 models of exact numerics on a CUDA GPU, with the package "
+                    f"triton; this one is in {name}, of {decoder.numerics} numerics, on {decoder.device}"
+                )
+            self._static = StaticDecode(fused_decoder(decoder))
+            self.arithmetic += ", this project's kernels"
+
+    def new_cache(self, *, batch: int, capacity: int) -> KVCache:
+        self.check_capacity(capacity)
+        self._model.prepare_tables(capacity)
+        if self._static is None:
+            return super().new_cache(batch=batch, capacity=capacity)
+        return self._static.new_cache(batch=batch, capacity=capacity)
+
+    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        return self._run(plan, cache, recorder, None)
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        cache: KVCache,
+        attention_mask: Tensor | None = None,
+        *,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """As `Engine.decode`.  With kernels, ids on the GPU stay there: the host does not wait for them, and they are
+        not checked."""
+        if self._static is None or recorder is not None or not input_ids.is_cuda:
+            return super().decode(input_ids, cache, attention_mask, recorder=recorder)
+        ids = input_ids.reshape(-1, 1)
+        mask = None if attention_mask is None else attention_mask.reshape(-1, 1)
+        plan = cache.plan(torch.zeros(ids.shape, dtype=torch.int64), mask, last_logits_only=True)
+        return self._run(plan, cache, None, ids)
+
+    @property
+    def _model(self) -> Decoder:
+        return self.decoder if self._static is None else self._static.model
+
+    def _run(self, plan: StepInputs, cache: KVCache, recorder: Recorder | None, ids: Tensor | None) -> Tensor:
+        if self._static is None:
+            with torch.no_grad(), recording(recorder):
+                return self.decoder.run(plan, cache)
+        from trt_runtime.kernels.torch_host import use_kernels
+
+        with torch.no_grad(), torch.cuda.device(self.device):
+            # A graph hides its tensors, so a recorder gets the same kernels without one.
+            if recorder is None and plan.input_ids.shape[1] == 1:
+                self._model.prepare_tables(cache.capacity)
+                return self._static.run(plan, cache, ids)
+            with recording(recorder), use_kernels():
+                return self._model.run(plan, cache)
