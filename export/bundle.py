@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from export.graph.external_data import DATA_NAME, RANDOM_HASH, WeightWriter, random_parameters
-from export.graph.lowering import Graph, build_graph
+from export.graph.lowering import Graph
+from export.graph.trace import build_graph
 from export.precision_plan import parameters_of, read_plan
 from export.progress import Progress
 from export.quantization.calibrate import quantize_model
@@ -88,7 +89,7 @@ def export_model(
             into the bundle.
         dtype: with a scheme, of all that is not quantised; None: fp16.
         quantize: how, if not by the scheme's defaults; its `scheme` is `precision`, or None to quantise the cache only.
-        attention, numerics: see `export.graph.lowering.build_graph`.
+        attention, numerics: see `export.graph.trace.build_graph`.
         backend: what else is built: nothing ("onnxruntime") or a TensorRT plan.
         output: the bundle's directory, missing or empty; None: `default_output`.
         max_batch, max_input, max_seq, workspace, optimization_level, compute_capabilities: see

@@ -51,7 +51,7 @@ COMPANION_FILES = (
 )
 """What lies beside config.json and the weights, and belongs into a bundle or a copy of a model."""
 
-TOYS = Path(__file__).parent / "toys"
+TOYS = Path(__file__).parents[1] / "toys"
 _PREFIXES = ("transformer.", "model.")
 _TIED_HEAD = "lm_head.weight"
 _NORMALIZE_ROWS = 4096

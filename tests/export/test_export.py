@@ -28,7 +28,7 @@ from export.__main__ import app
 from export.bundle import default_output, export_model
 from export.graph.external_data import WeightWriter
 from export.graph.functions import ELEMENT_TYPES, attention_inputs, make_functions
-from export.graph.lowering import build_graph
+from export.graph.trace import build_graph
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoints.load import DTYPES, ModelSource
 from refmodels.errors import LogitLockError

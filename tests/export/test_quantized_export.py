@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from export.bundle import export_model
 from export.graph.external_data import WeightWriter, random_parameters
 from export.graph.functions import make_functions
-from export.graph.lowering import build_graph
 from export.graph.quantized_rules import check_quantization
+from export.graph.trace import build_graph
 from export.tensorrt.options import BuildOptions
 from refmodels.checkpoints.load import DTYPES, ModelSource, empty_decoder
 from refmodels.errors import LogitLockError

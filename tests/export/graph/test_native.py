@@ -17,7 +17,7 @@ from torch import Tensor
 
 import refmodels
 from export.bundle import export_model
-from export.graph.lowering import build_graph
+from export.graph.trace import build_graph
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoints.load import DTYPES
 from refmodels.recorder import Recorder, recording

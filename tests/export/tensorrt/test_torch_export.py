@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import refmodels
-from export.graph.lowering import build_graph
+from export.graph.trace import build_graph
 from refmodels.errors import LogitLockError
 from refmodels.ops import fused_rms_norm
 from refmodels.spec import ModelSpec

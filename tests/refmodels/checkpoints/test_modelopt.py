@@ -18,7 +18,7 @@ import refmodels
 from debug.comparison.code_flips import CodeFlips
 from debug.sides import diff_bundle
 from export.bundle import export_model
-from export.graph.lowering import build_graph
+from export.graph.trace import build_graph
 from export.quantization.calibrate import quantize_model
 from export.quantization.data import CalibrationData
 from export.quantization.method import MethodOptions

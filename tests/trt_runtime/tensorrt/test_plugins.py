@@ -19,7 +19,7 @@ import torch
 from onnx import TensorProto, helper
 
 from export.graph.functions import ELEMENT_TYPES, attention_inputs
-from export.graph.lowering import build_graph
+from export.graph.trace import build_graph
 from refmodels.checkpoints.load import DTYPES, empty_decoder
 from refmodels.errors import LogitLockError
 from tests.support.goldens import case_source

@@ -22,7 +22,7 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from export.graph.lowering import build_graph
+from export.graph.trace import build_graph
 from refmodels.checkpoints.load import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.ops import cached_attention, fused_rms_norm

@@ -1,0 +1,208 @@
+"""How each operation of the trace is written in ONNX: one rule per module class or function, in one table."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from torch import fx, nn
+
+from export.graph import quantized_rules
+from export.graph.function_text import CODE_ELEMENTS, DOMAIN
+from export.graph.functions import CACHE_SCALES, attention_inputs, inline
+from export.graph.lowering import Lowering, Rule, tap_of
+from refmodels.model import gelu_new
+from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
+from refmodels.quantization.formats import LIMITS
+from refmodels.quantization.linear import QuantizedLinear
+from refmodels.recorder import tap
+from refmodels.taps import tap_shape
+
+_POSITION_INPUTS = ("cos", "sin", "query_scale", "alibi_slopes")
+
+
+def embedding_module(graph: Lowering, node: fx.Node) -> None:
+    name = f"{node.target}.weight"
+    graph.parameters[name] = "plain"
+    graph.emit("Gather", [name, graph.arg(node, 0, "input")], graph.define(node, "rows"), axis=0)
+
+
+def linear(graph: Lowering, node: fx.Node) -> None:
+    module = graph.decoder.get_submodule(str(node.target))
+    assert isinstance(module, nn.Linear)
+    weight = f"{node.target}.weight"
+    owner = graph.owners[id(module.weight)]
+    if owner == weight:
+        graph.parameters[weight] = "transposed"
+    else:
+        graph.emit("Transpose", [owner], weight, perm=[1, 0])
+    output = graph.define(node, "linear")
+    bias = None if module.bias is None else f"{node.target}.bias"
+    if bias is not None:
+        graph.parameters[bias] = "plain"
+
+    def product(x: str, y: str) -> None:
+        graph.emit("MatMul", [x, weight], y if bias is None else f"{y}.product")
+        if bias is not None:
+            graph.emit("Add", [f"{y}.product", bias], y)
+
+    apply = graph.wide if output in graph.float32 else lambda op, x, y: op(x, y)
+    apply(product, graph.arg(node, 0, "input"), output)
+
+
+def layer_norm(graph: Lowering, node: fx.Node) -> None:
+    module = graph.decoder.get_submodule(str(node.target))
+    assert isinstance(module, nn.LayerNorm)
+    inputs = [graph.arg(node, 0, "input"), f"{node.target}.weight", f"{node.target}.bias"]
+    graph.parameters |= dict.fromkeys(inputs[1:], "plain")
+    graph.emit("LayerNormalization", inputs, graph.define(node, "norm"), axis=-1, epsilon=module.eps, stash_type=1)
+
+
+def rms_norm(graph: Lowering, node: fx.Node) -> None:
+    output = graph.define(node, "norm")
+    inputs, outputs = [graph.arg(node, 0, "x"), graph.arg(node, 1, "weight")], [output]
+    attributes: dict[str, Any] = {
+        "epsilon": node.kwargs["eps"],
+        "weight_in_float": int(bool(node.kwargs["weight_in_float"])),
+    }
+    code = quantized_rules.norm_code(graph.decoder, node)
+    if code is not None:
+        graph.coded[output] = f"{output}.codes", f"{output}.scales"
+        outputs += graph.coded[output]
+        attributes |= {"code": CODE_ELEMENTS[code], "limit": LIMITS[code]}
+    op = "FusedRmsNorm" if code is None else "FusedRmsNormQuant"
+    graph.call(op, inputs, outputs, name=output, **attributes)
+
+
+def attention(graph: Lowering, node: fx.Node) -> None:
+    names = ("qkv", "past_key", "past_value", "cache_lengths", "visible", *_POSITION_INPUTS)
+    arguments = [*zip(names, node.args, strict=True), *((n, node.kwargs[n]) for n in CACHE_SCALES)]
+    given = {n: graph.values[a] for n, a in arguments if isinstance(a, fx.Node)}
+    expected = attention_inputs(graph.spec)
+    assert tuple(given) == expected, f"cached_attention was traced with {tuple(given)}, the spec has {expected}"
+    outputs: dict[int, fx.Node] = {u.args[1]: u for u in node.users}  # type: ignore[misc]
+    context = tap_of(outputs[0])
+    assert context is not None
+    named = [graph.define(outputs[i], label) for i, label in enumerate(("context", "key", "value"))]
+    rope, kwargs = graph.spec.rope, node.kwargs
+    graph.call(
+        "CachedAttention",
+        given.values(),
+        named,
+        name=context.removesuffix(".context"),
+        heads=kwargs["heads"],
+        kv_heads=kwargs["kv_heads"],
+        scale=kwargs["scale"],
+        rotary_dim=0 if rope is None else rope.dim,
+        rotary_interleaved=int(bool(kwargs["rotary_interleaved"])),
+        window=kwargs["window"],
+        has_query_scale=int("query_scale" in given),
+        has_alibi=int("alibi_slopes" in given),
+    )
+
+
+def getitem(graph: Lowering, node: fx.Node) -> None:
+    if node in graph.values:  # an output of cached_attention, named there
+        return
+    source, index = node.args
+    assert isinstance(source, fx.Node)
+    if source.op == "placeholder":
+        name = f"past.blocks.{index}.{str(source.target).removeprefix('past_')}"
+        graph.add_input(name, graph.cache_dtype, tap_shape(graph.spec, name))
+        graph.values[node] = name
+    elif index == (slice(None), None):
+        name = graph.define(node, f"{graph.values[source]}.column")
+        graph.emit("Unsqueeze", [graph.values[source], graph.constant(f"{name}.axis", [1])], name)
+    else:
+        raise TypeError(f"the exporter has no rule for {node.format_node()}")
+
+
+def squeeze(graph: Lowering, node: fx.Node) -> None:
+    name = graph.define(node, "squeezed")
+    axis = node.args[1]
+    assert isinstance(axis, int)
+    graph.emit("Squeeze", [graph.arg(node, 0, "self"), graph.constant(f"{name}.axis", [axis])], name)
+
+
+def tapped(graph: Lowering, node: fx.Node) -> None:
+    graph.values[node] = graph.arg(node, 1, "tensor")
+
+
+def lower_rope_rows(graph: Lowering, node: fx.Node) -> None:
+    name = graph.define(node, "rope_rows")
+    positions = node.args[2]
+    assert isinstance(positions, int)
+    column, offset = f"{name}.table", f"{name}.offset"
+    graph.emit("Unsqueeze", [graph.arg(node, 1, "ntk_table"), graph.constant(f"{name}.axis", [1])], column)
+    graph.emit("Mul", [column, graph.constant(f"{name}.positions", positions)], offset)
+    graph.emit("Add", [graph.arg(node, 0, "position_ids"), offset], name)
+
+
+def lower_select_tokens(graph: Lowering, node: fx.Node) -> None:
+    name = graph.define(node, "selected")
+    column = f"{name}.index"
+    graph.emit("Unsqueeze", [graph.arg(node, 1, "index"), graph.constant(f"{name}.axis", [-1])], column)
+    graph.emit("GatherND", [graph.arg(node, 0, "x"), column], name, batch_dims=1)
+
+
+def table_rows(graph: Lowering, node: fx.Node) -> None:
+    table = graph.arg(node, 1, "weight")
+    graph.emit("Gather", [table, graph.arg(node, 0, "input")], graph.define(node, f"{table}.rows"), axis=0)
+
+
+def to_bool(graph: Lowering, node: fx.Node) -> None:
+    graph.emit("Cast", [graph.arg(node, 0, "self")], graph.define(node, "visible"), to=TensorProto.BOOL)
+
+
+def binary(graph: Lowering, op: str, node: fx.Node) -> None:
+    name = graph.define(node, op.lower())
+    graph.emit(op, [graph.arg(node, 0, "input"), graph.arg(node, 1, "other")], name)
+
+
+def silu(graph: Lowering, node: fx.Node) -> None:
+    def body(x: str, output: str) -> None:
+        graph.emit("Mul", [x, graph.emit("Sigmoid", [x], f"{output}.sigmoid")], output)
+
+    graph.wide(body, graph.arg(node, 0, "input"), graph.define(node, "silu"))
+
+
+def gelu(graph: Lowering, node: fx.Node) -> None:
+    approximate = node.kwargs["approximate"]
+    output = graph.define(node, "gelu")
+    graph.wide(lambda x, y: graph.emit("Gelu", [x], y, approximate=approximate), graph.arg(node, 0, "input"), output)
+
+
+def relu(graph: Lowering, node: fx.Node) -> None:
+    graph.emit("Relu", [graph.arg(node, 0, "input")], graph.define(node, "relu"))
+
+
+def lower_gelu_new(graph: Lowering, node: fx.Node) -> None:
+    output = graph.define(node, "gelu")
+    call = helper.make_node("GeluNew", [graph.arg(node, 0, "x")], [output], name=output, domain=DOMAIN)
+    graph.nodes += inline(graph.functions["GeluNew"], call)
+
+
+RULES: Mapping[Any, Rule] = {
+    nn.Embedding: embedding_module,
+    nn.Linear: linear,
+    QuantizedLinear: quantized_rules.lower,
+    nn.LayerNorm: layer_norm,
+    fused_rms_norm: rms_norm,
+    cached_attention: attention,
+    tap: tapped,
+    rope_rows: lower_rope_rows,
+    select_tokens: lower_select_tokens,
+    gelu_new: lower_gelu_new,
+    operator.getitem: getitem,
+    operator.add: lambda graph, node: binary(graph, "Add", node),
+    operator.mul: lambda graph, node: binary(graph, "Mul", node),
+    "squeeze": squeeze,
+    "bool": to_bool,
+    F.embedding: table_rows,
+    F.silu: silu,
+    F.gelu: gelu,
+    F.relu: relu,
+}
