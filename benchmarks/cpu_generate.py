@@ -112,7 +112,7 @@ def _engine(model: Path, bundle: Path, threads: int) -> Any:
 
 
 def _ours(engine: Any) -> Any:
-    from trt_runtime.generate import GenerationConfig, generate
+    from trt_runtime.generation import GenerationConfig, generate
 
     def run(prompt: list[int], count: int) -> list[int]:
         return generate(engine, None, [prompt], GenerationConfig(max_new_tokens=count))[0].token_ids

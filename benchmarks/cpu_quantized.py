@@ -1,7 +1,7 @@
-"""Speed of quantised bundles on the CPU engine: `python benchmarks/cpu_quantized.py [--rounds N]`.
+"""Speed of quantized bundles on the CPU engine: `python benchmarks/cpu_quantized.py [--rounds N]`.
 
-The Qwen2 of about 200 M parameters of benchmarks/cpu_generate.py, random, is exported in fp32 and in quantised
-formats; all linear layers are quantised, the head too.  Every bundle runs in a process of its own, with the same number
+The Qwen2 of about 200 M parameters of benchmarks/cpu_generate.py, random, is exported in fp32 and in quantized
+formats; all linear layers are quantized, the head too.  Every bundle runs in a process of its own, with the same number
 of threads, one after another in each round: a prefill of 128 tokens and 64 decode steps after it.  Ratios are medians
 over rounds of the quotient within a round, because the speed of shared machines drifts.  Results go to
 benchmarks/results/cpu_quantized.json; exit code 1 if a goal is missed.
@@ -27,7 +27,7 @@ from cpu_generate import PROMPT, ROOT, STEPS, _processor, _versions, bandwidth, 
 
 RESULT = ROOT / "benchmarks" / "results" / "cpu_quantized.json"
 BASE = "fp32"
-# By name: weight, group, input scale (None: the input is not quantised), cache.
+# By name: weight, group, input scale (None: the input is not quantized), cache.
 FORMATS: dict[str, tuple[str | None, int | None, str | None, str | None]] = {
     BASE: (None, None, None, None),
     "int8, int8 inputs by token": ("int8", None, "token", None),
@@ -65,7 +65,7 @@ def work(bundle: Path, threads: int) -> None:
     """A worker: loads, then for each line on stdin prints times and peak memory as a line of JSON."""
     import torch
 
-    from trt_runtime.generate import GenerationConfig, generate
+    from trt_runtime.generation import GenerationConfig, generate
     from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 
     torch.set_num_threads(threads)

@@ -1,10 +1,10 @@
-"""What each scheme of quantisation costs the toys: task accuracy, KL and top-1 against their fp32 bundles.
+"""What each scheme of quantization costs the toys: task accuracy, KL and top-1 against their fp32 bundles.
 
 python benchmarks/fidelity.py                       # all toys and schemes into results/fidelity.json
 python benchmarks/fidelity.py --toys qwen --limit 100 --output /tmp/fidelity.json
 
 Every scheme becomes a bundle, as `logitlock export` makes it with the bundled tasks as calibration data, and the bundle
-is what is measured, on ONNX Runtime.  All that is not quantised stays in fp32, so that what is seen is the scheme's; it
+is what is measured, on ONNX Runtime.  All that is not quantized stays in fp32, so that what is seen is the scheme's; it
 is compared with the fp32 bundle, which runs several times as fast as the fp64 reference and is measured against that
 as well (`baseline_kl`).
 The file is written after each toy, and toys that are not named keep what it says of them.
@@ -52,7 +52,7 @@ SCHEMES: dict[str, str | QuantizeOptions] = {
     "KV cache int8": QuantizeOptions(scheme=None, cache="int8"),
     "KV cache fp8": QuantizeOptions(scheme=None, cache="fp8"),
 }
-"""A dtype, or how the model is quantised."""
+"""A dtype, or how the model is quantized."""
 
 
 def export_scheme(toy: str, scheme: str | QuantizeOptions, output: Path) -> Path:

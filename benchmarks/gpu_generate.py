@@ -1,7 +1,7 @@
 """Generation on one GPU against transformers: `python benchmarks/gpu_generate.py [--model qwen-7b|chatglm2-6b]`.
 
 Random fp16 weights in the shapes of Qwen-7B and ChatGLM2-6B, prompts of 128 random tokens, greedy.  Ours is
-`trt_runtime.generate` on `TorchEngine(kernels=True)`; theirs is `generate` of the stock architecture of the same
+`trt_runtime.generation` on `TorchEngine(kernels=True)`; theirs is `generate` of the stock architecture of the same
 sizes (Qwen2ForCausalLM; GlmForCausalLM, which has ChatGLM2's partial interleaved rotation and 2 kv heads), eager and
 with `cache_implementation="static"`, which compiles the decode step.  All in one process, one after another.
 
@@ -38,7 +38,7 @@ from refmodels.checkpoints.load import empty_decoder  # noqa: E402
 from refmodels.families import spec_from_config  # noqa: E402
 from refmodels.model import Decoder  # noqa: E402
 from refmodels.spec import ModelSpec  # noqa: E402
-from trt_runtime.generate import GenerationConfig, generate  # noqa: E402
+from trt_runtime.generation import GenerationConfig, generate  # noqa: E402
 from trt_runtime.torch_gpu.engine import TorchEngine  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -1,12 +1,12 @@
-"""Quantised layers on one GPU against fp16, in one run: `python benchmarks/gpu_quantized.py`.
+"""Quantized layers on one GPU against fp16, in one run: `python benchmarks/gpu_quantized.py`.
 
 The shapes of Qwen-7B, random codes.  Baselines are this project's own fp16 modules, in the same process: `gemv` at one
 token, cuBLAS for more.
 
 products   weight-only layers at 1 and 16 tokens: microseconds of a product that reads its weights from memory (a CUDA
            graph over so many different ones that L2 does not matter).
-codes      layers whose inputs are quantised too (int8, fp8), at 64 tokens and more: the product alone, and with the
-           quantisation of its input; gate and up with silu and product, out and down with the residual.
+codes      layers whose inputs are quantized too (int8, fp8), at 64 tokens and more: the product alone, and with the
+           quantization of its input; gate and up with silu and product, out and down with the residual.
 decode     whole decode steps of one row by `TorchEngine(kernels=True)`: `generate` of 128 tokens after 128 (as
            benchmarks/gpu_generate.py), and steps in a loop; of int4 also with a launch for every product.
 batches    the same, of 64 rows.
@@ -52,7 +52,7 @@ from refmodels.model import Decoder  # noqa: E402
 from refmodels.quantization.formats import LinearFormat, group_formats  # noqa: E402
 from refmodels.quantization.linear import QuantizedLinear  # noqa: E402
 from refmodels.spec import ModelSpec, linear_modules  # noqa: E402
-from trt_runtime.generate import GenerationConfig, generate  # noqa: E402
+from trt_runtime.generation import GenerationConfig, generate  # noqa: E402
 from trt_runtime.torch_gpu import convert  # noqa: E402
 from trt_runtime.torch_gpu.engine import TorchEngine  # noqa: E402
 from trt_runtime.torch_gpu.linear import Projection  # noqa: E402
@@ -176,22 +176,22 @@ def codes() -> dict[str, Any]:
             few = slice(None) if tokens < 1024 else slice(2)
             row["fp16"][tokens] = fp16 = microseconds(baseline[few], functools.partial(_call, x=x, residual=onto))
             for code, modules in made.items():
-                quantised = modules[0]._quantized(x, tokens)
+                quantized = modules[0]._quantized(x, tokens)
                 alone = microseconds(
-                    modules[few], functools.partial(_codes_only, quantised=quantised, x=x, residual=onto)
+                    modules[few], functools.partial(_codes_only, quantized=quantized, x=x, residual=onto)
                 )
                 whole = microseconds(modules[few], functools.partial(_call, x=x, residual=onto))
                 row.setdefault(code, {})[tokens] = {
                     "us": alone,
-                    "with_quantising_us": whole,
+                    "with_quantizing_us": whole,
                     "ratio": fp16 / alone,
-                    "ratio_with_quantising": fp16 / whole,
+                    "ratio_with_quantizing": fp16 / whole,
                 }
         found[name] = row
         line = " ".join(
             f"{t}: {row['fp16'][t]:.1f}"
             + "".join(
-                f" {c} {row[c][t]['us']:.1f} ({row[c][t]['ratio']:.2f}x, {row[c][t]['ratio_with_quantising']:.2f}x)"
+                f" {c} {row[c][t]['us']:.1f} ({row[c][t]['ratio']:.2f}x, {row[c][t]['ratio_with_quantizing']:.2f}x)"
                 for c in CODED
             )
             for t in MANY
@@ -205,18 +205,18 @@ def codes() -> dict[str, Any]:
             fp16 = sum(found[name]["fp16"][tokens] for name in SHAPES)
             ratios[tokens] = {
                 "ratio": fp16 / sum(found[name][code][tokens]["us"] for name in SHAPES),
-                "ratio_with_quantising": fp16 / sum(found[name][code][tokens]["with_quantising_us"] for name in SHAPES),
+                "ratio_with_quantizing": fp16 / sum(found[name][code][tokens]["with_quantizing_us"] for name in SHAPES),
             }
         found[f"a block, {code}"] = ratios
         print(
             f"a block, {code}: "
-            + " ".join(f"{t}: {r['ratio']:.2f}x ({r['ratio_with_quantising']:.2f}x)" for t, r in ratios.items())
+            + " ".join(f"{t}: {r['ratio']:.2f}x ({r['ratio_with_quantizing']:.2f}x)" for t, r in ratios.items())
         )
     return found
 
 
-def _codes_only(module: Any, *, quantised: tuple[Tensor, Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
-    y: Tensor = module._product_of_codes(*quantised, x, residual)
+def _codes_only(module: Any, *, quantized: tuple[Tensor, Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
+    y: Tensor = module._product_of_codes(*quantized, x, residual)
     return y
 
 

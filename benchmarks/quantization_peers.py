@@ -1,4 +1,4 @@
-"""Our quantisation methods against published implementations, on the same weights and inputs.
+"""Our quantization methods against published implementations, on the same weights and inputs.
 
     python benchmarks/quantization_peers.py            # writes benchmarks/results/quantization_peers.json
     python benchmarks/quantization_peers.py --time     # a Qwen-7B layer on a GPU: results/quantization_time.json
@@ -276,7 +276,7 @@ def compressed_tensors_codes(linear: LinearFormat) -> Callable[[Layer], dict[str
         return {
             "same": float((codes == ours.codes).float().mean()),
             "same_after_packing": float((back == ours.codes).float().mean()),
-            "same_dequantised": float((floats == ours.dequantized()).float().mean()),
+            "same_dequantized": float((floats == ours.dequantized()).float().mean()),
         }
 
     return run
@@ -322,7 +322,7 @@ PEERS: tuple[tuple[str, str, str, Callable[[], Callable[[Layer], dict[str, float
 )
 
 
-def summarised(values: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+def summarized(values: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     return {
         key: {
             "min": min(found),
@@ -345,7 +345,7 @@ def peers() -> None:
             print(f"{package} {what}: left out ({error})")
             continue
         row = {"package": package, "version": version, "what": what, "format": kind, "layers": len(layers)}
-        rows.append(row | {"results": summarised([run(layer) for layer in layers])})
+        rows.append(row | {"results": summarized([run(layer) for layer in layers])})
         print(json.dumps(rows[-1]), flush=True)
     data = {
         "command": "python benchmarks/quantization_peers.py",

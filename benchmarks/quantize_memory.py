@@ -1,7 +1,7 @@
-"""Peak memory and time of quantising a random Qwen2 of 270 M parameters: `python benchmarks/quantize_memory.py`.
+"""Peak memory and time of quantizing a random Qwen2 of 270 M parameters: `python benchmarks/quantize_memory.py`.
 
 Every run is a process of its own.  "extra" is the peak resident memory above the baseline (all imported and a tiny
-model quantised).  The goal is the size of the model and of one layer's activations: the model in fp32, and the residual
+model quantized).  The goal is the size of the model and of one layer's activations: the model in fp32, and the residual
 stream and the widest activation of all calibration tokens in fp32.  Exit code 1 if a run is over it.  Results go to
 benchmarks/results/quantize_memory.json.
 """
@@ -28,7 +28,7 @@ SCHEMES = ("int8", "int4-awq", "int4-gptq", "smoothquant")
 
 
 def measure(directory: Path, tiny: Path, scheme: str) -> dict[str, Any]:
-    """Quantise in this process and say what it took."""
+    """Quantize in this process and say what it took."""
     import torch
 
     import refmodels

@@ -214,13 +214,13 @@ GOALS = {
 def fidelity(data: dict[str, Any]) -> Iterator[str]:
     settings, toys = data["settings"], data["toys"]
     names = list(next(iter(toys.values()))["schemes"])
-    yield "## Fidelity of the schemes of quantisation"
+    yield "## Fidelity of the schemes of quantization"
     yield (
         f"The bundled toys, up to {settings['limit']} held-out examples a task (the finite tasks whole), against their "
         "fp32 bundles on the same examples: points of accuracy lost as the mean over the eight tasks, with its "
         f"interval of 95 %, and KL in nats and top-1 over every token of {settings['compared']} examples a task. KL "
         f"of the fp32 bundles to the fp64 reference is at most {max(t['baseline_kl'] for t in toys.values()):.0e}. "
-        "What is not quantised is fp32; embedding and head are not quantised. Bundles on ONNX Runtime "
+        "What is not quantized is fp32; embedding and head are not quantized. Bundles on ONNX Runtime "
         f"{data['versions']['onnxruntime']}; `{data['command']}`."
     )
     rows = []

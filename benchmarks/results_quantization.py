@@ -1,4 +1,4 @@
-"""The sections of RESULTS.md on quantisation: speed, what it costs to quantise, other implementations."""
+"""The sections of RESULTS.md on quantization: speed, what it costs to quantize, other implementations."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from results_table import table
 
 
 def on_the_cpu(data: dict[str, Any]) -> Iterator[str]:
-    yield "## Quantised bundles on the CPU"
+    yield "## Quantized bundles on the CPU"
     yield (
-        "A random Qwen2 of 200 M parameters, every layer and the head quantised, on ONNX Runtime with 2 threads. "
+        "A random Qwen2 of 200 M parameters, every layer and the head quantized, on ONNX Runtime with 2 threads. "
         "Decode is 64 tokens after a prompt of 128; all in one run, in turns, as a ratio to the fp32 bundle (the "
         "median of the rounds). The goals are 3 × at int8 and 4 × at int4. `python benchmarks/cpu_quantized.py`."
     )
@@ -33,13 +33,13 @@ def on_the_cpu(data: dict[str, Any]) -> Iterator[str]:
         ),
     )
     yield (
-        "Weight-only int8 has no fast kernel on the CPU (MatMulNBits without int8 inputs dequantises the whole matrix "
+        "Weight-only int8 has no fast kernel on the CPU (MatMulNBits without int8 inputs dequantizes the whole matrix "
         "in every call), so that it runs as fp32; what is fast multiplies int8 by int8, and so does the reference."
     )
 
 
 def on_a_gpu(data: dict[str, Any]) -> Iterator[str]:
-    yield "## Quantised layers on a GPU"
+    yield "## Quantized layers on a GPU"
     yield (
         "The shapes of Qwen-7B with random codes, fp16; every table in one run with this project's own fp16. "
         "`python benchmarks/gpu_quantized.py`."
@@ -55,19 +55,19 @@ def on_a_gpu(data: dict[str, Any]) -> Iterator[str]:
     yield table(_STEP_COLUMNS, _steps(batches["rows"]))
     yield (
         "Products of int8 or fp8 inputs with int8 or fp8 weights, in microseconds, with silu and product in gate and "
-        "up, with the residual in out and down. Ratios to fp16: of the product, and with the quantising of its input, "
+        "up, with the residual in out and down. Ratios to fp16: of the product, and with the quantizing of its input, "
         "which only out and down need in a model (the norm's kernel makes the codes of the others). The goal is 1.5 × "
         f"for the products of a block; {_machine(codes)}."
     )
     rows = codes["rows"]
     yield table(
-        ("product", "tokens", "fp16", "int8", "×", "× with quantising", "fp8", "×", "× with quantising"),
+        ("product", "tokens", "fp16", "int8", "×", "× with quantizing", "fp8", "×", "× with quantizing"),
         (_coded(name, tokens, rows) for name in _products(rows) for tokens in rows[name]["fp16"]),
     )
     yield table(
-        ("a block", "tokens", "×", "× with quantising"),
+        ("a block", "tokens", "×", "× with quantizing"),
         (
-            (name.removeprefix("a block, "), tokens, f"{row['ratio']:.2f}", f"{row['ratio_with_quantising']:.2f}")
+            (name.removeprefix("a block, "), tokens, f"{row['ratio']:.2f}", f"{row['ratio_with_quantizing']:.2f}")
             for name, ratios in rows.items()
             if name.startswith("a block")
             for tokens, row in ratios.items()
@@ -118,12 +118,12 @@ def _coded(name: str, tokens: str, codes: dict[str, Any]) -> tuple[str, ...]:
     cells = [name, tokens, f"{entry['fp16'][tokens]:.1f}"]
     for code in ("int8", "fp8"):
         row = entry[code][tokens]
-        cells += [f"{row['us']:.1f}", f"{row['ratio']:.2f}", f"{row['ratio_with_quantising']:.2f}"]
+        cells += [f"{row['us']:.1f}", f"{row['ratio']:.2f}", f"{row['ratio_with_quantizing']:.2f}"]
     return tuple(cells)
 
 
 def seconds_a_layer(data: dict[str, Any]) -> Iterator[str]:
-    yield "## Quantising a layer of Qwen-7B on a GPU"
+    yield "## Quantizing a layer of Qwen-7B on a GPU"
     yield (
         f"One layer's weights in groups of {data['group']}, on an {data['gpu']}, torch {data['torch']}; seconds. The "
         f"Hessian is that of 8192 tokens. `{data['command']}`."
@@ -145,7 +145,7 @@ def seconds_a_layer(data: dict[str, Any]) -> Iterator[str]:
 
 def memory(data: dict[str, Any]) -> Iterator[str]:
     settings = data["settings"]
-    yield "## Memory of quantising"
+    yield "## Memory of quantizing"
     yield (
         f"A random Qwen2 of {settings['layers']} layers of {settings['hidden']}, {settings['rows']} rows of "
         f"{settings['tokens']} tokens, 2 threads: peak memory above the imports, against the size of the model in fp32 "

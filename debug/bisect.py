@@ -117,7 +117,7 @@ def bisect(
     """
     if source.spec.quantization is not None:
         raise LogitLockError(
-            f"{source.name} is quantised; bisect finds layers of a half-precision engine, `logitlock quantize` reports "
+            f"{source.name} is quantized; bisect finds layers of a half-precision engine, `logitlock quantize` reports "
             "the error of every layer"
         )
     if precision == "fp32":

@@ -153,7 +153,7 @@ def diff(
     ] = False,
     floats: Annotated[
         bool,
-        typer.Option("--floats", help="Judge a quantised bundle by the model before: what its codes cost."),
+        typer.Option("--floats", help="Judge a quantized bundle by the model before: what its codes cost."),
     ] = False,
     every_tap: Annotated[bool, typer.Option("--every-tap", help="Show all taps, not only the worst.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a report that works offline.")] = None,

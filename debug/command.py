@@ -46,7 +46,7 @@ VERBS = {
     "quantize": Verb(
         "export.quantization.cli",
         "quantize",
-        "Quantise a model into a checkpoint that export, diff, eval and other programs read.",
+        "Quantize a model into a checkpoint that export, diff, eval and other programs read.",
     ),
     "generate": Verb("trt_runtime.cli", "generate", "Generate text with the reference or with an engine."),
     "verify": Verb("debug.cli", "verify", "Compare the reference with what the upstream code computed."),

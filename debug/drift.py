@@ -120,8 +120,8 @@ def drift(
             if reset:
                 cache = engine.new_cache(batch=len(ids), capacity=ids.shape[1])
                 # Dynamic NTK is chosen by the prompt, not by what has been generated since.
-                plan = cache.plan(ids, mask, prompt_lengths=prompts.mask.sum(1), last_logits_only=True)
-                again = _last(engine.run(plan, cache))
+                inputs = cache.next_step(ids, mask, prompt_lengths=prompts.mask.sum(1), last_logits_only=True)
+                again = _last(engine.run(inputs, cache))
             found.append(_step(step, runs, logits, again))
             if step < steps:
                 token = logits["truth"].argmax(-1)

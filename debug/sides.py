@@ -65,7 +65,7 @@ class Side:
 
     cuts: dict[str, float] = field(default_factory=dict)
     folded: Mapping[str, Tensor] | None = None
-    """With the model before quantisation as the reference: the scales that were folded into the weights."""
+    """With the model before quantization as the reference: the scales that were folded into the weights."""
 
     def capture(self, prompts: Prompts, steps: int, tokens: Tensor | None = None) -> Capture:
         if self.trace is not None:
@@ -163,7 +163,7 @@ def diff_sides(
         name_map: which values of an ONNX file are which taps.
         trust_remote_code: run the Python code of a Hugging Face directory.
         cut: also run the modules of bundles on the reference's tensors (see `debug.comparison.cut`).
-        floats: judge quantised bundles by the model before quantisation (see `debug.executors.before_quantization`).
+        floats: judge quantized bundles by the model before quantization (see `debug.executors.before_quantization`).
     Raises:
         LogitLockError: a side that cannot be opened, sides of different models, prompts that do not fit.
     """
@@ -332,9 +332,9 @@ def _same_model(text: str, spec: ModelSpec, source: ModelSource) -> None:
         return
     if replace(spec, quantization=None) == replace(source.spec, quantization=None):
         facts = (s.quantization for s in (spec, source.spec))
-        theirs, ours = ("not quantised" if q is None else q.describe() for q in facts)
+        theirs, ours = ("not quantized" if q is None else q.describe() for q in facts)
         raise LogitLockError(
-            f"{text} is quantised otherwise than {source.name} ({theirs}; the model: {ours}); name with --model the "
+            f"{text} is quantized otherwise than {source.name} ({theirs}; the model: {ours}); name with --model the "
             "checkpoint that it was made of"
         )
     differing = spec_difference(source.spec, spec)
@@ -461,7 +461,7 @@ def _stop_ids(directory: Path, source: ModelSource) -> list[int]:
 
 def _between(expected: Capture, actual: Capture) -> Between:
     """Side b (`actual`) against side a, tap by tap over all real tokens."""
-    real = actual.whole().plan.new_mask
+    real = actual.whole().inputs.new_mask
     logits = LogitComparison()
     left, right = (torch.cat(list(c.untapped), 1) for c in (expected, actual))
     logits.add(left[real], left[real], right[real], right[real])

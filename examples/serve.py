@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from refmodels.checkpoints.load import tokenizer_in
 from refmodels.text.prompts import stop_ids_in
-from trt_runtime.generate import GenerationConfig, generate
+from trt_runtime.generation import GenerationConfig, generate
 from trt_runtime.open import open_engine
 
 

@@ -85,10 +85,10 @@ def export_model(
     Args:
         model: as for `refmodels.checkpoints.load.resolve`, or its result.
         precision: fp32, fp16 or bf16: dtype of weights, activations and cache; or a scheme of
-            `export.quantization.schemes.SCHEMES`: the model is quantised first, and the quantised checkpoint is put
+            `export.quantization.schemes.SCHEMES`: the model is quantized first, and the quantized checkpoint is put
             into the bundle.
-        dtype: with a scheme, of all that is not quantised; None: fp16.
-        quantize: how, if not by the scheme's defaults; its `scheme` is `precision`, or None to quantise the cache only.
+        dtype: with a scheme, of all that is not quantized; None: fp16.
+        quantize: how, if not by the scheme's defaults; its `scheme` is `precision`, or None to quantize the cache only.
         attention, numerics: see `export.graph.trace.build_graph`.
         backend: what else is built: nothing ("onnxruntime") or a TensorRT plan.
         output: the bundle's directory, missing or empty; None: `default_output`.
@@ -109,7 +109,7 @@ def export_model(
     if quantize is not None and quantize.scheme != (precision if is_scheme(precision) else None):
         raise LogitLockError(f"--precision is {precision!r}, but the options are those of {quantize.scheme!r}")
     if dtype is not None and not is_scheme(precision):
-        raise LogitLockError(f"--dtype says what is not quantised; --precision {precision} has nothing else")
+        raise LogitLockError(f"--dtype says what is not quantized; --precision {precision} has nothing else")
     working = cast(Precision, dtype or "fp16" if is_scheme(precision) else precision)
     for value, option, known in (
         (precision, "precision", (*PRECISIONS, *SCHEMES)),
@@ -121,7 +121,7 @@ def export_model(
         if value not in known:
             raise LogitLockError(f"--{option} is {value!r}; it must be one of {', '.join(known)}")
     source = model if isinstance(model, ModelSource) else resolve(model)
-    spec = quantised_spec(source, quantize)
+    spec = quantized_spec(source, quantize)
     options = build_options(
         spec,
         fixed_cache=backend != "onnxruntime",
@@ -199,13 +199,13 @@ def export_model(
     return target
 
 
-def quantised_spec(source: ModelSource, quantize: QuantizeOptions | None) -> ModelSpec:
-    """The facts of a model after quantisation; None: it stays as it is.  Raises: as `quantization_of`."""
+def quantized_spec(source: ModelSource, quantize: QuantizeOptions | None) -> ModelSpec:
+    """The facts of a model after quantization; None: it stays as it is.  Raises: as `quantization_of`."""
     if quantize is None:
         return source.spec
     if source.spec.quantization is not None:
         raise LogitLockError(
-            f"{source.name} is quantised already ({source.spec.quantization.describe()}); --precision says its dtype "
+            f"{source.name} is quantized already ({source.spec.quantization.describe()}); --precision says its dtype "
             "then: fp32, fp16 or bf16"
         )
     return replace(source.spec, quantization=quantization_of(source.spec, quantize))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from export.bundle import export_model, quantised_spec
+from export.bundle import export_model, quantized_spec
 from export.progress import progress_bar
 from export.quantization.schemes import QuantizeOptions, is_scheme
 from export.tensorrt.backends import Backend, default_backend
@@ -155,7 +155,7 @@ def export(
         quantize = QuantizeOptions(scheme=scheme, cache=cast(EightBit | None, kv_cache))
     if backend is None:
         backend, why = default_backend(
-            quantised_spec(source, quantize),
+            quantized_spec(source, quantize),
             attention=cast(AttentionMode, attention),
             numerics=cast(Numerics, numerics),
         )

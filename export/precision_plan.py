@@ -4,7 +4,7 @@
     {"schema": 1, "precision": "int4-awq", "schemes": {"blocks.0.*": "int8", "blocks.*.mlp.out": null}}
 
 A module is a linear layer, named by its tap.  In fp32 its weights are not rounded and its sums are taken in fp32; its
-input and its output keep the working dtype, so that every tap does.  `schemes` gives layers another quantisation, or
+input and its output keep the working dtype, so that every tap does.  `schemes` gives layers another quantization, or
 none (null), by patterns (* and ?); the last one that matches counts.
 """
 
@@ -29,7 +29,7 @@ SCHEMA = 1
 @dataclass(frozen=True, kw_only=True)
 class PrecisionPlan:
     """precision: of all other modules, a dtype or a scheme.  float32: taps of the linear layers that stay in fp32.
-    schemes: of quantisation, by pattern of taps."""
+    schemes: of quantization, by pattern of taps."""
 
     schema: int = SCHEMA
     precision: str
@@ -65,7 +65,7 @@ def read_plan(path: Path, spec: ModelSpec, precision: Precision) -> PrecisionPla
     """
     plan = _read(path, precision)
     if plan.schemes:
-        raise LogitLockError(f"{path} quantises layers, but --precision is {precision}; it is for `logitlock quantize`")
+        raise LogitLockError(f"{path} quantizes layers, but --precision is {precision}; it is for `logitlock quantize`")
     if plan.precision == "fp32" and plan.float32:
         raise LogitLockError(f"{path} keeps modules in fp32, but everything is fp32; export it with fp16 or bf16")
     known = set(linear_taps(spec))
@@ -76,14 +76,14 @@ def read_plan(path: Path, spec: ModelSpec, precision: Precision) -> PrecisionPla
 
 
 def read_schemes(path: Path, spec: ModelSpec, scheme: str | None) -> dict[str, str | None]:
-    """The layers, by their names in `Decoder`, that a plan gives another scheme than `scheme`; None: no quantisation.
+    """The layers, by their names in `Decoder`, that a plan gives another scheme than `scheme`; None: no quantization.
 
     Raises:
         LogitLockError: as `read_plan`; layers that are to be in fp32; a pattern that matches no layer.
     """
     plan = _read(path, scheme)
     if plan.float32:
-        raise LogitLockError(f"{path} keeps modules in fp32, which a quantised model cannot; give them null in schemes")
+        raise LogitLockError(f"{path} keeps modules in fp32, which a quantized model cannot; give them null in schemes")
     found: dict[str, str | None] = {}
     for pattern, other in plan.schemes.items():
         matching = [name for name in linear_taps(spec) if fnmatchcase(name, pattern)]

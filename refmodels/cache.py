@@ -55,7 +55,7 @@ class KVCache:
     overwrite them.  A row without any real token in a step does not change.
 
     Args:
-        dtype: of the buffers, unless the spec's cache is quantised: then they hold its codes.
+        dtype: of the buffers, unless the spec's cache is quantized: then they hold its codes.
         buffers: memory to take for `key` and `value`, of that shape; emptied.  Without it, new memory.
     Raises:
         LogitLockError: capacity not positive, or beyond the learned positions of the model.
@@ -98,7 +98,7 @@ class KVCache:
         self.mask = torch.zeros(self.batch, self.capacity, dtype=torch.bool)
         self.ntk_table = torch.zeros(self.batch, dtype=torch.int64)
 
-    def plan(
+    def next_step(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,

@@ -63,7 +63,7 @@ def make_linear(
 
 
 class Attention(nn.Module):
-    """The two projections around `cached_attention`, and the scales of a quantised cache, [kv_heads] each."""
+    """The two projections around `cached_attention`, and the scales of a quantized cache, [kv_heads] each."""
 
     def __init__(self, spec: ModelSpec, path: str) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         spec: architecture facts.
         numerics: "exact" (fp64/fp32 tables, reductions in fp32 or wider) or "upstream" (Hugging Face's rounding).
 
-    Build it through `refmodels.load` or `refmodels.checkpoints.load`; parameters are made in fp32 and not initialised
+    Build it through `refmodels.load` or `refmodels.checkpoints.load`; parameters are made in fp32 and not initialized
     to anything useful.  Position tables are plain attributes, made for a capacity by `prepare_tables`: they have their
     own dtype, which `Module.to(dtype)` must not change.
     """
@@ -296,21 +296,23 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Run tokens (a prompt, a chunk of it, or one new token a row) and advance the cache.
 
-        Arguments and errors as `KVCache.plan`.  Returns logits [batch, tokens or 1, vocab].
+        Arguments and errors as `KVCache.next_step`.  Returns logits [batch, tokens or 1, vocab].
         """
-        plan = cache.plan(input_ids, attention_mask, prompt_lengths=prompt_lengths, last_logits_only=last_logits_only)
-        return self.run(plan, cache)
+        step = cache.next_step(
+            input_ids, attention_mask, prompt_lengths=prompt_lengths, last_logits_only=last_logits_only
+        )
+        return self.run(step, cache)
 
-    def run(self, plan: StepInputs, cache: KVCache) -> Tensor:
-        """Run a planned step and advance the cache."""
+    def run(self, step: StepInputs, cache: KVCache) -> Tensor:
+        """Run a step and advance the cache."""
         self.prepare_tables(cache.capacity)
         recorder = active_recorder()
         if recorder is not None:
-            recorder.live_slots = plan.attention_mask.shape[1]
-        inputs = {name: value.to(self.device) for name, value in plan.tensors().items()}
+            recorder.live_slots = step.attention_mask.shape[1]
+        inputs = {name: value.to(self.device) for name, value in step.tensors().items()}
         inputs.setdefault("position_ids", inputs["input_ids"])
         inputs.setdefault("ntk_table", inputs["cache_lengths"])
         logits: Tensor
         logits, cache.key, cache.value = self(past_key=cache.key, past_value=cache.value, **inputs)
-        cache.advance(plan)
+        cache.advance(step)
         return logits

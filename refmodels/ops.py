@@ -82,7 +82,7 @@ def cached_attention(
             "eager_divide" (score rounded, then scaled by a product / quotient; softmax in the working dtype), the same
             with "_float32" (softmax in fp32), and "eager_upcast" (scores and softmax in fp32).  There ALiBi has
             upstream's absolute form, slope * key slot.
-        key_scale, value_scale: [kv_heads], of a quantised cache (`refmodels.quantization.arithmetic.quantize_cache`):
+        key_scale, value_scale: [kv_heads], of a quantized cache (`refmodels.quantization.arithmetic.quantize_cache`):
             rotated keys and values are rounded to codes as they are written, and every query, also of the same step,
             sees code * scale.
     Returns:

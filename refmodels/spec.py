@@ -126,7 +126,7 @@ class ModelSpec:
         known = set(self.linears)
         for module in self.quantization.modules if self.quantization is not None else ():
             if module not in known:
-                raise LogitLockError(f"spec of {self.variant}: {module!r} is no linear layer that can be quantised")
+                raise LogitLockError(f"spec of {self.variant}: {module!r} is no linear layer that can be quantized")
         if self.rope is not None and (self.rope.dim % 2 or not 0 < self.rope.dim <= a.head_dim):
             raise LogitLockError(
                 f"spec of {self.variant}: rope dim {self.rope.dim} must be even and at most head_dim {a.head_dim}"
@@ -147,7 +147,7 @@ class ModelSpec:
         return tuple(linear_modules(self.layers, gated=self.mlp.gated, head=not self.tied_head))
 
     def format_of(self, module: str) -> LinearFormat | None:
-        """The format of a quantised linear layer ('blocks.0.attn.qkv', 'head'); None for a plain one."""
+        """The format of a quantized linear layer ('blocks.0.attn.qkv', 'head'); None for a plain one."""
         return None if self.quantization is None else self.quantization.format_of(module)
 
     @property

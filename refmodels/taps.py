@@ -43,7 +43,7 @@ def is_cache_tap(name: str) -> bool:
 
 
 def cache_numbers(cache: Tensor) -> Tensor:
-    """A cache tensor as floats: the codes of a quantised one without their scales, which are constant."""
+    """A cache tensor as floats: the codes of a quantized one without their scales, which are constant."""
     return cache.float() if cache.dtype.itemsize == 1 else cache
 
 

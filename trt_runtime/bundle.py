@@ -99,8 +99,8 @@ class BundleInfo:
         tools: versions of what made the bundle.
         taps: tap name -> name of the value in model.onnx.
         inputs, outputs: of the graph, in its order.
-        quantized: the bundle holds, in `quantized/`, the quantised checkpoint that its graph was made of: `export` has
-            quantised the model itself.  `checkpoint_hash` is then that checkpoint's.
+        quantized: the bundle holds, in `quantized/`, the quantized checkpoint that its graph was made of: `export` has
+            quantized the model itself.  `checkpoint_hash` is then that checkpoint's.
         engine: the TensorRT engine beside the graph; None: the bundle runs on the CPU only.
         files: every other file of the bundle, by its path inside it; filled in by `BundleDraft.finish`.
     """
@@ -138,7 +138,7 @@ class Bundle:
 
     @property
     def quantized_path(self) -> Path | None:
-        """The quantised checkpoint inside the bundle, if there is one."""
+        """The quantized checkpoint inside the bundle, if there is one."""
         return self.directory / QUANTIZED_NAME if self.info.quantized else None
 
     @property

@@ -20,8 +20,8 @@ from refmodels.errors import LogitLockError
 from refmodels.text.prompts import prompt_ids, read_prompts, stop_ids_in
 from trt_runtime.bundle import read_bundle
 from trt_runtime.engine import Engine
-from trt_runtime.generate import GenerationConfig
-from trt_runtime.generate import generate as run_generation
+from trt_runtime.generation import GenerationConfig
+from trt_runtime.generation import generate as run_generation
 from trt_runtime.inspect_bundle import describe, weight_groups
 from trt_runtime.open import EngineChoice, open_engine
 from trt_runtime.sampling import Sampling
@@ -152,7 +152,7 @@ def _show(found: dict[str, Any]) -> None:
     for name, value in (
         ("model", f"{found['model']} ({spec['variant']})"),
         ("precision", f"{found['precision']}, {found['numerics']} numerics, attention {found['attention']}"),
-        ("quantised", found["quantization"] or "no"),
+        ("quantized", found["quantization"] or "no"),
         ("shape", f"{spec['layers']} layers, hidden {spec['hidden_size']}, vocabulary {spec['vocab_size']:,}"),
         ("heads", f"{attention['heads']} ({attention['kv_heads']} kv), head_dim {attention['head_dim']}"),
         ("position", spec["position"] + (f" {rope['dim']}, theta {rope['theta']:g}" if rope else "")),

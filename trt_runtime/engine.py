@@ -1,4 +1,4 @@
-"""What every executor can do: run a planned step on a cache, prefill (in chunks), decode, and show its taps."""
+"""What every executor can do: run a step on a cache, prefill (in chunks), decode, and show its taps."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Engine(ABC):
     arithmetic: str
 
     @abstractmethod
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        """Run a planned step and advance the cache.
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        """Run a step and advance the cache.
 
         Args:
-            plan: from `cache.plan`.
+            step: from `cache.next_step`.
             cache: from `new_cache` of this engine; updated in place.
             recorder: receives every tap it asks for; None costs nothing.
         Returns:
-            logits [batch, N, vocab], N as in `plan.logit_index`; a tensor that later steps do not overwrite.
+            logits [batch, N, vocab], N as in `step.logit_index`; a tensor that later steps do not overwrite.
         """
 
     def new_cache(self, *, batch: int, capacity: int) -> KVCache:
@@ -81,12 +81,12 @@ class Engine(ABC):
         Returns:
             logits [batch, tokens, vocab], or [batch, 1, vocab].
         Raises:
-            LogitLockError: as `KVCache.plan`.
+            LogitLockError: as `KVCache.next_step`.
         """
         tokens = input_ids.shape[-1]
         if chunk is None or chunk >= tokens:
-            plan = cache.plan(input_ids, attention_mask, last_logits_only=last_logits_only)
-            return self.run(plan, cache, recorder=recorder)
+            step = cache.next_step(input_ids, attention_mask, last_logits_only=last_logits_only)
+            return self.run(step, cache, recorder=recorder)
         if chunk < 1:
             raise LogitLockError(f"the prefill chunk must be at least 1 token, got {chunk}")
         mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).to(torch.int64)
@@ -97,13 +97,13 @@ class Engine(ABC):
         last: Tensor | None = None
         while start < tokens:
             stop = min(stop, tokens)
-            plan = cache.plan(
+            step = cache.next_step(
                 input_ids[:, start:stop],
                 mask[:, start:stop],
                 prompt_lengths=mask.sum(1),
                 last_logits_only=last_logits_only,
             )
-            logits = self.run(plan, cache, recorder=recorder)
+            logits = self.run(step, cache, recorder=recorder)
             if last_logits_only:
                 here = ((wanted >= start) & (wanted < stop)).to(logits.device)
                 last = logits if last is None else torch.where(here[:, None, None], logits, last)
@@ -130,4 +130,4 @@ class Engine(ABC):
         """
         ids = input_ids.reshape(-1, 1)
         mask = None if attention_mask is None else attention_mask.reshape(-1, 1)
-        return self.run(cache.plan(ids, mask, last_logits_only=True), cache, recorder=recorder)
+        return self.run(cache.next_step(ids, mask, last_logits_only=True), cache, recorder=recorder)

@@ -22,7 +22,7 @@ class Layer:
 
     Attributes:
         name, type: TensorRT's; a call of one of our plugins has type "custom_layer".
-        profile: index of the optimisation profile; every profile has its own layers.
+        profile: index of the optimization profile; every profile has its own layers.
         inputs, outputs: what it reads and writes; -1 is a dynamic axis.
         constants: weights it reads, in the layout that TensorRT gave them.
         refs: the nodes it was made of; a node inside a function comes with its calls, innermost first:

@@ -25,7 +25,7 @@ class Forward:
     """
 
     step: int
-    plan: StepInputs
+    inputs: StepInputs
     tensors: Mapping[str, Tensor]
     before: Mapping[str, Tensor]
 
@@ -51,21 +51,21 @@ class Capture:
     def steps(self) -> int:
         return self.tokens.shape[1]
 
-    def plan(self) -> StepInputs:
+    def as_one_step(self) -> StepInputs:
         """Prompt and fed tokens as one forward: what the reference needs to run once instead of step by step."""
         tokens = self.tokens
         ids = torch.cat([self.prompts.ids, tokens], 1)
         mask = torch.cat([self.prompts.mask, torch.ones_like(tokens)], 1)
         # A cache without memory: only its bookkeeping is wanted.
         cache = KVCache(self.spec, batch=len(ids), capacity=ids.shape[1], device="meta")
-        return cache.plan(ids, mask, prompt_lengths=self.prompts.mask.sum(1))
+        return cache.next_step(ids, mask, prompt_lengths=self.prompts.mask.sum(1))
 
     def whole(self) -> Forward:
         """All forwards as one: taps of all tokens one after the other (joined when they are read).
 
         Cache taps are left out: they are states, not streams.
         """
-        return Forward(step=0, plan=self.plan(), tensors=_Joined(self), before={})
+        return Forward(step=0, inputs=self.as_one_step(), tensors=_Joined(self), before={})
 
 
 class _Joined(Mapping[str, Tensor]):
@@ -100,7 +100,7 @@ def run_steps(
     recorder: Callable[[], Recorder] | None = None,
     fed: list[Tensor] | None = None,
 ) -> Iterator[tuple[int, StepInputs, Tensor]]:
-    """Prefill and decode steps of an engine: (step, plan, logits on the CPU) after each.
+    """Prefill and decode steps of an engine: (step, inputs, logits on the CPU) after each.
 
     Args:
         tokens: [batch, steps] to feed after the prompt; None: the engine's own greedy tokens.
@@ -111,9 +111,9 @@ def run_steps(
     cache = engine.new_cache(batch=batch, capacity=length + steps)
     ids, mask = prompts.ids, prompts.mask
     for step in range(steps + 1):
-        plan = cache.plan(ids, mask)
-        logits = engine.run(plan, cache, recorder=recorder() if recorder is not None else None).cpu()
-        yield step, plan, logits
+        inputs = cache.next_step(ids, mask)
+        logits = engine.run(inputs, cache, recorder=recorder() if recorder is not None else None).cpu()
+        yield step, inputs, logits
         if step < steps:
             ids = logits[:, -1:].argmax(-1) if tokens is None else tokens[:, step : step + 1]
             mask = torch.ones_like(ids)
@@ -139,7 +139,7 @@ def capture_engine(engine: Engine, prompts: Prompts, *, steps: int, tokens: Tens
         recorders.append(Recorder())
         return recorders[-1]
 
-    for step, plan, _ in run_steps(engine, prompts, steps=steps, tokens=tokens, recorder=recorder):
+    for step, inputs, _ in run_steps(engine, prompts, steps=steps, tokens=tokens, recorder=recorder):
         now = {name: tensor.cpu() for name, tensor in recorders[-1].tensors.items()}
         states = {name: now[name] for name in engine.tap_names if is_cache_tap(name)}
         before = (
@@ -147,7 +147,7 @@ def capture_engine(engine: Engine, prompts: Prompts, *, steps: int, tokens: Tens
             if forwards
             else {name: tensor[:, :, :0] for name, tensor in states.items()}
         )
-        forwards.append(Forward(step=step, plan=plan, tensors=now, before=before))
+        forwards.append(Forward(step=step, inputs=inputs, tensors=now, before=before))
     return Capture(
         spec=engine.spec,
         dtype=engine.dtype,

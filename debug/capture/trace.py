@@ -190,10 +190,10 @@ def _forwards(file: Any, spec: ModelSpec, prompts: Prompts, tokens: Tensor, taps
     before = _Taps(file, names, taps, step=-1)
     for step in range(tokens.shape[1] + 1):
         ids = prompts.ids if step == 0 else tokens[:, step - 1 : step]
-        plan: StepInputs = cache.plan(ids, prompts.mask if step == 0 else None)
-        cache.advance(plan)
+        inputs: StepInputs = cache.next_step(ids, prompts.mask if step == 0 else None)
+        cache.advance(inputs)
         now = _Taps(file, names, taps, step=step)
-        yield Forward(step=step, plan=plan, tensors=now, before=before)
+        yield Forward(step=step, inputs=inputs, tensors=now, before=before)
         before = now
 
 

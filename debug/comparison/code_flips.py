@@ -1,6 +1,6 @@
 """What one code that falls on the other side of a rounding boundary is worth.
 
-An input (or a key, or a value) that is quantised while the model runs is rounded to coarse steps.  Two correct engines
+An input (or a key, or a value) that is quantized while the model runs is rounded to coarse steps.  Two correct engines
 differ by rounding before that, so a number near a boundary gets neighbouring codes in them: a whole step of difference,
 in a few elements, where the floor may by luck have none.  A quarter of the relative error of one such flip is therefore
 a bound below which no floor counts: the 8 floors of an alarm are then two steps, which four flips in one token make.
@@ -40,7 +40,7 @@ class CodeFlips:
         self._cache: dict[str, float] = {}
 
     def of(self, tap: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """[batch, tokens], of the tap of a linear layer with quantised inputs or of attention on a quantised cache."""
+        """[batch, tokens], of the tap of a linear layer with quantized inputs or of attention on a quantized cache."""
         layer = tap.removesuffix(".attn.context")
         if layer != tap and self.spec.cache_code is not None:
             largest = max(self._cache[f"{layer}.key"], self._cache[f"{layer}.value"])
@@ -65,7 +65,7 @@ class CodeFlips:
         return flips
 
     def of_cache(self, tap: str, codes: Tensor) -> Tensor | None:
-        """[batch, slots], of codes [batch, kv_heads, slots, head_dim] of a quantised cache."""
+        """[batch, slots], of codes [batch, kv_heads, slots, head_dim] of a quantized cache."""
         code = self.spec.cache_code
         if code is None:
             return None

@@ -173,14 +173,18 @@ class _Diff:
             prompts=self.capture.prompts.origin,
             prompt_lengths=self.capture.prompts.mask.sum(1).tolist(),
             steps=self.capture.steps,
-            logit_tokens=self.logits.tokens(self.whole.plan, self.capture.prompts.ids.shape[1]),
+            logit_tokens=self.logits.tokens(self.whole.inputs, self.capture.prompts.ids.shape[1]),
         )
 
     def _run(self, reference: Reference, sink: Callable[[str, Tensor, Tensor], None]) -> None:
-        plan = self.whole.plan
+        inputs = self.whole.inputs
         twice = dataclasses.replace(
-            plan,
-            **{f.name: torch.cat([v, v]) for f in dataclasses.fields(plan) if (v := getattr(plan, f.name)) is not None},
+            inputs,
+            **{
+                f.name: torch.cat([v, v])
+                for f in dataclasses.fields(inputs)
+                if (v := getattr(inputs, f.name)) is not None
+            },
         )
         with ready(reference) as decoder, recording(_Pair(self.whole.tensors, sink)):
             batch, slots = twice.attention_mask.shape
@@ -197,7 +201,7 @@ class _Diff:
             return
         floors = self.floors.pop(name)
         if is_cache_tap(name):
-            seen = self.whole.plan.attention_mask != 0
+            seen = self.whole.inputs.attention_mask != 0
             last = self.capture.forwards[-1].tensors[name].transpose(1, 2)
             self._look_at_storage(name, last[seen], floors[1].transpose(1, 2)[seen])
             self.errors[name] = [
@@ -207,7 +211,7 @@ class _Diff:
                 for engine, slots in self._written(name)
             ]
             return
-        real = self.whole.plan.new_mask
+        real = self.whole.inputs.new_mask
         engine = self.whole.tensors[name]
         self._look_at_storage(name, engine[real], floors[1][real])
         flips = self.flips.of(name, self.whole.tensors)
@@ -237,7 +241,7 @@ class _Diff:
         """
         for forward in self.capture.forwards:
             now, before = forward.tensors[name], forward.before[name]
-            visible = forward.plan.attention_mask != 0
+            visible = forward.inputs.attention_mask != 0
             old = before.shape[2]
             written = torch.ones_like(visible)
             written[:, :old] = (now[:, :, :old] != before).any(3).any(1)
@@ -245,7 +249,7 @@ class _Diff:
 
     def _tap_error(self, tap: str, step: int) -> TapError:
         errors = self.errors[tap][step]
-        bound = lower_bound(self.capture.spec, tap, self.capture.dtype, slots=self.whole.plan.attention_mask.shape[1])
+        bound = lower_bound(self.capture.spec, tap, self.capture.dtype, slots=self.whole.inputs.attention_mask.shape[1])
         accumulated, accumulated_floor = errors.accumulated.stats(), errors.accumulated_floor.stats()
         local, local_floor = errors.local.stats(), errors.local_floor.stats()
         # A token whose floor is small by luck counts with the floor of the whole tensor.  Where the dtype overflows in
@@ -338,7 +342,7 @@ class _Diff:
                 continue
             weights = (ready_at(reference, error.tap, alone=True) for reference in (self.truth, self.rounded))
             with next(weights) as truth, next(weights) as rounded:
-                diagnosis = systematic(error.tap, self.whole, truth, rounded, self.whole.plan.new_mask)
+                diagnosis = systematic(error.tap, self.whole, truth, rounded, self.whole.inputs.new_mask)
             if diagnosis is not None:
                 found.append(self._below_the_alarm(error, diagnosis))
         return found

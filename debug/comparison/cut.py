@@ -28,9 +28,9 @@ def cut_errors(engine: OnnxRuntimeEngine, rounded: Reference, prompts: Prompts) 
     recorder = Recorder([tap for tap in engine.tap_names if not is_cache_tap(tap)])
     with torch.inference_mode(), ready(rounded) as decoder, recording(recorder):
         cache = decoder.new_cache(batch=batch, capacity=tokens)
-        decoder.run(cache.plan(prompts.ids, prompts.mask), cache)
+        decoder.run(cache.next_step(prompts.ids, prompts.mask), cache)
     cache = engine.new_cache(batch=batch, capacity=tokens)
-    made = engine.run_cut(cache.plan(prompts.ids, prompts.mask), cache, recorder.tensors)
+    made = engine.run_cut(cache.next_step(prompts.ids, prompts.mask), cache, recorder.tensors)
     real = prompts.mask != 0
     return {
         tap: token_errors(made[tap], right, real, engine.dtype).stats().rel_l2

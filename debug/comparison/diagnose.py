@@ -155,12 +155,12 @@ def _by_token(tensor: Tensor, module: Module) -> Tensor:
     """A cache tensor counts by slot: [batch, slots, kv_heads, head_dim]."""
     if not is_cache_tap(module.tap):
         return tensor
-    return tensor[:, :, : module.forward.plan.attention_mask.shape[1]].transpose(1, 2)
+    return tensor[:, :, : module.forward.inputs.attention_mask.shape[1]].transpose(1, 2)
 
 
 def _real(module: Module) -> Tensor:
-    plan = module.forward.plan
-    return plan.attention_mask != 0 if is_cache_tap(module.tap) else plan.new_mask
+    inputs = module.forward.inputs
+    return inputs.attention_mask != 0 if is_cache_tap(module.tap) else inputs.new_mask
 
 
 def _token_norms(tensor: Tensor, module: Module) -> Tensor:

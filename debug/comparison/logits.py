@@ -78,10 +78,10 @@ class LogitComparison:
         _, _, flips, _, margin, _, floor_error, *_ = torch.cat(self.rows).unbind(1)
         return (flips > 0) & (margin > 2 * floor_error.max())
 
-    def tokens(self, plan: StepInputs, length: int) -> list[LogitToken]:
-        """One by one, as they were added: all real tokens of `plan`, whose first `length` columns are the prefill."""
-        places = plan.new_mask.nonzero().tolist()
-        index = plan.new_mask.cumsum(1) - 1
+    def tokens(self, inputs: StepInputs, length: int) -> list[LogitToken]:
+        """One by one, as they were added: all real tokens of `inputs`, whose first `length` columns are the prefill."""
+        places = inputs.new_mask.nonzero().tolist()
+        index = inputs.new_mask.cumsum(1) - 1
         found = []
         for (row, column), values, beyond in zip(
             places, torch.cat(self.rows).tolist(), self._beyond_rounding().tolist(), strict=True
@@ -94,7 +94,7 @@ class LogitComparison:
                     row=row,
                     position=0 if step else column,
                     index=int(index[row, column]),
-                    token=int(plan.input_ids[row, column]),
+                    token=int(inputs.input_ids[row, column]),
                     expected=int(expected),
                     chosen=int(chosen),
                     kl=kl,

@@ -64,17 +64,17 @@ class Module:
     def rope(self, rope: RopeSpec, *, shift: Tensor | int = 0, alpha: Tensor | None = None) -> dict[str, Tensor]:
         """cos and sin [batch, tokens, dim / 2] of another rotation, made as this decoder makes its own.
 
-        shift: added to the positions.  alpha: [batch] dynamic-NTK factors; None: those that the plan chose.
+        shift: added to the positions.  alpha: [batch] dynamic-NTK factors; None: those that the inputs chose.
         """
-        plan, device = self.forward.plan, self.decoder.device
-        assert plan.position_ids is not None
-        positions = plan.position_ids.to(device) + shift
+        inputs, device = self.forward.inputs, self.decoder.device
+        assert inputs.position_ids is not None
+        positions = inputs.position_ids.to(device) + shift
         lowest = min(0, int(positions.min()))
         # A table begins at 0; the rotation by a negative position is the inverse one.
         size = int(positions.abs().max()) + 1
         if alpha is None:
             factors = torch.tensor(ntk_alphas(rope, self.decoder.table_positions))
-            alpha = torch.ones(len(positions)) if plan.ntk_table is None else factors[plan.ntk_table]
+            alpha = torch.ones(len(positions)) if inputs.ntk_table is None else factors[inputs.ntk_table]
         rows = []
         for row, factor in zip(positions, alpha.tolist(), strict=True):
             cos, sin = rope_table(
@@ -95,14 +95,14 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
     def make(kind: Kind, run: Callable[..., Tensor], **arguments: Any) -> Module:
         return Module(tap=tap, kind=kind, decoder=decoder, forward=forward, function=run, arguments=arguments)
 
-    plan, spec = forward.plan, decoder.spec
+    inputs, spec = forward.inputs, decoder.spec
     if tap == "embed":
         learned = spec.position == "learned"
         return make(
             "embed",
             _embed,
-            ids=plan.input_ids.to(decoder.device),
-            positions=None if plan.position_ids is None else plan.position_ids.to(decoder.device),
+            ids=inputs.input_ids.to(decoder.device),
+            positions=None if inputs.position_ids is None else inputs.position_ids.to(decoder.device),
             table=decoder.embed.weight,
             position_table=decoder.position_embed.weight if learned else None,
             factor=1.0,
@@ -110,7 +110,7 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
     if tap in ("final_norm", "logits"):
         if tap == "logits":
             return make("linear", **_linear_arguments(decoder, tap, engine(input_of(tap))))
-        index = plan.logit_index.to(decoder.device)
+        index = inputs.logit_index.to(decoder.device)
         last = engine(f"blocks.{spec.layers - 1}")
         return make("norm", _norm, x=last, index=index, **_norm_arguments(decoder.final_norm))
     layer = int(tap.split(".")[1])
@@ -232,19 +232,19 @@ def _activation(*, gate: Tensor | None, up: Tensor, function: Callable[[Tensor],
 
 
 def _attention_arguments(decoder: Decoder, layer: int, part: str, forward: Forward) -> dict[str, Any]:
-    spec, plan, path = decoder.spec, forward.plan, f"blocks.{layer}"
+    spec, inputs, path = decoder.spec, forward.inputs, f"blocks.{layer}"
     device, dtype = decoder.device, decoder.dtype
     cos = sin = query_scale = None
     if decoder.rope_cos is not None and decoder.rope_sin is not None:
-        assert plan.position_ids is not None
-        rows = plan.position_ids.to(device)
-        if plan.ntk_table is not None:
-            rows = rope_rows(rows, plan.ntk_table.to(device), decoder.table_positions)
+        assert inputs.position_ids is not None
+        rows = inputs.position_ids.to(device)
+        if inputs.ntk_table is not None:
+            rows = rope_rows(rows, inputs.ntk_table.to(device), decoder.table_positions)
         cos, sin = F.embedding(rows, decoder.rope_cos), F.embedding(rows, decoder.rope_sin)
     if decoder.logn is not None:
-        assert plan.position_ids is not None
-        query_scale = decoder.logn[plan.position_ids.to(device)]
-    slots = plan.attention_mask.shape[1]
+        assert inputs.position_ids is not None
+        query_scale = decoder.logn[inputs.position_ids.to(device)]
+    slots = inputs.attention_mask.shape[1]
     caches: dict[str, Tensor | None] = {}
     attn = decoder.blocks[layer].attn
     assert isinstance(attn, Attention)
@@ -257,8 +257,8 @@ def _attention_arguments(decoder: Decoder, layer: int, part: str, forward: Forwa
         "part": part,
         "qkv": forward.tensors[f"{path}.attn.qkv"].to(device=device, dtype=dtype),
         **caches,
-        "lengths": plan.cache_lengths.to(device),
-        "visible": plan.attention_mask.to(device).bool(),
+        "lengths": inputs.cache_lengths.to(device),
+        "visible": inputs.attention_mask.to(device).bool(),
         "cos": cos,
         "sin": sin,
         "query_scale": query_scale,
@@ -320,6 +320,6 @@ def _attention(
                 run(qkv[:, token], slot, F.pad(seen, (0, 1)), [None if t is None else t[:, token] for t in tables])
             )
         context = torch.cat(rows, 1)
-    # A quantised cache counts as its codes.
+    # A quantized cache counts as its codes.
     result = {"key": key, "value": value, "attn.context": context}[part].to(context.dtype)
     return result if after is None else after(result)

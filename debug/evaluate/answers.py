@@ -9,7 +9,7 @@ from debug.evaluate.questions import Task
 from debug.executors.step import counts_slots
 from refmodels.text.tokenizer import Tokenizer
 from trt_runtime.engine import Engine
-from trt_runtime.generate import GenerationConfig, GenerationResult, generate
+from trt_runtime.generation import GenerationConfig, GenerationResult, generate
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 Advance = Callable[[int], None]
@@ -42,7 +42,7 @@ def continue_prompts(
     batch_size: int,
     advance: Advance = lambda count: None,
 ) -> list[GenerationResult]:
-    """`trt_runtime.generate` of any number of prompts, in batches of like length, which waste least on padding.
+    """`trt_runtime.generation` of any number of prompts, in batches of like length, which waste least on padding.
 
     Raises:
         LogitLockError: as `generate`.

@@ -29,7 +29,7 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="What the sides were made from, before any quantisation: family name, directory or hub id.",
+            help="What the sides were made from, before any quantization: family name, directory or hub id.",
             show_default="what a side says of itself",
         ),
     ] = None,
@@ -99,7 +99,7 @@ def evaluate(
     the same examples, whose interval is much narrower than those of two accuracies.
 
     Models that were trained as a bundled toy bring their tasks; any other gets --text, --tasks FILE.jsonl and speed.
-    The reference is the model of --model as it is: for a quantised bundle, what quantisation costs.
+    The reference is the model of --model as it is: for a quantized bundle, what quantization costs.
 
     SIDE, --against:
 

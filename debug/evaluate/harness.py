@@ -30,7 +30,7 @@ from refmodels.errors import LogitLockError
 from refmodels.text.prompts import stop_ids_in
 from refmodels.text.tokenizer import Tokenizer
 from trt_runtime.engine import Engine
-from trt_runtime.generate import GenerationConfig
+from trt_runtime.generation import GenerationConfig
 from trt_runtime.sampling import Sampling
 
 if TYPE_CHECKING:

@@ -69,7 +69,7 @@ def evaluate(
 
     Args:
         sides: forms of `debug.executors.open.forms_help`, but no recordings.
-        model: what they were made from, unquantised: `reference` and `hf` without a directory are this; None: what a
+        model: what they were made from, unquantized: `reference` and `hf` without a directory are this; None: what a
             side says of itself.
         against: the side to compare with.
         tasks: tasks of the bundled toys, or JSONL files (see `debug.evaluate.questions`); none: all of a toy.
@@ -276,7 +276,7 @@ def _rouge(task: Task, answers: Answers) -> dict[str, float] | None:
 
 
 def check_executor(text: str, engine: Engine, source: ModelSource) -> None:
-    """Refuse what does not run, and what has another architecture than the model; it may be quantised."""
+    """Refuse what does not run, and what has another architecture than the model; it may be quantized."""
     if hasattr(engine, "prompts"):
         raise LogitLockError(f"{text} is a recording; an evaluation needs an executor that runs")
     ours, theirs = (replace(spec, quantization=None) for spec in (source.spec, engine.spec))
@@ -287,7 +287,7 @@ def check_executor(text: str, engine: Engine, source: ModelSource) -> None:
 
 
 def _of_other_weights(engine: Engine, source: ModelSource) -> bool:
-    """Whether a bundle was made from another checkpoint; a quantised one always is, and that is what is measured."""
+    """Whether a bundle was made from another checkpoint; a quantized one always is, and that is what is measured."""
     bundle = getattr(engine, "bundle", None)
     if bundle is None or bundle.spec.quantization is not None:
         return False

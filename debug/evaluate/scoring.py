@@ -103,7 +103,7 @@ def _forward(engines: Sequence[Engine], batch: PassageBatch) -> Iterator[tuple[l
     for start in range(0, tokens, chunk):
         part = slice(start, start + chunk)
         logits = [
-            each.run(cache.plan(batch.ids[:, part], batch.mask[:, part], prompt_lengths=lengths), cache)
+            each.run(cache.next_step(batch.ids[:, part], batch.mask[:, part], prompt_lengths=lengths), cache)
             for each, cache in zip(engines, caches, strict=True)
         ]
         yield logits, batch.targets[:, part], batch.mask[:, part]

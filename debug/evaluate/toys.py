@@ -22,7 +22,7 @@ from refmodels.toys.tasks import TASKS, held_out_size
 from refmodels.toys.vocabulary import END_ID
 from refmodels.toys.words import MOUNTAIN_QUESTION
 from trt_runtime.engine import Engine
-from trt_runtime.generate import GenerationConfig
+from trt_runtime.generation import GenerationConfig
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 EVALUATED = 500

@@ -14,7 +14,7 @@ from debug.capture.prompts import random_prompts
 from debug.executors.name_map import Source
 from debug.executors.onnx_file import Group, OnnxFileEngine
 from debug.executors.roles import FLOATS
-from debug.executors.step import Step, regroup_heads
+from debug.executors.step import ForeignStep, regroup_heads
 from refmodels.spec import ModelSpec
 
 _CHUNK = 1024
@@ -77,9 +77,9 @@ def capture(engine: OnnxFileEngine, seed: int) -> Captured:
     for start in range(0, len(wanted), _CHUNK):
         chunk = wanted[start : start + _CHUNK]
         cache = engine.new_cache(batch=batch, capacity=tokens)
-        step = Step(cache.plan(ids), cache, None)
-        engine.remember(step)
-        outputs = engine.execute(engine.session(chunk), step, group)
+        foreign = ForeignStep(cache.next_step(ids), cache, None)
+        engine.remember(foreign)
+        outputs = engine.execute(engine.session(chunk), foreign, group)
         logits = outputs[engine.roles.logits].reshape(batch, -1, spec.vocab_size).double()
         for name in chunk:
             for source, rows in _layouts(name, outputs[name], batch, tokens, by_width):

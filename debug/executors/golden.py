@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from debug.capture.prompts import Prompts
-from debug.executors.step import CacheAxes, Step
+from debug.executors.step import CacheAxes, ForeignStep
 from debug.golden.case import past_layout, read_case
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoints.load import DTYPES, resolve
@@ -71,29 +71,29 @@ class GoldenEngine(Engine):
                     if tensor.shape[2] == tokens:
                         yield f"blocks.{i}.{part}", tensor
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        step = Step(plan, cache, recorder)
-        number = step.past_slots - self.prompts.ids.shape[1] + 1 if step.past_slots else 0
-        self._check(plan, number)
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        foreign = ForeignStep(step, cache, recorder)
+        number = foreign.past_slots - self.prompts.ids.shape[1] + 1 if foreign.past_slots else 0
+        self._check(step, number)
         shown = self._taps if number == 0 else {"logits": self.case.expected["decode_logits"][:, number - 1 : number]}
         for tap in self.tap_names[:-1] if number == 0 else ():
             if is_cache_tap(tap):
-                step.write(tap, shown[tap])
+                foreign.write(tap, shown[tap])
             else:
-                step.deliver(tap, step.logits_of(shown[tap]) if tap == "final_norm" else shown[tap])
-        logits = step.logits_of(shown["logits"])
-        step.deliver("logits", logits)
-        cache.advance(plan)
+                foreign.deliver(tap, foreign.logits_of(shown[tap]) if tap == "final_norm" else shown[tap])
+        logits = foreign.logits_of(shown["logits"])
+        foreign.deliver("logits", logits)
+        cache.advance(step)
         return logits
 
-    def _check(self, plan: StepInputs, number: int) -> None:
+    def _check(self, step: StepInputs, number: int) -> None:
         recorded = self.prompts.ids
         if number:
             if self.decode_ids is None or not 0 < number <= self.steps:
                 raise LogitLockError(f"{self.case.directory} has {self.steps} recorded decode steps, not {number}")
             recorded = self.decode_ids[:, number - 1 : number]
-        real = plan.new_mask
-        if recorded.shape != plan.input_ids.shape or not torch.equal(recorded[real], plan.input_ids[real]):
+        real = step.new_mask
+        if recorded.shape != step.input_ids.shape or not torch.equal(recorded[real], step.input_ids[real]):
             raise LogitLockError(
                 f"{self.case.directory} can only replay its own tokens (its prompts); those of step {number} differ"
             )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debug.executors.step import CacheAxes, Step, regroup_heads
+from debug.executors.step import CacheAxes, ForeignStep, regroup_heads
 from debug.golden.case import past_layout
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoints.load import DTYPES
@@ -213,29 +213,29 @@ class HuggingFaceEngine(Engine):
             past = self.model(input_ids=0 * one, attention_mask=one, use_cache=True).past_key_values
         return not hasattr(past, "layers")
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        step = Step(plan, cache, recorder)
-        step.check_appended("transformers")
-        inputs = {"input_ids": plan.input_ids, "attention_mask": step.appended_mask()}
-        if self._takes_positions and plan.position_ids is not None:
-            inputs["position_ids"] = plan.position_ids
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        foreign = ForeignStep(step, cache, recorder)
+        foreign.check_appended("transformers")
+        inputs = {"input_ids": step.input_ids, "attention_mask": foreign.appended_mask()}
+        if self._takes_positions and step.position_ids is not None:
+            inputs["position_ids"] = step.position_ids
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         with torch.no_grad(), ExitStack() as stack:
             if recorder is not None:
-                self._hook(stack, step)
-            output = self.model(**inputs, past_key_values=self._past(step), use_cache=True)
+                self._hook(stack, foreign)
+            output = self.model(**inputs, past_key_values=self._past(foreign), use_cache=True)
         if self._legacy:
             for i in range(self.spec.layers):
                 for part, tensor in zip(("key", "value"), layer_past(output.past_key_values, i), strict=True):
-                    step.write(f"blocks.{i}.{part}", self._axes.to_ours(tensor)[:, :, step.past_slots :])
-        logits = step.logits_of(output.logits)
-        step.deliver("logits", logits)
-        cache.advance(plan)
+                    foreign.write(f"blocks.{i}.{part}", self._axes.to_ours(tensor)[:, :, foreign.past_slots :])
+        logits = foreign.logits_of(output.logits)
+        foreign.deliver("logits", logits)
+        cache.advance(step)
         return logits
 
-    def _past(self, step: Step) -> Any:
-        """Upstream's cache with what the caller's holds; it shows `step` what is added."""
-        length, cache = step.past_slots, step.cache
+    def _past(self, foreign: ForeignStep) -> Any:
+        """Upstream's cache with what the caller's holds; it shows `foreign` what is added."""
+        length, cache = foreign.past_slots, foreign.cache
         if self._legacy:
             if not length:
                 return None
@@ -249,16 +249,16 @@ class HuggingFaceEngine(Engine):
 
         def updated(key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             # Only here are all new tokens seen: a sliding layer keeps the last ones of them.
-            step.write(f"blocks.{layer_idx}.key", key)
-            step.write(f"blocks.{layer_idx}.value", value)
+            foreign.write(f"blocks.{layer_idx}.key", key)
+            foreign.write(f"blocks.{layer_idx}.value", value)
             return update(key, value, layer_idx, *args, **kwargs)
 
         past.update = updated
         return past
 
-    def _hook(self, stack: ExitStack, step: Step) -> None:
+    def _hook(self, stack: ExitStack, foreign: ForeignStep) -> None:
         for tap, place in self._places.items():
-            seen = self._watch(step, tap, place)
+            seen = self._watch(foreign, tap, place)
             for path in place.modules:
                 module = self.model.get_submodule(path)
                 if place.entering:
@@ -267,7 +267,7 @@ class HuggingFaceEngine(Engine):
                     handle = module.register_forward_hook(_leaving(path, seen))
                 stack.callback(handle.remove)
 
-    def _watch(self, step: Step, tap: str, place: Place) -> _Seen:
+    def _watch(self, foreign: ForeignStep, tap: str, place: Place) -> _Seen:
         """What a hook calls with a module's path and tensor; the tap is shown once all its modules have run."""
         parts: dict[str, Tensor] = {}
 
@@ -282,7 +282,7 @@ class HuggingFaceEngine(Engine):
                 whole = whole.chunk(2, -1)[place.half]
             if place.by_head:
                 whole = regroup_heads(whole, self.spec.attention.heads)
-            step.deliver(tap, step.logits_of(whole) if tap == "final_norm" else whole)
+            foreign.deliver(tap, foreign.logits_of(whole) if tap == "final_norm" else whole)
 
         return seen
 

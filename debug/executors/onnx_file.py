@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from debug.executors.name_map import NameMap, check_width, read_name_map
 from debug.executors.roles import FLOATS, read_roles
-from debug.executors.step import Step
+from debug.executors.step import ForeignStep
 from refmodels.cache import KVCache, StepInputs
 from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder
@@ -52,7 +52,7 @@ class Group:
 class OnnxFileEngine(Engine):
     """A decoder that somebody else exported (optimum, onnxruntime-genai, torch.onnx, by hand).
 
-    Inputs and outputs are recognised by names and shapes; a graph without cache inputs is run on the whole sequence in
+    Inputs and outputs are recognized by names and shapes; a graph without cache inputs is run on the whole sequence in
     every step.  Graphs for a batch of one, or with attention that takes a length instead of a mask
     (GroupQueryAttention), are run row by row without padding.  The caller's cache is the state, except for the token
     ids that a graph without a cache needs again.
@@ -141,58 +141,58 @@ class OnnxFileEngine(Engine):
             self._sessions[tapped] = self.session(self.names.values() if tapped else ())
         return self._sessions[tapped]
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        step = Step(plan, cache, recorder)
-        self.remember(step)
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        foreign = ForeignStep(step, cache, recorder)
+        self.remember(foreign)
         session = self._session(tapped=recorder is not None)
         results: dict[str, Tensor] = {}
-        for group in self._groups(step):
-            for tap, tensor in self._tensors(self.execute(session, step, group), step, group, recorder).items():
-                whole = results.setdefault(tap, tensor.new_zeros(*plan.input_ids.shape, tensor.shape[-1]))
+        for group in self._groups(foreign):
+            for tap, tensor in self._tensors(self.execute(session, foreign, group), foreign, group, recorder).items():
+                whole = results.setdefault(tap, tensor.new_zeros(*step.input_ids.shape, tensor.shape[-1]))
                 whole[group.rows[:, None], group.new] = tensor
-        logits = step.logits_of(results.pop("logits"))
+        logits = foreign.logits_of(results.pop("logits"))
         for tap in self.tap_names:
             if is_cache_tap(tap) and tap in results:
-                step.write(tap, results[tap].unflatten(-1, (self.spec.attention.kv_heads, -1)).transpose(1, 2))
+                foreign.write(tap, results[tap].unflatten(-1, (self.spec.attention.kv_heads, -1)).transpose(1, 2))
             elif tap in results:
-                step.deliver(tap, step.logits_of(results[tap]) if tap == "final_norm" else results[tap])
-        step.deliver("logits", logits)
-        cache.advance(plan)
+                foreign.deliver(tap, foreign.logits_of(results[tap]) if tap == "final_norm" else results[tap])
+        foreign.deliver("logits", logits)
+        cache.advance(step)
         return logits
 
-    def _groups(self, step: Step) -> list[Group]:
-        plan = step.plan
-        batch, tokens = plan.input_ids.shape
+    def _groups(self, foreign: ForeignStep) -> list[Group]:
+        step = foreign.step
+        batch, tokens = step.input_ids.shape
         if not self.roles.one_row:
-            step.check_appended(self.path.name)
-            return [Group(torch.arange(batch), torch.arange(step.past_slots), torch.arange(tokens))]
+            foreign.check_appended(self.path.name)
+            return [Group(torch.arange(batch), torch.arange(foreign.past_slots), torch.arange(tokens))]
         groups = []
         for row in range(batch):
             # Padding is left out, unless the model counts it.
             padded = self.spec.position_origin == "slot"
-            new = torch.arange(tokens) if padded else plan.new_mask[row].nonzero()[:, 0]
-            kept = step.cache.mask[row, : step.past_slots].nonzero()[:, 0]
+            new = torch.arange(tokens) if padded else step.new_mask[row].nonzero()[:, 0]
+            kept = foreign.cache.mask[row, : foreign.past_slots].nonzero()[:, 0]
             if padded:
-                kept = torch.arange(int(plan.cache_lengths[row]))
+                kept = torch.arange(int(step.cache_lengths[row]))
             if len(new):
                 groups.append(Group(torch.tensor([row]), kept, new))
         return groups
 
-    def execute(self, session: ort.InferenceSession, step: Step, group: Group) -> dict[str, Tensor]:
+    def execute(self, session: ort.InferenceSession, foreign: ForeignStep, group: Group) -> dict[str, Tensor]:
         """All outputs of the graph for some rows of a step, by name."""
-        plan, roles = step.plan, self.roles
+        step, roles = foreign.step, self.roles
         rows = group.rows[:, None]
-        slots = torch.cat((group.kept, step.past_slots + group.new))
-        ids = plan.input_ids[rows, group.new]
-        positions = None if plan.position_ids is None else plan.position_ids[rows, group.new]
+        slots = torch.cat((group.kept, foreign.past_slots + group.new))
+        ids = step.input_ids[rows, group.new]
+        positions = None if step.position_ids is None else step.position_ids[rows, group.new]
         if not roles.past:
-            old_ids, old_positions = self._history[step.cache]
+            old_ids, old_positions = self._history[foreign.cache]
             ids = torch.cat((old_ids[rows, group.kept], ids), 1)
             positions = None if positions is None else torch.cat((old_positions[rows, group.kept], positions), 1)
         first = len(group.kept) if roles.past else 0
         inputs: dict[str, Tensor | None] = {
             "input_ids": ids,
-            "attention_mask": step.appended_mask()[rows, slots],
+            "attention_mask": foreign.appended_mask()[rows, slots],
             "position_ids": positions,
             "cache_position": torch.arange(first, first + ids.shape[1]),
             "use_cache_branch": torch.tensor([bool(first)]),
@@ -200,7 +200,7 @@ class OnnxFileEngine(Engine):
         named = {name: inputs[role] for role, name in roles.step.items()}
         for tap, name in roles.past.items():
             _, layer, part = tap.split(".")
-            buffer = (step.cache.key if part == "key" else step.cache.value)[int(layer)]
+            buffer = (foreign.cache.key if part == "key" else foreign.cache.value)[int(layer)]
             named[name] = roles.axes.from_ours(buffer[group.rows][:, :, group.kept])
         feeds = {i.name: _ort_value(named.get(i.name), i, self.path) for i in session.get_inputs()}
         names = [o.name for o in session.get_outputs()]
@@ -211,14 +211,14 @@ class OnnxFileEngine(Engine):
         return {name: _tensor(value) for name, value in zip(names, values, strict=True)}
 
     def _tensors(
-        self, outputs: Mapping[str, Tensor], step: Step, group: Group, recorder: Recorder | None
+        self, outputs: Mapping[str, Tensor], foreign: ForeignStep, group: Group, recorder: Recorder | None
     ) -> dict[str, Tensor]:
         """[rows, new tokens, width] of every tap."""
         rows, new = len(group.rows), len(group.new)
         tokens = new if self.roles.past else len(group.kept) + new
         logits = outputs[self.roles.logits].reshape(rows, -1, self.spec.vocab_size)
         if logits.shape[1] == 1 < tokens:
-            if bool((step.plan.logit_index[group.rows] != group.new[-1]).any()):
+            if bool((foreign.step.logit_index[group.rows] != group.new[-1]).any()):
                 raise LogitLockError(
                     f"{self.path} gives logits of the last token only; a comparison needs them for all tokens"
                 )
@@ -238,16 +238,16 @@ class OnnxFileEngine(Engine):
                     found[tap] = check_width(self.spec, tap, source.read(outputs, rows, tokens))[:, -new:]
         return found
 
-    def remember(self, step: Step) -> None:
+    def remember(self, foreign: ForeignStep) -> None:
         """Token ids and positions by slot, for a graph that keeps nothing."""
-        plan, cache = step.plan, step.cache
+        step, cache = foreign.step, foreign.cache
         if self.roles.past:
             return
         if cache not in self._history:
             empty = torch.zeros(cache.batch, cache.capacity, dtype=torch.int64)
             self._history[cache] = (empty, empty.clone())
-        slots = plan.cache_lengths[:, None] + torch.arange(plan.input_ids.shape[1])
-        for known, new in zip(self._history[cache], (plan.input_ids, plan.position_ids), strict=True):
+        slots = step.cache_lengths[:, None] + torch.arange(step.input_ids.shape[1])
+        for known, new in zip(self._history[cache], (step.input_ids, step.position_ids), strict=True):
             if new is not None:
                 known.scatter_(1, slots, new)
 

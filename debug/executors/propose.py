@@ -157,7 +157,7 @@ class _Search:
         ids = self.captured.ids
         cache = self.reference.new_cache(batch=ids.shape[0], capacity=ids.shape[1])
         with recording(recorder):
-            self.reference.run(cache.plan(ids), cache)
+            self.reference.run(cache.next_step(ids), cache)
 
     def best(self, tap: str, expected: Tensor, matches: Mapping[str, _Match]) -> _Match | None:
         """The nearest value, or the parts of qkv joined."""
@@ -186,7 +186,7 @@ class _Search:
         trials = [(self._trial(tap, {tap: match}).distance, match) for match in matches]
         limit = 2 * max(min((distance for distance, _ in trials), default=1.0), self.floor)
         near = [match for distance, match in trials if distance <= min(limit, _ALIKE)]
-        # The first of them: a norm gives the same of what has been normalised already.
+        # The first of them: a norm gives the same of what has been normalized already.
         return replace(near[0], others=tuple(match.found.source for match in near[1:])) if near else None
 
     def by_exchange(self, tap: str) -> _Match | None:

@@ -1,4 +1,4 @@
-"""What the inputs and outputs of somebody else's decoder graph are: recognised by name, dtype and shape."""
+"""What the inputs and outputs of somebody else's decoder graph are: recognized by name, dtype and shape."""
 
 from __future__ import annotations
 

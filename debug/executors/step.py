@@ -14,33 +14,33 @@ from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
 
 
-class Step:
+class ForeignStep:
     """One forward: taps go to the recorder as they come, keys and values to the caller's cache.
 
     Raises (deliver and write):
         LogitLockError: the recorder substitutes a tensor, which only the reference can do.
     """
 
-    def __init__(self, plan: StepInputs, cache: KVCache, recorder: Recorder | None) -> None:
-        self.plan, self.cache, self.recorder = plan, cache, recorder
+    def __init__(self, step: StepInputs, cache: KVCache, recorder: Recorder | None) -> None:
+        self.step, self.cache, self.recorder = step, cache, recorder
         if recorder is not None:
-            recorder.live_slots = plan.attention_mask.shape[1]
+            recorder.live_slots = step.attention_mask.shape[1]
 
     @property
     def past_slots(self) -> int:
         """Slots of the cache before this step, those of the longest row."""
-        return self.plan.attention_mask.shape[1] - self.plan.input_ids.shape[1]
+        return self.step.attention_mask.shape[1] - self.step.input_ids.shape[1]
 
     def appended_mask(self) -> Tensor:
         """[batch, past_slots + tokens] int64 for code that appends the new tokens of all rows in one place."""
-        return torch.cat((self.cache.mask[:, : self.past_slots], self.plan.new_mask), 1).to(torch.int64)
+        return torch.cat((self.cache.mask[:, : self.past_slots], self.step.new_mask), 1).to(torch.int64)
 
     def check_appended(self, what: str) -> None:
         """Refuse rows of different lengths in a model for which it matters in which slot a token is.
 
         Such code appends a token to all rows in one place; ours go to each row's own slot.
         """
-        spec, lengths = self.cache.spec, self.plan.cache_lengths
+        spec, lengths = self.cache.spec, self.step.cache_lengths
         if counts_slots(spec) and bool((lengths != lengths[0]).any()):
             raise LogitLockError(
                 f"{what} cannot go on with rows of different lengths {lengths.tolist()} in a {spec.variant}, which "
@@ -56,13 +56,13 @@ class Step:
         """Put the new tokens' keys or values [batch, kv_heads, tokens, head_dim] in their slots, and show them."""
         _, layer, part = tap.split(".")
         buffer = (self.cache.key if part == "key" else self.cache.value)[int(layer)]
-        rows, slots = torch.arange(new.shape[0])[:, None], self.plan.cache_lengths[:, None] + torch.arange(new.shape[2])
+        rows, slots = torch.arange(new.shape[0])[:, None], self.step.cache_lengths[:, None] + torch.arange(new.shape[2])
         buffer[rows, :, slots] = new.transpose(1, 2).to(buffer.dtype)
         self.deliver(tap, buffer)
 
     def logits_of(self, x: Tensor) -> Tensor:
-        """The tokens that the plan asks logits of: [batch, N, width] from [batch, tokens, width]."""
-        return select_tokens(x, self.plan.logit_index.to(x.device))
+        """The tokens that the step asks logits of: [batch, N, width] from [batch, tokens, width]."""
+        return select_tokens(x, self.step.logit_index.to(x.device))
 
 
 def counts_slots(spec: ModelSpec) -> bool:

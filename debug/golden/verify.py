@@ -148,10 +148,10 @@ class _Run:
             raise LogitLockError(f"{self.case.directory / self.case.file} has decode_logits but no decode_ids")
         cache = self.model.new_cache(batch=batch, capacity=tokens + steps)
         recorder = Recorder()
-        plan = cache.plan(self.ids, self.mask)
-        self._positions("position_ids", plan.position_ids, self.real)
+        step = cache.next_step(self.ids, self.mask)
+        self._positions("position_ids", step.position_ids, self.real)
         with recording(recorder):
-            logits = self.model.run(plan, cache)
+            logits = self.model.run(step, cache)
         self._prefill(logits, recorder.tensors)
         # Upstream keeps trailing pads in its cache and goes on behind them; ours would overwrite them.
         cache.lengths = torch.full_like(cache.lengths, tokens)
@@ -160,10 +160,10 @@ class _Run:
         if decode_ids is not None and (self.dtype == "fp32" or "decode_logits" in self.case.expected):
             decoded, positions = [], []
             for t in range(steps):
-                plan = cache.plan(decode_ids[:, t : t + 1])
-                if plan.position_ids is not None:
-                    positions.append(plan.position_ids)
-                decoded.append(self.model.run(plan, cache))
+                step = cache.next_step(decode_ids[:, t : t + 1])
+                if step.position_ids is not None:
+                    positions.append(step.position_ids)
+                decoded.append(self.model.run(step, cache))
             self._decode(decode_ids, torch.cat(decoded, 1), torch.cat(positions, 1) if positions else None)
         if "uncached_logits" in self.left and decode_ids is not None:
             self._uncached(decode_ids)

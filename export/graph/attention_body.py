@@ -133,7 +133,7 @@ def _rotation_in_working_dtype(spec: ModelSpec) -> list[str]:
 
 
 def _cache_write(spec: ModelSpec) -> list[str]:
-    """`key` and `value`: the caches with the new slots; a quantised one gets codes (`quantize_cache`)."""
+    """`key` and `value`: the caches with the new slots; a quantized one gets codes (`quantize_cache`)."""
     lines = []
     for part in ("key", "value"):
         new = f"new_{part}"

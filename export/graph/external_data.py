@@ -25,7 +25,7 @@ _ELEMENT_TYPES: Mapping[torch.dtype, int] = {
     torch.float8_e4m3fn: onnx.TensorProto.FLOAT8E4M3FN,
 }
 
-Layout = Literal["plain", "transposed", "row", "int4"]
+ByteLayout = Literal["plain", "transposed", "row", "int4"]
 """How a tensor is stored: as it is; a matrix with its axes swapped; a matrix of one column as a vector; int8 codes of
 4 bits two a byte, the first in the low half, as INT4."""
 # Offsets on page boundaries let a runtime map tensors instead of copying them (ONNX specification, external data).
@@ -49,7 +49,7 @@ class WeightWriter:
         self._stream = stream
         self._progress = progress
 
-    def add(self, name: str, tensor: Tensor, *, layout: Layout = "plain") -> onnx.TensorProto:
+    def add(self, name: str, tensor: Tensor, *, layout: ByteLayout = "plain") -> onnx.TensorProto:
         """Write a CPU tensor (floats, fp8, int8 or int64) and return the initializer that refers to it.
 
         A layout other than plain costs memory for one block only.
@@ -96,7 +96,7 @@ def random_parameters(spec: ModelSpec, *, dtype: torch.dtype) -> Iterator[tuple[
 def _random_part(
     kind: str, parameter: Tensor, linear: LinearFormat, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
-    """A parameter of a quantised layer whose weight has the same standard deviation, in codes that are all used."""
+    """A parameter of a quantized layer whose weight has the same standard deviation, in codes that are all used."""
     shape, (low, high) = parameter.shape, code_range(linear.weight)
     if kind == "weight" and linear.weight == "fp8":
         return torch.empty(shape).normal_(0.0, high / 4, generator=generator).clamp(low, high).to(parameter.dtype)

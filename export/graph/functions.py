@@ -26,7 +26,7 @@ ELEMENT_TYPES: Mapping[Precision, int] = {
 }
 
 CACHE_SCALES = ("key_scale", "value_scale")
-"""Inputs of a CachedAttention node with a quantised cache, [kv_heads] each."""
+"""Inputs of a CachedAttention node with a quantized cache, [kv_heads] each."""
 
 
 def make_functions(

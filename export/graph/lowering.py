@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper
 from torch import Tensor, fx
 
-from export.graph.external_data import Layout
+from export.graph.external_data import ByteLayout
 from export.graph.function_text import CODE_ELEMENTS, DOMAIN, OPSET
 from export.graph.functions import ELEMENT_TYPES, inline, make_functions
 from refmodels.model import Decoder
@@ -45,7 +45,7 @@ class Graph:
     """
 
     model: onnx.ModelProto
-    parameters: dict[str, Layout]
+    parameters: dict[str, ByteLayout]
     tables: dict[str, Tensor]
 
 
@@ -57,7 +57,7 @@ Rule = Callable[["Lowering", fx.Node], None]
 class Lowering:
     """The trace on its way to a graph; rules add nodes to it.
 
-    coded: for values that a norm has quantised as well, the names of their codes and scales.
+    coded: for values that a norm has quantized as well, the names of their codes and scales.
     """
 
     decoder: Decoder
@@ -69,7 +69,7 @@ class Lowering:
     rules: Mapping[Any, Rule]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)
-    parameters: dict[str, Layout] = field(default_factory=dict)
+    parameters: dict[str, ByteLayout] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
     values: dict[fx.Node, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)

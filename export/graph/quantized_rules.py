@@ -1,8 +1,8 @@
-"""Quantised linear layers in the graph: `refmodels.quantization.linear` as QuantizeLinear and DequantizeLinear.
+"""Quantized linear layers in the graph: `refmodels.quantization.linear` as QuantizeLinear and DequantizeLinear.
 
 Weights are initializers of codes, as the model stores them: [out, in], int8, INT4 (two a byte) or FLOAT8E4M3FN.
 
-    no quantised input   y = MatMul(x, Transpose(DequantizeLinear(codes, scale, zero)))          in the working dtype
+    no quantized input   y = MatMul(x, Transpose(DequantizeLinear(codes, scale, zero)))          in the working dtype
     a constant scale, or one a token
                          sums = MatMul(DequantizeLinear(codes of x, 1), Transpose(DequantizeLinear(codes, 1)))
                          y = sums * (scale of x * scale)                                          in fp32, then rounded
@@ -10,7 +10,7 @@ Weights are initializers of codes, as the model stores them: [out, in], int8, IN
                          y = MatMul(codes of x * their scales, Transpose(DequantizeLinear(...)))  in fp32, then rounded
 
 The second form multiplies codes by codes, as the reference does, and scales afterwards.  With the scales in
-DequantizeLinear, the usual form, every dequantised number would be rounded to the working dtype, and wide ones cannot
+DequantizeLinear, the usual form, every dequantized number would be rounded to the working dtype, and wide ones cannot
 be had: DequantizeLinear from an fp16 scale to fp32 is refused by ONNX Runtime 1.31 (int8) and by TensorRT-RTX 1.7
 (fp8).  TensorRT makes the same int8 and fp8 products of both.
 """
@@ -61,7 +61,7 @@ def _by_token(linear: LinearFormat) -> bool:
 
 
 class _Layer:
-    """One quantised layer, on its way from the value `x` to the value `y`."""
+    """One quantized layer, on its way from the value `x` to the value `y`."""
 
     def __init__(self, graph: Lowering, path: str, module: QuantizedLinear, y: str, x: str) -> None:
         self.graph, self.path, self.module, self.y, self.x = graph, path, module, y, x
@@ -209,12 +209,12 @@ def check_quantization(spec: ModelSpec, capabilities: Iterable[int] = ()) -> Non
     Args:
         capabilities: GPUs to build for, 89 for 8.9.
     Raises:
-        LogitLockError: zero points, a quantised cache, input scales by group, or codes that a GPU lacks.
+        LogitLockError: zero points, a quantized cache, input scales by group, or codes that a GPU lacks.
     """
     if spec.cache_code is not None:
         raise LogitLockError(
             f"TensorRT has no {spec.cache_code} cache (its KV cache update takes fp32, fp16 and bf16 only); use "
-            "--backend onnxruntime, or quantise without --kv-cache"
+            "--backend onnxruntime, or quantize without --kv-cache"
         )
     for module in spec.linears:
         linear = spec.format_of(module)
@@ -223,7 +223,7 @@ def check_quantization(spec: ModelSpec, capabilities: Iterable[int] = ()) -> Non
         if not linear.symmetric:
             raise LogitLockError(
                 f"{module} has {describe_format(linear)}; TensorRT takes symmetric codes only: use --backend "
-                "onnxruntime, or quantise symmetrically"
+                "onnxruntime, or quantize symmetrically"
             )
         if linear.input is not None and linear.input_scale == "group":
             raise LogitLockError(

@@ -45,7 +45,7 @@ def build_graph(
         float32: taps of linear layers that compute in fp32, with weights (or their scales) in fp32 (see
             `export.precision_plan`).
     Raises:
-        LogitLockError: attention "native" for a quantised cache, which TensorRT's operators do not have.
+        LogitLockError: attention "native" for a quantized cache, which TensorRT's operators do not have.
     """
     if attention == "native" and spec.cache_code is not None:
         raise LogitLockError(f"--attention native has no {spec.cache_code} cache; use --attention plugin or decomposed")

@@ -28,7 +28,7 @@ _ROWS = 1024
 class AwqScale:
     """What the search found.
 
-    scale: [in]: quantise W * scale and x / scale.  alpha: its exponent.  by_weight: divided by mean|w|^(1 - alpha);
+    scale: [in]: quantize W * scale and x / scale.  alpha: its exponent.  by_weight: divided by mean|w|^(1 - alpha);
     otherwise, at alpha 0, it is 1: round to nearest.
     error, nearest_error: squared output error of the linears over that of the outputs themselves, with this scale and
     with none; error <= nearest_error.
@@ -55,12 +55,12 @@ def search_scale(
     Args:
         weights: each [out, in].
         x: a sample of inputs, [tokens, in], wide (fp32, or fp64).
-        formats: of the weights; None: not quantised, whose error is none.
+        formats: of the weights; None: not quantized, whose error is none.
         magnitude: mean |x| of all inputs, [in], where more than the sample is known.
         share: makes statistics [in] equal where channels must share a scale (`fold.share`).
         grid: alpha is 0, 1 / grid, ..., 1.
     Raises:
-        LogitLockError: nothing to search for, shapes that do not fit, inputs that are quantised.
+        LogitLockError: nothing to search for, shapes that do not fit, inputs that are quantized.
     """
     _check(weights, x, formats)
     if grid < 1:
@@ -198,7 +198,7 @@ def _energy(weight: Tensor, sample: Tensor) -> float:
 
 def _check(weights: Sequence[Tensor], x: Tensor, formats: Sequence[LinearFormat | None]) -> None:
     if not any(linear is not None for linear in formats):
-        raise LogitLockError("AWQ has nothing to search for: none of the weights is to be quantised")
+        raise LogitLockError("AWQ has nothing to search for: none of the weights is to be quantized")
     if x.ndim != 2 or not len(x) or any(weight.shape[1] != x.shape[1] for weight in weights):
         raise LogitLockError(f"a sample of inputs of shape {list(x.shape)} does not fit weights [out, in]")
     if any(linear is not None and (linear.input is not None or linear.reordered) for linear in formats):

@@ -1,8 +1,8 @@
-"""Quantising a model layer by layer: calibration data streams through one block at a time.
+"""Quantizing a model layer by layer: calibration data streams through one block at a time.
 
 In memory are the parameters of one block in fp32, what its observers keep, and the residual stream of all calibration
-tokens (tokens x hidden size x 4 bytes).  Blocks after a quantised one see its float output, or with GPTQ, as in its
-paper, what the quantised one makes.
+tokens (tokens x hidden size x 4 bytes).  Blocks after a quantized one see its float output, or with GPTQ, as in its
+paper, what the quantized one makes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from refmodels.checkpoints.load import (
     put_parameter,
     stream_parameters,
 )
-from refmodels.checkpoints.quantized_layouts import Layout, Storage
+from refmodels.checkpoints.quantized_layouts import CheckpointFormat, Storage
 from refmodels.errors import LogitLockError
 from refmodels.quantization.formats import LIMITS, LinearFormat, QuantizationSpec
 from refmodels.recorder import Recorder, recording
@@ -57,31 +57,31 @@ def quantize_model(
     options: QuantizeOptions,
     *,
     data: CalibrationData | None = None,
-    layout: Layout = "compressed-tensors",
+    layout: CheckpointFormat = "compressed-tensors",
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Path:
-    """Write a quantised checkpoint; it appears whole or not at all.
+    """Write a quantized checkpoint; it appears whole or not at all.
 
     Args:
-        source: the model, not quantised.
+        source: the model, not quantized.
         output: the directory to write, missing or empty.
-        options: what to quantise, and how.
+        options: what to quantize, and how.
         data: for the methods and scales that need inputs; None: `calibration_data(source)`.
         layout: how codes are stored.
         device: where blocks run and methods compute.
         progress: called with what is done, how much of it and how much in all.
     Returns: `output`.
     Raises:
-        LogitLockError: a model that is quantised already, an output that is not empty, a layout that is none or has no
+        LogitLockError: a model that is quantized already, an output that is not empty, a layout that is none or has no
             place for the formats, options that do not fit the model, activations that are not finite, and as
             `stream_parameters`.
     """
     spec = source.spec
-    if layout not in get_args(Layout):
-        raise LogitLockError(f"--layout is {layout!r}; it must be one of {', '.join(get_args(Layout))}")
+    if layout not in get_args(CheckpointFormat):
+        raise LogitLockError(f"--layout is {layout!r}; it must be one of {', '.join(get_args(CheckpointFormat))}")
     if spec.quantization is not None:
-        raise LogitLockError(f"{source.name} is quantised already ({spec.quantization.describe()})")
+        raise LogitLockError(f"{source.name} is quantized already ({spec.quantization.describe()})")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise LogitLockError(f"the output {output} is not an empty directory; choose another path")
     quantization = quantization_of(spec, options)
@@ -130,7 +130,7 @@ def _method(options: QuantizeOptions, spec: ModelSpec) -> Method:
 class _Batch:
     """Calibration rows, padded on the right; `hidden` is the residual stream, on the CPU."""
 
-    plan: StepInputs
+    step: StepInputs
     hidden: Tensor
 
 
@@ -166,10 +166,10 @@ class _Run:
         for layer in layers:
             self._block(layer, writer, reports)
             _give_memory_back()
-            self.progress("quantising", layer + 1, steps)
+            self.progress("quantizing", layer + 1, steps)
         if head["head"] is not None:
             self._head(head, writer, reports)
-            self.progress("quantising", steps, steps)
+            self.progress("quantizing", steps, steps)
         return reports
 
     def _begin(self, data: CalibrationData) -> None:
@@ -183,12 +183,12 @@ class _Run:
         one_layer = replace(self.spec, layers=1)
         with self._holding(("embed.", "position_embed.")):
             for ids, mask in batches:
-                plan = KVCache(one_layer, batch=len(ids), capacity=ids.shape[1]).plan(ids, mask)
-                hidden = self.decoder.embed(plan.input_ids.to(self.device))
+                step = KVCache(one_layer, batch=len(ids), capacity=ids.shape[1]).next_step(ids, mask)
+                hidden = self.decoder.embed(step.input_ids.to(self.device))
                 if self.spec.position == "learned":
-                    assert plan.position_ids is not None
-                    hidden = hidden + self.decoder.position_embed(plan.position_ids.to(self.device))
-                self._batches.append(_Batch(plan, hidden.cpu()))
+                    assert step.position_ids is not None
+                    hidden = hidden + self.decoder.position_embed(step.position_ids.to(self.device))
+                self._batches.append(_Batch(step, hidden.cpu()))
 
     def _block_formats(self, layer: int) -> dict[str, LinearFormat | None]:
         prefix = f"blocks.{layer}."
@@ -208,7 +208,7 @@ class _Run:
             if self.method.method == "gptq" and self._batches:
                 self._put_back(prefix, result)
                 outputs = self._forward(layer, {}, _CacheRanges())
-            self._batches = [_Batch(b.plan, y) for b, y in zip(self._batches, outputs, strict=True)]
+            self._batches = [_Batch(b.step, y) for b, y in zip(self._batches, outputs, strict=True)]
             self._write(prefix, floats, result, writer, reports, self._cache_scales(prefix, ranges, result))
 
     def _head(
@@ -222,7 +222,7 @@ class _Run:
             for batch in self._batches if observers else ():
                 normed = self.decoder.final_norm(batch.hidden.to(self.device))
                 for observer in observers.values():
-                    observer.observe(normed[batch.plan.new_mask.to(self.device)])
+                    observer.observe(normed[batch.step.new_mask.to(self.device)])
             result = _named("", lambda: quantize_layers(self.spec, parameters, observers, formats, self.method))
             self._write("", parameters, result, writer, reports, {})
 
@@ -232,8 +232,8 @@ class _Run:
         sites = {f"{path}.{TAPS[site]}": observer for site, observer in observers.items()}
         outputs = []
         for batch in self._batches:
-            plan = batch.plan
-            real = plan.new_mask.to(self.device)
+            step = batch.step
+            real = step.new_mask.to(self.device)
 
             def watch(name: str, tensor: Tensor, real: Tensor = real) -> None:
                 if name in sites:
@@ -241,7 +241,7 @@ class _Run:
                 elif self.cache is not None and name in (f"{path}.key", f"{path}.value"):
                     ranges.observe(name.removeprefix(f"{path}."), tensor.transpose(1, 2)[real])
 
-            inputs = {name: value.to(self.device) for name, value in plan.tensors().items()}
+            inputs = {name: value.to(self.device) for name, value in step.tensors().items()}
             ids = inputs["input_ids"]
             positions = self.decoder.positions(
                 inputs.get("position_ids", ids), inputs.get("ntk_table", inputs["cache_lengths"])

@@ -1,4 +1,4 @@
-"""Writing a quantised model as a checkpoint in Hugging Face layout, layer by layer."""
+"""Writing a quantized model as a checkpoint in Hugging Face layout, layer by layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from refmodels.checkpoints.load import ModelSource, match_names, upstream_modules
 from refmodels.checkpoints.quantized_config import MODELOPT_NAME, modelopt_file, write_config
 from refmodels.checkpoints.quantized_layouts import Storage
-from refmodels.checkpoints.quantized_reader import QuantisedReader
+from refmodels.checkpoints.quantized_reader import QuantizedReader
 from refmodels.checkpoints.shards import WeightFiles
 from refmodels.checkpoints.weights import Part, to_checkpoint
 from refmodels.errors import LogitLockError
@@ -34,9 +34,9 @@ class CheckpointWriter:
     """Collects layers under their upstream names and writes them as they fill a shard.
 
     Args:
-        source: the model that is being quantised, in floats.
+        source: the model that is being quantized, in floats.
         directory: an empty directory.
-        quantization: what is quantised and how.
+        quantization: what is quantized and how.
         storage: how codes are stored.
     """
 
@@ -44,7 +44,7 @@ class CheckpointWriter:
         self.source, self.directory, self.quantization, self.storage = source, directory, quantization, storage
         self.table = source.family.weights(source.spec)
         spec = replace(source.spec, quantization=quantization)
-        self.reader = QuantisedReader(spec, self.table, storage)
+        self.reader = QuantizedReader(spec, self.table, storage)
         self.files = WeightFiles(source.directory)
         self.stored = match_names(self.files.tensors, self.table, source)
         self._check_shared()

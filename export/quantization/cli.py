@@ -17,11 +17,11 @@ from export.quantization.data import SAMPLES, TOKENS, calibration_data
 from export.quantization.method import MethodOptions
 from export.quantization.schemes import SCHEMES, Inputs, QuantizeOptions
 from refmodels.checkpoints.load import moved, resolve
-from refmodels.checkpoints.quantized_layouts import Layout
+from refmodels.checkpoints.quantized_layouts import CheckpointFormat
 from refmodels.command import JsonFlag
 from refmodels.quantization.formats import EightBit
 
-_WHAT, _HOW, _DATA, _OUTPUT = "What is quantised", "How codes are found", "Calibration", "Output"
+_WHAT, _HOW, _DATA, _OUTPUT = "What is quantized", "How codes are found", "Calibration", "Output"
 _SCHEME_LIST = "; ".join(f"{name}: {scheme.describes}" for name, scheme in SCHEMES.items())
 
 
@@ -114,9 +114,9 @@ def quantize(
     ] = "compressed-tensors",
     json_output: JsonFlag = False,
 ) -> None:
-    """Quantise a model into a checkpoint that export, diff, eval and other programs read.
+    """Quantize a model into a checkpoint that export, diff, eval and other programs read.
 
-    The blocks are quantised one at a time, while calibration data streams through them.  `export --precision SCHEME`
+    The blocks are quantized one at a time, while calibration data streams through them.  `export --precision SCHEME`
     does this with the defaults and puts the checkpoint into the bundle.
 
     Example: logitlock quantize --model qwen --precision int4-awq --group 64
@@ -139,9 +139,9 @@ def quantize(
         parts = [source.name.rpartition("/")[2], precision or "", f"kv-{kv_cache}" if kv_cache else ""]
         target = Path("models") / "-".join(filter(None, parts))
     data = calibration_data(source, calibration or (), samples=samples, tokens=tokens, seed=seed)
-    with progress_bar(f"quantise {source.name}", quiet=json_output) as progress:
+    with progress_bar(f"quantize {source.name}", quiet=json_output) as progress:
         quantize_model(
-            source, target, options, data=data, layout=cast(Layout, layout), device=device, progress=progress
+            source, target, options, data=data, layout=cast(CheckpointFormat, layout), device=device, progress=progress
         )
     provenance = read_provenance(target)
     assert provenance is not None

@@ -108,7 +108,7 @@ def gptq(
     scale: Tensor | None = None,
     zero: Tensor | None = None,
 ) -> GptqResult:
-    """Codes of a weight that minimise its output error on the inputs that made the Hessian.
+    """Codes of a weight that minimize its output error on the inputs that made the Hessian.
 
     Scales of a group are those of its columns as they are when rounding reaches them, errors made up for included, as
     in the paper.  With `act_order` columns are rounded by descending H_ii, and the scales of all groups come from the
@@ -118,7 +118,7 @@ def gptq(
     Columns whose input was always zero have no influence on the error; they are rounded to nearest.
 
     Args:
-        weight: [out, in], any float dtype; the loop runs in fp32 (fp64 for fp64), factorisation in fp64.
+        weight: [out, in], any float dtype; the loop runs in fp32 (fp64 for fp64), factorization in fp64.
         hessian: [in, in], as `Hessian.matrix`, on the device of the weight.
         act_order: the activation order heuristic of the authors' code, with static groups.
         damping: multiple of the mean of diag(H) that is added to the diagonal.
@@ -137,7 +137,7 @@ def gptq(
     if damping <= 0 or block < 1:
         raise LogitLockError(f"damping {damping} and block {block} must be positive")
     if not bool(torch.isfinite(weight).all()):
-        raise LogitLockError("a weight to be quantised holds NaN or infinity")
+        raise LogitLockError("a weight to be quantized holds NaN or infinity")
     wide = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
     original = weight.to(wide)
     group = columns // linear.groups(columns)
@@ -187,7 +187,7 @@ def gptq(
 
 
 def _nearest(column: Tensor, scale: Tensor, zero: Tensor | None, code: Code) -> Tensor:
-    """As `quantize_weight`, which looks at every number for NaN first: a synchronisation a column on a GPU."""
+    """As `quantize_weight`, which looks at every number for NaN first: a synchronization a column on a GPU."""
     steps = column / scale
     return to_codes(steps if zero is None else steps.round() + zero, code)
 
@@ -196,7 +196,7 @@ def _inverse_factor(hessian: Tensor, damping: float, order: Tensor | None, dtype
     """U, upper triangular, with U^T U = (H + damping * mean(diag H) I)^-1; [in, in] of `dtype`, columns in `order`.
 
     With J the reversal of rows, J H J = L L^T gives H = (J L J)(J L J)^T, and U = (J L J)^-1 = J L^-1 J: one
-    factorisation and one triangular inverse, in fp64, where the authors' code takes an inverse and two factorisations.
+    factorization and one triangular inverse, in fp64, where the authors' code takes an inverse and two factorizations.
     Both happen in place: matrices of this size are most of GPTQ's memory.
     """
     arranged = hessian if order is None else hessian[order][:, order]

@@ -34,7 +34,7 @@ _LEAST_SCALE = 2.0**-24
 """Input scales of inputs that were always zero: positive in every working dtype."""
 
 Formats = Mapping[str, LinearFormat | None]
-"""By the linear's name relative to the block, 'attn.qkv', or 'head'; None or absent: not quantised."""
+"""By the linear's name relative to the block, 'attn.qkv', or 'head'; None or absent: not quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class MethodOptions:
     """How codes are found.
 
     Attributes:
-        method: "awq" concerns weights whose inputs stay floats, "smoothquant" those whose inputs are quantised; layers
+        method: "awq" concerns weights whose inputs stay floats, "smoothquant" those whose inputs are quantized; layers
             of the other kind are rounded to nearest.
         alpha: of SmoothQuant.
         grid: steps of AWQ's searches.
@@ -77,7 +77,7 @@ class MethodOptions:
             ("percentile", 0 < self.percentile <= 100, "above 0 and at most 100"),
         ):
             if not good:
-                raise LogitLockError(f"{name} {getattr(self, name):g} of quantisation must be {must}")
+                raise LogitLockError(f"{name} {getattr(self, name):g} of quantization must be {must}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +94,9 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLayers:
-    """A block (or the head) after quantisation; names as in `Decoder`, relative to the block.
+    """A block (or the head) after quantization; names as in `Decoder`, relative to the block.
 
-    parameters: the floats that remain, changed by folding or not.  weights: codes of every quantised linear.
+    parameters: the floats that remain, changed by folding or not.  weights: codes of every quantized linear.
     input_scales: [] wide, of linears with static input scales.  folded: scale [width] by site.
     """
 
@@ -181,13 +181,13 @@ def quantize_layers(
     formats: Formats,
     options: MethodOptions,
 ) -> QuantizedLayers:
-    """Quantise the linears of one block, or the head.
+    """Quantize the linears of one block, or the head.
 
     Args:
         parameters: floats of the block ('attn_norm.weight', 'attn.qkv.weight', ...), or 'final_norm.*' and
             'head.weight'; not altered.
         inputs: observers of `observed_sites`, on any device.
-        formats: of the linears to quantise.
+        formats: of the linears to quantize.
     Raises:
         LogitLockError: inputs that were not observed, and what the method raises, with the layer's name.
     """

@@ -45,7 +45,7 @@ SCHEMES: Mapping[str, Scheme] = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """What to quantise, and how.
+    """What to quantize, and how.
 
     Attributes:
         scheme: one of `SCHEMES`.
@@ -70,9 +70,9 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         if self.scheme is not None and self.scheme not in SCHEMES:
-            raise LogitLockError(f"--precision is {self.scheme!r}; quantisation schemes are {', '.join(SCHEMES)}")
+            raise LogitLockError(f"--precision is {self.scheme!r}; quantization schemes are {', '.join(SCHEMES)}")
         if self.scheme is None and self.cache is None:
-            raise LogitLockError("there is nothing to quantise: give --precision SCHEME, --kv-cache, or both")
+            raise LogitLockError("there is nothing to quantize: give --precision SCHEME, --kv-cache, or both")
         if self.inputs is not None and self.inputs not in get_args(Inputs):
             raise LogitLockError(f"--inputs is {self.inputs!r}; it must be one of {', '.join(get_args(Inputs))}")
         if self.cache is not None and self.cache not in get_args(EightBit):
@@ -80,7 +80,7 @@ class QuantizeOptions:
 
 
 def is_scheme(precision: str) -> bool:
-    """Whether a value of `--precision` is a scheme of quantisation, not a dtype."""
+    """Whether a value of `--precision` is a scheme of quantization, not a dtype."""
     return precision in SCHEMES
 
 
@@ -88,11 +88,11 @@ def quantization_of(spec: ModelSpec, options: QuantizeOptions) -> QuantizationSp
     """Every layer's format.
 
     Raises:
-        LogitLockError: a tied head that is to be quantised, a combination that nothing computes, a group that fits no
+        LogitLockError: a tied head that is to be quantized, a combination that nothing computes, a group that fits no
             layer, a plan that does not fit the model.
     """
     if options.head and spec.tied_head:
-        raise LogitLockError(f"the head of {spec.variant} is its embedding, which is not quantised; leave --head out")
+        raise LogitLockError(f"the head of {spec.variant} is its embedding, which is not quantized; leave --head out")
     overrides = plan_of(spec, options)
     for name, scheme in overrides.items():
         if scheme is not None and scheme not in SCHEMES:
@@ -108,7 +108,7 @@ def quantization_of(spec: ModelSpec, options: QuantizeOptions) -> QuantizationSp
     found = group_formats(formats, cache=options.cache)
     assert found is not None or options.plan is not None
     if found is None:
-        raise LogitLockError(f"{options.plan} leaves nothing to quantise")
+        raise LogitLockError(f"{options.plan} leaves nothing to quantize")
     return found
 
 

@@ -18,7 +18,7 @@ LEAST = 1e-5
 
 
 def smooth_scale(weights: Sequence[Tensor], channel_max: Tensor, *, alpha: float = 0.5) -> Tensor:
-    """s [in] for the weights that share an input: quantise W * s and x / s.
+    """s [in] for the weights that share an input: quantize W * s and x / s.
 
     Channels whose input was always zero keep scale 1: they may be alive in other data.
 

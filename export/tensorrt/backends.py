@@ -56,7 +56,7 @@ def check_backend(
 
     Raises:
         LogitLockError: an option for another backend, no TensorRT or none that can build here, or a combination of
-            attention, numerics and quantisation that it has no kernels for.
+            attention, numerics and quantization that it has no kernels for.
     """
     if backend == "onnxruntime":
         for value, option in (

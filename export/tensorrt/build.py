@@ -98,7 +98,7 @@ def build_plan(
             a few of them.
     Raises:
         LogitLockError: TensorRT refuses the graph or cannot build it; it would drop something of it; a plugin node
-            has no plugin; it does not keep quantised weights as codes.
+            has no plugin; it does not keep quantized weights as codes.
     """
     model = onnx.load(directory / MODEL_NAME, load_external_data=False)
     fix_capacity(model, options.max_seq)
@@ -204,7 +204,7 @@ def mark_taps(model: onnx.ModelProto, taps: Iterable[str]) -> None:
 
 
 def check_weight_bytes(model: onnx.ModelProto, found: int) -> None:
-    """Check that an engine holds the codes of quantised weights and not what they stand for.
+    """Check that an engine holds the codes of quantized weights and not what they stand for.
 
     Args:
         found: bytes of its weights.
@@ -218,7 +218,7 @@ def check_weight_bytes(model: onnx.ModelProto, found: int) -> None:
         widened += length if weight.data_type in _CODES else 0
     if widened and found > stored + widened // 2 + _SPARE_BYTES:
         raise LogitLockError(
-            f"TensorRT holds {found} bytes of weights where the graph has {stored}: quantised weights were expanded"
+            f"TensorRT holds {found} bytes of weights where the graph has {stored}: quantized weights were expanded"
         )
 
 

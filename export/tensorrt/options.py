@@ -21,7 +21,7 @@ class BuildOptions:
         max_input: most tokens of a row in a step; longer prompts are run in pieces.
         max_seq: longest cache in tokens; TensorRT's caches always have so many slots.
         workspace: MiB of scratch memory that a kernel may use; None: TensorRT's default.
-        optimization_level: TensorRT's builder optimisation level, 0 to 5; None: its default.
+        optimization_level: TensorRT's builder optimization level, 0 to 5; None: its default.
         compute_capabilities: GPUs to build for, as '8.9' (TensorRT-RTX only); empty: the package's default.
     Raises:
         LogitLockError: a value that no engine can have.
@@ -46,7 +46,7 @@ class BuildOptions:
             raise LogitLockError(f"--optimization-level is {self.optimization_level}; it must be from 0 to 5")
 
     def profiles(self) -> list[Profile]:
-        """The plan's optimisation profiles, in their order."""
+        """The plan's optimization profiles, in their order."""
         batch, slots = [1, self.max_batch], [self.max_seq, self.max_seq]
         return [
             Profile(name="prefill", batch=batch, tokens=[1, self.max_input], capacity=slots),

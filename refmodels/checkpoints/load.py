@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from refmodels.checkpoints.quantized_config import MODELOPT_NAME, read_config
 from refmodels.checkpoints.quantized_layouts import Storage
-from refmodels.checkpoints.quantized_reader import QuantisedReader
+from refmodels.checkpoints.quantized_reader import QuantizedReader
 from refmodels.checkpoints.shards import StoredTensor, WeightFiles
 from refmodels.checkpoints.weights import WeightMap
 from refmodels.errors import LogitLockError
@@ -61,7 +61,7 @@ _NORMALIZE_ROWS = 4096
 class ModelSource:
     """A model that has been found: its directory, its parsed config.json, and what they mean.
 
-    `name` is for people (family name, directory name or hub id).  `storage`: how quantised modules are stored, where
+    `name` is for people (family name, directory name or hub id).  `storage`: how quantized modules are stored, where
     `spec.quantization` says that there are any.
     """
 
@@ -93,7 +93,7 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
 
 
 def moved(source: ModelSource, directory: Path) -> ModelSource:
-    """The same model with the weights, and what config.json says of their quantisation, of another directory.
+    """The same model with the weights, and what config.json says of their quantization, of another directory.
 
     Raises:
         LogitLockError: no readable config.json there.
@@ -236,36 +236,36 @@ def stream_parameters(
     source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact", prefixes: tuple[str, ...] = ("",)
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the decoder in its order, as an own contiguous CPU tensor of `dtype`, one at a time; codes of
-    quantised layers have their own dtype.
+    quantized layers have their own dtype.
 
     `prefixes` keeps those whose name begins with one of them.  A tied head is not among them.  Names, shapes and dtypes
     of the whole checkpoint are checked before this returns, values as they are read.
 
     Raises:
-        LogitLockError: a tensor missing, left over, of the wrong shape, quantised where config.json does not say so,
+        LogitLockError: a tensor missing, left over, of the wrong shape, quantized where config.json does not say so,
             damaged, with NaN or Inf, or too large for `dtype`.
     """
     if dtype not in DTYPES.values():
         raise LogitLockError(f"{dtype} is not a working dtype of the reference; use one of {', '.join(DTYPES)}")
     if source.spec.tied_head and source.spec.head_normalized:
-        raise LogitLockError(f"{source.directory}: a normalised head (NormHead) that is tied is not supported")
+        raise LogitLockError(f"{source.directory}: a normalized head (NormHead) that is tied is not supported")
     files = WeightFiles(source.directory)
     table = source.family.weights(source.spec)
-    reader = None if source.storage is None else QuantisedReader(source.spec, table, source.storage)
+    reader = None if source.storage is None else QuantizedReader(source.spec, table, source.storage)
     stored = match_names(files.tensors, table, source, reader)
     return _stream(files, table, stored, source.spec, dtype, numerics, prefixes, reader)
 
 
 def match_names(
-    tensors: Mapping[str, StoredTensor], table: WeightMap, source: ModelSource, reader: QuantisedReader | None = None
+    tensors: Mapping[str, StoredTensor], table: WeightMap, source: ModelSource, reader: QuantizedReader | None = None
 ) -> dict[str, StoredTensor]:
     """The stored tensor for each name that the weight map asks for.
 
     The prefix `transformer.` (or `model.`) may be absent or too much.  Known buffers, and the head of a model that
-    ties it, are left out.  `reader`: of quantised modules, whose tensors are taken as they are.
+    ties it, are left out.  `reader`: of quantized modules, whose tensors are taken as they are.
 
     Raises:
-        LogitLockError: a tensor missing, left over, stored twice, of the wrong shape, or quantised without a reader.
+        LogitLockError: a tensor missing, left over, stored twice, of the wrong shape, or quantized without a reader.
     """
     wanted = {part.name: part for parts in table.values() for part in parts}
     if reader is not None:
@@ -301,7 +301,7 @@ def match_names(
         if tensor.dtype is None:
             raise LogitLockError(
                 f"{tensor.name} in {tensor.file} has dtype {tensor.dtype_name}; weights must be fp64, fp32, fp16 or "
-                "bf16, where quantization_config in config.json does not say how they are quantised"
+                "bf16, where quantization_config in config.json does not say how they are quantized"
             )
         if tensor.shape != part.shape:
             raise LogitLockError(
@@ -322,7 +322,7 @@ def _stream(
     dtype: torch.dtype,
     numerics: Numerics,
     prefixes: tuple[str, ...],
-    reader: QuantisedReader | None,
+    reader: QuantizedReader | None,
 ) -> Iterator[tuple[str, Tensor]]:
     for name, shape in parameter_shapes(spec).items():
         if not name.startswith(prefixes):

@@ -1,4 +1,4 @@
-"""`quantization_config` of a Hugging Face config.json: what a checkpoint says of its quantised modules.
+"""`quantization_config` of a Hugging Face config.json: what a checkpoint says of its quantized modules.
 
 Read: compressed-tensors (llm-compressor, vLLM), GPTQ (AutoGPTQ, GPTQModel), AWQ (AutoAWQ) and nvidia-modelopt; written:
 the layout that `Storage` names.  Modules are upstream's; a fused module of upstream's may be several of ours, and the
@@ -40,7 +40,7 @@ def read_config(
     modelopt: Mapping[str, Any] | None = None,
     tensors: Callable[[], Collection[str]] = tuple,
 ) -> tuple[QuantizationSpec, Storage] | None:
-    """What a config.json says of quantisation; None: nothing.
+    """What a config.json says of quantization; None: nothing.
 
     Args:
         config: the parsed config.json.
@@ -84,13 +84,13 @@ def write_config(quantization: QuantizationSpec, modules: Modules, storage: Stor
     Raises:
         LogitLockError: the layout cannot say it (GPTQ and AWQ know one format for all modules).
     """
-    quantised = {name for module in quantization.modules for name in modules[module]}
-    ignored = sorted({name for names in modules.values() for name in names} - quantised)
+    quantized = {name for module in quantization.modules for name in modules[module]}
+    ignored = sorted({name for names in modules.values() for name in names} - quantized)
     if storage.layout == "modelopt":
         return _to_modelopt(quantization, modules, ignored)
     if storage.layout != "compressed-tensors":
         if len(quantization.groups) != 1 or quantization.cache is not None:
-            raise LogitLockError(f"the layout {storage.layout} knows one format for all modules and no quantised cache")
+            raise LogitLockError(f"the layout {storage.layout} knows one format for all modules and no quantized cache")
         linear = quantization.groups[0].format
         common = {"quant_method": storage.layout, "bits": 4 if linear.weight == "int4" else 8}
         common["group_size"] = -1 if linear.group is None else linear.group

@@ -1,4 +1,4 @@
-"""Quantised weights as published checkpoints store them: compressed-tensors, GPTQ, AWQ and nvidia-modelopt.
+"""Quantized weights as published checkpoints store them: compressed-tensors, GPTQ, AWQ and nvidia-modelopt.
 
 `decode` and `encode` are inverses.  A module X of [out, in] has, instead of X.weight:
 
@@ -28,11 +28,11 @@ from refmodels.errors import LogitLockError
 from refmodels.quantization.arithmetic import QuantizedWeight, pack_int4, unpack_int4
 from refmodels.quantization.formats import CODE_TYPES, Code, InputScale, LinearFormat, describe_format
 
-Layout = Literal["compressed-tensors", "gptq", "awq", "modelopt"]
+CheckpointFormat = Literal["compressed-tensors", "gptq", "awq", "modelopt"]
 
 _BITS: Mapping[Code, int] = {"int4": 4, "int8": 8}
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_SUFFIXES: Mapping[Layout, tuple[str, ...]] = {
+_SUFFIXES: Mapping[CheckpointFormat, tuple[str, ...]] = {
     "compressed-tensors": (
         "weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "input_scale",
         "input_zero_point",
@@ -53,19 +53,19 @@ MODELOPT_ALGORITHMS: Mapping[str, tuple[Code, bool, InputScale | None]] = {
     "W8A16": ("int8", False, None),
     "W8A8_SQ_PER_CHANNEL": ("int8", False, "tensor"),
 }
-"""nvidia-modelopt's names of formats: weight, whether in groups, scale of inputs (quantised to the same code)."""
+"""nvidia-modelopt's names of formats: weight, whether in groups, scale of inputs (quantized to the same code)."""
 
 MODELOPT_TYPES: Mapping[Code, torch.dtype] = {**CODE_TYPES, "int4": torch.uint8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """How a checkpoint stores its quantised modules.
+    """How a checkpoint stores its quantized modules.
 
     gptq_zero_offset: what GPTQ's zero points are stored less by: 1, or 0 in its second version.
     """
 
-    layout: Layout
+    layout: CheckpointFormat
     gptq_zero_offset: int = 1
 
     @property
@@ -75,7 +75,7 @@ class Storage:
 
     @property
     def cache_scales(self) -> Mapping[str, str]:
-        """Our parameters of a quantised cache, and what they are called beside the projections of a checkpoint."""
+        """Our parameters of a quantized cache, and what they are called beside the projections of a checkpoint."""
         if self.layout != "modelopt":
             return _CACHE_SCALES
         # Under these names whether or not there are such projections.
@@ -313,7 +313,7 @@ def _constants(linear: LinearFormat) -> list[str]:
     return [name for name, there in zip(_CONSTANTS, has, strict=True) if there]
 
 
-def no_place(layout: Layout, linear: LinearFormat) -> LogitLockError:
+def no_place(layout: CheckpointFormat, linear: LinearFormat) -> LogitLockError:
     """The error of a format that a layout cannot store."""
     return LogitLockError(f"the layout {layout} has no place for {describe_format(linear)}")
 

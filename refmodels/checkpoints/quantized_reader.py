@@ -1,4 +1,4 @@
-"""The parameters of quantised layers from the files of a checkpoint."""
+"""The parameters of quantized layers from the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from refmodels.spec import ModelSpec
 _BIAS = "bias"
 
 
-class QuantisedReader:
+class QuantizedReader:
     """Reads what a checkpoint holds in place of floats.
 
     Args:
         spec: with its `quantization`.
-        table: where each parameter comes from if nothing is quantised.
-        storage: how the checkpoint stores quantised modules.
+        table: where each parameter comes from if nothing is quantized.
+        storage: how the checkpoint stores quantized modules.
     """
 
     def __init__(self, spec: ModelSpec, table: WeightMap, storage: Storage) -> None:
@@ -32,7 +32,7 @@ class QuantisedReader:
         quantization = spec.quantization
         assert quantization is not None
         self.formats: dict[str, LinearFormat] = {}
-        """Quantised modules of the checkpoint."""
+        """Quantized modules of the checkpoint."""
         for module in quantization.modules:
             linear = spec.format_of(module)
             assert linear is not None
@@ -45,7 +45,7 @@ class QuantisedReader:
                     self.cache_names[f"blocks.{layer}.attn.{ours}"] = f"{beside}.{theirs}"
 
     def owns(self, name: str) -> bool:
-        """Whether a checkpoint's tensor belongs to a quantised module or is a scale of the cache.
+        """Whether a checkpoint's tensor belongs to a quantized module or is a scale of the cache.
 
         Also a bias that the model has no place for: AutoGPTQ writes such, all zeros.
         """
@@ -55,7 +55,7 @@ class QuantisedReader:
         return name in self.cache_names.values()
 
     def replaces(self, name: str) -> bool:
-        """Whether a float tensor of the unquantised checkpoint is not in this one."""
+        """Whether a float tensor of the unquantized checkpoint is not in this one."""
         return name.removesuffix(".weight") in self.formats
 
     def missing(self, found: Mapping[str, object]) -> list[str]:

@@ -22,7 +22,7 @@ def _norm_head(config: Config, vocab_size: int) -> bool:
             return bool(source["norm_head"])
     if vocab_size not in _NORM_HEAD_BY_VOCABULARY:
         raise LogitLockError(
-            f"{config.where} does not say whether this Baichuan normalises its head, and vocab_size {vocab_size} is "
+            f"{config.where} does not say whether this Baichuan normalizes its head, and vocab_size {vocab_size} is "
             'neither 64000 nor 125696; add "norm_head": true (Baichuan2) or false (Baichuan)'
         )
     return _NORM_HEAD_BY_VOCABULARY[vocab_size]

@@ -1,1 +1,1 @@
-"""Quantised linear layers and caches: their formats, their exact arithmetic, and the checkpoints that hold them."""
+"""Quantized linear layers and caches: their formats, their exact arithmetic, and the checkpoints that hold them."""

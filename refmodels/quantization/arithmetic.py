@@ -1,4 +1,4 @@
-"""The arithmetic of quantisation, each piece once: what every engine is compared with.
+"""The arithmetic of quantization, each piece once: what every engine is compared with.
 
     weight      code = round(w / scale) + zero, clamped;     w ~ (code - zero) * scale
     input       code = round(x / scale), clamped;            x ~ code * scale
@@ -86,7 +86,7 @@ def quantize_weight(
         LogitLockError: groups that do not divide the columns; a weight that is not finite.
     """
     if not bool(torch.isfinite(weight).all()):
-        raise LogitLockError("a weight to be quantised holds NaN or infinity")
+        raise LogitLockError("a weight to be quantized holds NaN or infinity")
     if scale is None:
         scale, zero = weight_scale(weight, linear)
     wide = weight.to(wide_dtype(weight.dtype)).unflatten(1, (linear.groups(weight.shape[1]), -1))

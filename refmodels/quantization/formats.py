@@ -1,6 +1,6 @@
 """What is stored in how many bits: declarative, a part of `ModelSpec`.
 
-A quantised model is a model like any other: its linear layers hold codes and scales instead of floats
+A quantized model is a model like any other: its linear layers hold codes and scales instead of floats
 (`refmodels.quantization.linear`), and its cache may hold codes too.  How the codes were found (round to nearest, AWQ,
 GPTQ, SmoothQuant) leaves no trace in the arithmetic, so it is none of this module's business.
 """
@@ -38,7 +38,7 @@ class LinearFormat:
         weight: of the codes.
         group: input columns that share a scale; None: one scale a row (per output channel).
         symmetric: False adds a zero point to every scale; integer weights without `input` only.
-        input: the input is quantised as well, and the product is taken of codes.
+        input: the input is quantized as well, and the product is taken of codes.
         input_scale: one for all inputs, found by calibration ("tensor"); or found as they come, one a token ("token"),
             or one a token and group of columns ("group"), which is what ONNX Runtime's fast CPU kernel does.
         reordered: codes are stored in another order of columns than the input has (GPTQ's act-order).
@@ -96,7 +96,7 @@ class LinearGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationSpec:
-    """Which linear layers are quantised and how (all others are plain), and what the cache holds.
+    """Which linear layers are quantized and how (all others are plain), and what the cache holds.
 
     cache: codes with one constant scale a layer, key or value, and kv head; None: the working dtype.
     """
@@ -109,7 +109,7 @@ class QuantizationSpec:
         return {module: group.format for group in self.groups for module in group.modules}
 
     def format_of(self, module: str) -> LinearFormat | None:
-        """The format of a linear layer by its name in `Decoder`; None: it is not quantised."""
+        """The format of a linear layer by its name in `Decoder`; None: it is not quantized."""
         return self._formats.get(module)
 
     @property
@@ -123,7 +123,7 @@ class QuantizationSpec:
 
 
 def group_formats(formats: Mapping[str, LinearFormat], *, cache: EightBit | None = None) -> QuantizationSpec | None:
-    """The spec that gives each layer its format; None where nothing is quantised."""
+    """The spec that gives each layer its format; None where nothing is quantized."""
     by_format: dict[LinearFormat, list[str]] = {}
     for module, linear in formats.items():
         by_format.setdefault(linear, []).append(module)

@@ -166,7 +166,7 @@ class TextStream:
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Qwen v1: byte BPE over NFC-normalised text; bos, eos, pad and unk all are `<|endoftext|>`."""
+    """Qwen v1: byte BPE over NFC-normalized text; bos, eos, pad and unk all are `<|endoftext|>`."""
 
     def __init__(self, encoding: Any, *, special_tokens: Mapping[str, int], parses_special: bool) -> None:
         end = special_tokens["<|endoftext|>"]

@@ -1,4 +1,4 @@
-"""Tokenised training data for the toys: every step draws a fixed number of rows of each task, grouped by length."""
+"""Tokenized training data for the toys: every step draws a fixed number of rows of each task, grouped by length."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Batch:
 
 
 def make_batch(tokenizer: Tokenizer, rows: list[Example], *, device: torch.device | str = "cpu") -> Batch:
-    """Tokenise and pad training examples, follow-ups included."""
+    """Tokenize and pad training examples, follow-ups included."""
     ids: list[list[int]] = []
     index: list[list[int]] = []
     targets: list[list[int]] = []
@@ -118,7 +118,7 @@ class Sampler:
             self._pools.append((make_batch(tokenizer, drawn, device=device), spans))
 
     def step(self) -> list[Batch]:
-        """The batches of the next optimiser step, one a bucket."""
+        """The batches of the next optimizer step, one a bucket."""
         batches = []
         for pool, spans in self._pools:
             index = torch.cat([torch.randint(a, b, (count,), generator=self._generator) for a, b, count in spans])

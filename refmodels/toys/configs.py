@@ -38,7 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_cache": True,
         **_IDS,
     },
-    # Baichuan2 7B: rotary positions and a normalised head, which no upstream key says.
+    # Baichuan2 7B: rotary positions and a normalized head, which no upstream key says.
     "baichuan": {
         "model_type": "baichuan",
         "architectures": ["BaichuanForCausalLM"],

@@ -10,7 +10,7 @@ from torch import Tensor
 from refmodels.model import Decoder
 
 
-def initialise(model: Decoder, *, seed: int) -> None:
+def initialize(model: Decoder, *, seed: int) -> None:
     """Fill a decoder's parameters in place, the same way for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

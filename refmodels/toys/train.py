@@ -34,7 +34,7 @@ from refmodels.text.tokenizer import load_tokenizer
 from refmodels.toys import TOYS, toy_path
 from refmodels.toys.batches import IGNORED, Batch, Sampler
 from refmodels.toys.configs import CONFIGS, generation_config
-from refmodels.toys.start import initialise
+from refmodels.toys.start import initialize
 from refmodels.toys.vocabulary import train_tokenizer
 
 LEARNING_RATE = 2e-3
@@ -52,9 +52,9 @@ class UnitRows(nn.Module):
 
 
 def new_model(spec: ModelSpec, *, seed: int) -> Decoder:
-    """A decoder with random weights; a NormHead is normalised in every forward, so that it can be trained."""
+    """A decoder with random weights; a NormHead is normalized in every forward, so that it can be trained."""
     model = Decoder(spec)
-    initialise(model, seed=seed)
+    initialize(model, seed=seed)
     if spec.head_normalized:
         parametrize.register_parametrization(model.head, "weight", UnitRows())
     return model

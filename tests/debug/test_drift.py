@@ -51,9 +51,9 @@ def test_fp64_does_not_drift() -> None:
 class StaleCache(TorchEngine):
     """Forgets the newest key of layer 1 after every decode step."""
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        logits = super().run(plan, cache, recorder=recorder)
-        if plan.input_ids.shape[1] == 1:
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        logits = super().run(step, cache, recorder=recorder)
+        if step.input_ids.shape[1] == 1:
             cache.key[1][:, :, int(cache.lengths.max()) - 1] = 0
         return logits
 
@@ -69,8 +69,8 @@ def test_a_faulty_cache_grows_and_resetting_heals_it() -> None:
 class Biased(TorchEngine):
     """Prefers token 5 more and more."""
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        logits = super().run(plan, cache, recorder=recorder).clone()
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        logits = super().run(step, cache, recorder=recorder).clone()
         logits[..., 5] += 100.0 if int(cache.lengths.max()) >= 23 else 0.0
         return logits
 

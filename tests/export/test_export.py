@@ -91,14 +91,14 @@ class Runtime:
     def compute(self, feeds: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
 
-    def run(self, plan: StepInputs, cache: KVCache) -> dict[str, Tensor]:
-        feeds = {name: value.numpy() for name, value in plan.tensors().items()}
+    def run(self, step: StepInputs, cache: KVCache) -> dict[str, Tensor]:
+        feeds = {name: value.numpy() for name, value in step.tensors().items()}
         for i, (key, value) in enumerate(zip(cache.key, cache.value, strict=True)):
             feeds |= {f"past.blocks.{i}.key": to_numpy(key), f"past.blocks.{i}.value": to_numpy(value)}
         results = {name: to_torch(value) for name, value in self.compute(feeds).items()}
         cache.key = [results[f"blocks.{i}.key"] for i in range(len(cache.key))]
         cache.value = [results[f"blocks.{i}.value"] for i in range(len(cache.value))]
-        cache.advance(plan)
+        cache.advance(step)
         return results
 
 
@@ -135,10 +135,10 @@ def worst_on_walk(case: str, source: ModelSource, runner: Runtime) -> float:
     totals = torch.full((batch,), tokens) if mask is None else mask.sum(1)
     worst = 0.0
     for number, (chunk, chunk_mask) in enumerate(steps):
-        plan = caches[0].plan(chunk, chunk_mask, prompt_lengths=totals, last_logits_only=number % 3 == 2)
-        expected = decoder.run(plan, caches[0])
-        got = runner.run(plan, caches[1])["logits"]
-        real = plan.new_mask.gather(1, plan.logit_index)
+        step = caches[0].next_step(chunk, chunk_mask, prompt_lengths=totals, last_logits_only=number % 3 == 2)
+        expected = decoder.run(step, caches[0])
+        got = runner.run(step, caches[1])["logits"]
+        real = step.new_mask.gather(1, step.logit_index)
         scale = max(1.0, float(expected[real].abs().max()))
         worst = max(worst, float((got - expected)[real].abs().max()) / scale / TOLERANCE)
     live = caches[0].mask[:, None, :, None]
@@ -168,11 +168,11 @@ def test_taps_are_values_of_the_graph(case: str, tmp_path: Path) -> None:
         bundle = export_model(source, precision="fp32", attention=attention, output=tmp_path / attention)
         assert tuple(read_bundle(bundle).info.taps) == tap_names(source.spec)
         caches = [decoder.new_cache(batch=len(ids), capacity=ids.shape[1]) for _ in range(2)]
-        plan = caches[0].plan(ids, mask)
+        step = caches[0].next_step(ids, mask)
         recorder = Recorder()
         with recording(recorder):
-            decoder.run(plan, caches[0])
-        values = Evaluator(bundle).run(plan, caches[1])
+            decoder.run(step, caches[0])
+        values = Evaluator(bundle).run(step, caches[1])
         sizes = {"batch": len(ids), "tokens": ids.shape[1], "logit_tokens": ids.shape[1], "capacity": ids.shape[1]}
         for name in tap_names(source.spec):
             expected = recorder.tensors[name]
@@ -199,13 +199,13 @@ def test_half_precision(case: str, precision: Any, numerics: Any, tmp_path: Path
     caches = [d.new_cache(batch=len(ids), capacity=capacity) for d in (half, half, truth)]
     runner = Evaluator(bundle)
     for chunk, chunk_mask in ((ids, mask), (ids[:, :1], None)):
-        plan = caches[0].plan(chunk, chunk_mask)
-        expected = half.run(plan, caches[0])[plan.new_mask].double()
-        true = truth.run(caches[2].plan(chunk, chunk_mask), caches[2])[plan.new_mask]
-        logits = runner.run(plan, caches[1])["logits"]
+        step = caches[0].next_step(chunk, chunk_mask)
+        expected = half.run(step, caches[0])[step.new_mask].double()
+        true = truth.run(caches[2].next_step(chunk, chunk_mask), caches[2])[step.new_mask]
+        logits = runner.run(step, caches[1])["logits"]
         assert logits.dtype == dtype and caches[1].key[0].dtype == dtype
         floor = float((expected - true).abs().max())
-        assert float((logits[plan.new_mask].double() - expected).abs().max()) <= 3 * floor
+        assert float((logits[step.new_mask].double() - expected).abs().max()) <= 3 * floor
 
 
 @pytest.mark.parametrize("numerics", ["exact", "upstream"])

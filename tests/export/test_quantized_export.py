@@ -1,4 +1,4 @@
-"""Quantised models exported: every format on every family, on ONNX Runtime and as TensorRT plans.
+"""Quantized models exported: every format on every family, on ONNX Runtime and as TensorRT plans.
 
 The formats take turns over the layers of a model, so that two models hold them all, next to each other.  Weights are
 random codes.  Where inputs or caches are rounded to codes, a last bit before may become a whole step after; that
@@ -84,7 +84,7 @@ PLAIN = [
     linear("fp8", input="fp8"),
     linear("fp8", input="fp8", input_scale="tensor"),
 ]
-"""On ONNX Runtime: dequantised."""
+"""On ONNX Runtime: dequantized."""
 FORMATS = [x for y in zip(cycle(INTEGER), BLOCKS, [*PLAIN, *PLAIN[:2]], strict=False) for x in y]
 FOR_TENSORRT = [f for f in FORMATS if f.symmetric and f.input_scale != "group"] + [
     linear("int4", group=16, reordered=True)
@@ -189,15 +189,15 @@ def test_a_plan_of_float32_layers_and_taps(tmp_path: Path) -> None:
     for engine in engines:
         recorder = Recorder()
         cache = engine.new_cache(batch=1, capacity=8)
-        plan = cache.plan(torch.arange(5)[None])
-        engine.run(plan, cache, recorder=recorder)
+        step = cache.next_step(torch.arange(5)[None])
+        engine.run(step, cache, recorder=recorder)
         taps.append(recorder.tensors)
     assert set(taps[0]) == set(taps[1])
     fed = {name: tensor for name, tensor in taps[1].items() if not is_cache_tap(name)}
     assert isinstance(engines[0], OnnxRuntimeEngine)
     cache = engines[0].new_cache(batch=1, capacity=8)
-    results = engines[0].run_cut(cache.plan(torch.arange(5)[None]), cache, fed)
-    feeds = {name: value.numpy() for name, value in plan.tensors().items()}
+    results = engines[0].run_cut(cache.next_step(torch.arange(5)[None]), cache, fed)
+    feeds = {name: value.numpy() for name, value in step.tensors().items()}
     empty = engines[0].new_cache(batch=1, capacity=8)
     for i in range(source.spec.layers):
         feeds |= {f"past.blocks.{i}.key": empty.key[i].numpy(), f"past.blocks.{i}.value": empty.value[i].numpy()}
@@ -209,7 +209,7 @@ def test_a_plan_of_float32_layers_and_taps(tmp_path: Path) -> None:
     # What a norm makes codes of is the value that was fed, not the norm's own.
     fed["blocks.0.attn_norm"] = -fed["blocks.0.attn_norm"]
     cache = engines[0].new_cache(batch=1, capacity=8)
-    turned = engines[0].run_cut(cache.plan(torch.arange(5)[None]), cache, fed)["blocks.0.attn.qkv"]
+    turned = engines[0].run_cut(cache.next_step(torch.arange(5)[None]), cache, fed)["blocks.0.attn.qkv"]
     bias = engines[1].decoder.blocks[0].attn.qkv.bias  # type: ignore[attr-defined]
     assert float((turned + fed["blocks.0.attn.qkv"] - 2 * bias).abs().max()) <= 1e-4
 
@@ -395,7 +395,7 @@ def test_weights_that_were_expanded() -> None:
     model = onnx.ModelProto(graph=onnx.GraphProto(initializer=[weight]))
     check_weight_bytes(model, 2**19 + 5000)
     for expanded in (2**20, 2**21):
-        with pytest.raises(LogitLockError, match="quantised weights were expanded"):
+        with pytest.raises(LogitLockError, match="quantized weights were expanded"):
             check_weight_bytes(model, expanded)
 
 
@@ -446,7 +446,7 @@ def test_what_tensorrt_cannot_do(formats: list[LinearFormat], cache: EightBit | 
     assert isinstance(empty_decoder(spec).head, QuantizedLinear)
 
 
-def test_native_attention_has_no_quantised_cache() -> None:
+def test_native_attention_has_no_quantized_cache() -> None:
     source = mixed(source_of("qwen2_b1"), PLAIN[:1], cache="fp8")
     with pytest.raises(LogitLockError, match="--attention native has no fp8 cache; use --attention plugin or decompo"):
         build_graph(source.spec, precision="fp16", attention="native")

@@ -1,4 +1,4 @@
-"""The checkpoints beside this file: a tiny random Qwen2 that nvidia-modelopt quantised and exported.
+"""The checkpoints beside this file: a tiny random Qwen2 that nvidia-modelopt quantized and exported.
 
     pip install nvidia-modelopt==0.47.0 torch==2.13.0 transformers==5.24.0 safetensors      # an environment of its own
     python tests/goldens_modelopt/make.py

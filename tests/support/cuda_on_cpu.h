@@ -232,7 +232,7 @@ template <int NAME, int COUNT> void arrive() { cpu::current->in->named[NAME].arr
 
 inline void show_barriers() {}
 inline cpu::Barrier& barrier_at(u32 address) { return cpu::current->in->barriers[address]; }
-inline void initialise(u32 address, u32 arrivals) {
+inline void initialize(u32 address, u32 arrivals) {
     barrier_at(address) = cpu::Barrier{(int)arrivals, (int)arrivals};
 }
 inline void expect(u32 address, u32 bytes) {

@@ -435,7 +435,7 @@ def _linear(spec: ModelSpec, path: str, layer: int) -> Found:
         scale = np.abs(w).max(1, keepdims=True) / 7  # by input row of [in, out]: the wrong axis
         return np.clip(np.round(w / scale), -8, 7) * scale
 
-    found.append(("int4 by input", "mlp.out", "weight quantised", edit(f"{path}.mlp.out.weight", int4)))
+    found.append(("int4 by input", "mlp.out", "weight quantized", edit(f"{path}.mlp.out.weight", int4)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The toys with the inputs of all their linear layers, and what else tests of methods quantise."""
+"""The toys with the inputs of all their linear layers, and what else tests of methods quantize."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from export.bundle import export_model
 from refmodels.checkpoints.load import load_tokenizer_for
 from trt_runtime.bundle import PLAN_NAME, AttentionMode, Precision, read_bundle
 from trt_runtime.engine import Engine
-from trt_runtime.generate import GenerationConfig, generate
+from trt_runtime.generation import GenerationConfig, generate
 from trt_runtime.open import open_engine
 from trt_runtime.torch_gpu.engine import TorchEngine
 

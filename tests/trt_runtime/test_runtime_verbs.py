@@ -20,8 +20,8 @@ from refmodels.families import FAMILIES
 from refmodels.text.prompts import stop_ids_in
 from tests.support.checkpoints import read_case, write_model
 from trt_runtime.cli import generate, inspect
-from trt_runtime.generate import GenerationConfig
-from trt_runtime.generate import generate as run_generation
+from trt_runtime.generation import GenerationConfig
+from trt_runtime.generation import generate as run_generation
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 
 Command = Callable[..., tuple[int, str, str]]

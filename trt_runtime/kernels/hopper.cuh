@@ -38,7 +38,7 @@ __device__ __forceinline__ void arrive() {
 
 __device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ __forceinline__ void initialise(u32 barrier, u32 arrivals) {
+__device__ __forceinline__ void initialize(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 

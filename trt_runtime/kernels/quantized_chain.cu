@@ -394,12 +394,12 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) quantized_chain(con
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     if (thread == THREADS + FINISHERS) {
         for (int s = 0; s < STAGES; s++) {
-            initialise(full + 8 * s, 1);
-            initialise(empty + 8 * s, WARPS);
+            initialize(full + 8 * s, 1);
+            initialize(empty + 8 * s, WARPS);
         }
         for (int s = 0; s < 2; s++) {
-            initialise(ready + 8 * s, WARPS);
-            initialise(added + 8 * s, FINISHERS / 32);
+            initialize(ready + 8 * s, WARPS);
+            initialize(added + 8 * s, FINISHERS / 32);
         }
         show_barriers();
     }

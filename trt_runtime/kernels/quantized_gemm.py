@@ -1,4 +1,4 @@
-"""Products of quantised inputs with quantised weights (SmoothQuant's W8A8, arXiv:2211.10438, and fp8), and the inputs.
+"""Products of quantized inputs with quantized weights (SmoothQuant's W8A8, arXiv:2211.10438, and fp8), and the inputs.
 
 The product is that of `refmodels.quantization.arithmetic.coded_product`: the sum of the codes' products, times the
 scales of token and output channel, rounded once; what follows (bias, activation of a gated MLP, residual) happens in
@@ -158,7 +158,7 @@ def quantize(
         LogitLockError: a row wider than the RMSNorm kernel's widest.
     """
     if not 0 < width <= MAX_WIDTH:
-        raise LogitLockError(f"rows of {width} elements: the kernel that quantises takes 1 to {MAX_WIDTH}")
+        raise LogitLockError(f"rows of {width} elements: the kernel that quantizes takes 1 to {MAX_WIDTH}")
     block = triton.next_power_of_2(width)
     return [
         Launch(

@@ -1,10 +1,10 @@
-"""RMSNorm as a Triton kernel, optionally with the per-token int8 or fp8 copy that a quantised projection reads.
+"""RMSNorm as a Triton kernel, optionally with the per-token int8 or fp8 copy that a quantized projection reads.
 
 The mathematics is `refmodels.ops.fused_rms_norm` with every rounding where the eager body has it; only the order in
 which the squares of a row are added differs.  One block holds one row in registers: on an H200 that was as fast as any
 tiled, looped or persistent form at every row count (benchmarks/gpu_rms_norm.py).
 
-The quantised copy (SmoothQuant, arXiv:2211.10438, per-token) is that of y, the normed row as rounded to its dtype:
+The quantized copy (SmoothQuant, arXiv:2211.10438, per-token) is that of y, the normed row as rounded to its dtype:
 
     amax  = max(max |y|, 2^-96)                      one per row; a zero row has a scale that divides nothing by zero
     scale = amax / limit                             fp32, IEEE division; limit 127 (int8) or 448 (fp8 e4m3)
@@ -30,7 +30,7 @@ MAX_WIDTH = 32768
 """Widest row, in elements."""
 
 LIMITS = {"int8": 127.0, "fp8": 448.0}
-"""Largest code of each quantised output."""
+"""Largest code of each quantized output."""
 
 
 @triton.jit

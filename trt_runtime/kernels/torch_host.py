@@ -103,7 +103,7 @@ def rms_norm_rows(x: Tensor, weight: Tensor, *, eps: float, weight_in_float: boo
 def quantized_rms_norm(
     x: Tensor, weight: Tensor, *, eps: float, weight_in_float: bool, kind: Literal["int8", "fp8"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm, its per-token quantised copy and that copy's scales; defined in `trt_runtime.kernels.rms_norm`.
+    """RMSNorm, its per-token quantized copy and that copy's scales; defined in `trt_runtime.kernels.rms_norm`.
 
     Args:
         x: [..., hidden] fp16, bf16 or fp32; weight: [hidden], dtype of x.

@@ -53,7 +53,7 @@ _BOTH_SESSIONS_BYTES = 2 << 30
 """Up to this size of weights the tapped and the untapped session stay loaded together."""
 _LOG_SEVERITY = 3
 _WRONG = {"MatMulIntegerToFloatFusion"}
-"""Optimisations of ONNX Runtime 1.31 that change results: this one takes a scale for each token for one of all."""
+"""Optimizations of ONNX Runtime 1.31 that change results: this one takes a scale for each token for one of all."""
 _FED = "fed."
 _Mode = Literal["plain", "tapped", "cut"]
 
@@ -127,46 +127,46 @@ class OnnxRuntimeEngine(Engine):
         self._sessions: dict[_Mode, _Session] = {}
         self._session("plain")
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        outputs = self._run("plain" if recorder is None else "tapped", plan, cache, {})
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        outputs = self._run("plain" if recorder is None else "tapped", step, cache, {})
         if recorder is not None:
-            self._deliver(recorder, outputs, plan, cache)
+            self._deliver(recorder, outputs, step, cache)
         return outputs["logits"]
 
-    def run_cut(self, plan: StepInputs, cache: KVCache, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run_cut(self, step: StepInputs, cache: KVCache, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run every module by itself: the graph is cut at every tap but the cache's and goes on with what is fed there.
 
         Args:
-            plan, cache: as for `run`; the cache is updated.
+            step, cache: as for `run`; the cache is updated.
             fed: for every tap that is not a cache tensor, [batch, tokens, width].
         Returns: what the modules made of it, by tap.
         """
         cut = {f"{_FED}{self.bundle.info.taps[tap]}": fed[tap] for tap in self.tap_names if not is_cache_tap(tap)}
-        outputs = self._run("cut", plan, cache, cut)
+        outputs = self._run("cut", step, cache, cut)
         return {self._tap_of.get(name, name): tensor for name, tensor in outputs.items()}
 
-    def _run(self, mode: _Mode, plan: StepInputs, cache: KVCache, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _run(self, mode: _Mode, step: StepInputs, cache: KVCache, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         session = self._session(mode)
         self._check_cache(cache)
         io = session.binding(cache)
         # Held until the run is over: ONNX Runtime knows only their addresses.
-        inputs = {name: tensor.contiguous() for name, tensor in {**plan.tensors(), **fed}.items()}
+        inputs = {name: tensor.contiguous() for name, tensor in {**step.tensors(), **fed}.items()}
         for name in session.step_inputs:
             bind(io.bind_input, name, inputs[name])
-        batch, tokens = plan.input_ids.shape
+        batch, tokens = step.input_ids.shape
         outputs: dict[str, Tensor] = {}
         for name, dtype in session.outputs.items():
             tap = self._tap_of.get(name, name)
             if not is_cache_tap(tap):
-                length = plan.logit_index.shape[1] if tap in ("logits", "final_norm") else tokens
+                length = step.logit_index.shape[1] if tap in ("logits", "final_norm") else tokens
                 outputs[name] = torch.empty(batch, length, tap_width(self.spec, tap), dtype=dtype)
                 bind(io.bind_output, name, outputs[name])
         session.session.run_with_iobinding(io)
-        cache.advance(plan)
+        cache.advance(step)
         return outputs
 
-    def _deliver(self, recorder: Recorder, outputs: dict[str, Tensor], plan: StepInputs, cache: KVCache) -> None:
-        recorder.live_slots = plan.attention_mask.shape[1]
+    def _deliver(self, recorder: Recorder, outputs: dict[str, Tensor], step: StepInputs, cache: KVCache) -> None:
+        recorder.live_slots = step.attention_mask.shape[1]
         for name in self.tap_names:
             if is_cache_tap(name):
                 _, layer, part = name.split(".")
@@ -209,7 +209,7 @@ class OnnxRuntimeEngine(Engine):
         promote(model, taps)
         if quantized:
             cache_as_bytes(model)
-            # Or ONNX Runtime dequantises weights that nobody reads any more, all of them, before it drops them.
+            # Or ONNX Runtime dequantizes weights that nobody reads any more, all of them, before it drops them.
             passes.RemoveUnusedNodesPass()(model)
         if not has_tensor_scatter():
             model = without_tensor_scatter(model)

@@ -1,15 +1,15 @@
-"""Quantised layers and caches on ONNX Runtime's CPU kernels: rewrites of a bundle's graph when it is loaded.
+"""Quantized layers and caches on ONNX Runtime's CPU kernels: rewrites of a bundle's graph when it is loaded.
 
 A bundle says what is computed in QuantizeLinear and DequantizeLinear (`export.graph.quantized_rules`), which ONNX
-Runtime runs as they stand: dequantised weights in fp32.  Where it has a kernel for the whole, that takes their place:
+Runtime runs as they stand: dequantized weights in fp32.  Where it has a kernel for the whole, that takes their place:
 
-    int4 weights                         MatMulNBits, which dequantises inside the product, in fp32
+    int4 weights                         MatMulNBits, which dequantizes inside the product, in fp32
     int4, int8; int8 inputs by group     MatMulNBits at accuracy level 4, which rounds its input in just that way
                                          (`rounds_by_group` tries it)
     int8; int8 inputs by tensor, token   MatMulInteger: the exact sums of the codes, of uint8 inputs (code + 128),
                                          because x86 has no product of two signed bytes
 
-A form is recognised by its nodes, all of them, so that a graph that differs in anything is run as it stands.  Weights
+A form is recognized by its nodes, all of them, so that a graph that differs in anything is run as it stands.  Weights
 stay in their file: their bytes are declared again as what the kernel wants, less one XOR that ONNX Runtime folds.
 """
 
@@ -27,14 +27,14 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from refmodels.errors import LogitLockError
 
 SESSION_OPTIONS = {
-    # Weights without a kernel are dequantised once, at loading, and not in every step.
+    # Weights without a kernel are dequantized once, at loading, and not in every step.
     "session.disable_quant_qdq": "1",
     # Without VNNI instructions, sums of unsigned times signed bytes would saturate.
     "session.x64quantprecision": "1",
     # On ARM its kernels round whole rows.
     "mlas.disable_kleidiai": "1",
 }
-"""What sessions of quantised bundles need."""
+"""What sessions of quantized bundles need."""
 
 _CONTRIB = "com.microsoft"
 _BLOCKS = (256, 128, 64, 32, 16)
@@ -47,7 +47,7 @@ _FP8 = ir.DataType.FLOAT8E4M3FN
 
 @dataclass(frozen=True, eq=False)
 class _Weight:
-    """A weight [out, in] that is dequantised and transposed in the graph; `unit`: its scale is the number 1."""
+    """A weight [out, in] that is dequantized and transposed in the graph; `unit`: its scale is the number 1."""
 
     codes: ir.Value
     scale: ir.Value
@@ -67,12 +67,12 @@ class _Weight:
 
 
 def use_integer_kernels(model: ir.Model, *, weights_rounded: bool) -> None:
-    """Put ONNX Runtime's own kernels in the place of quantised products; changed in place.  What only these read stays.
+    """Put ONNX Runtime's own kernels in the place of quantized products; changed in place.  What only these read stays.
 
     Args:
         model: without functions, with dtypes (`trt_runtime.onnxruntime.graph_edits.inline_and_type`).
-        weights_rounded: dequantised weights are rounded to the working dtype (an emulated half bundle), which
-            MatMulNBits does not do: leave products with unquantised inputs as they stand.
+        weights_rounded: dequantized weights are rounded to the working dtype (an emulated half bundle), which
+            MatMulNBits does not do: leave products with unquantized inputs as they stand.
     """
     rewrite = _Rewrite(model.graph)
     for node in list(model.graph):
@@ -367,7 +367,7 @@ def cache_as_bytes(model: ir.Model) -> None:
     Codes are written as the top half of an fp16 number: fp16 has e4m3's layout with one bit more of exponent, so that
     value * 2**-8 has the code in its bits 7 to 13.  They are read through a table of the 256 values.
 
-    Only live slots are dequantised.
+    Only live slots are dequantized.
 
     Args:
         model: without functions, with dtypes, after every other rewrite.
@@ -389,9 +389,9 @@ def cache_as_bytes(model: ir.Model) -> None:
         for value in (past, node.outputs[0]):
             value.type = ir.TensorType(ir.DataType.UINT8)
         for reader in list(node.outputs[0].consumers()):
-            assert reader.op_type == "DequantizeLinear", f"a quantised cache is read by {reader.op_type}"
+            assert reader.op_type == "DequantizeLinear", f"a quantized cache is read by {reader.op_type}"
             for live in list(reader.outputs[0].consumers()):
-                assert live.op_type == "Slice", f"a dequantised cache is read by {live.op_type}"
+                assert live.op_type == "Slice", f"a dequantized cache is read by {live.op_type}"
                 _read(rewrite, reader, live)
 
 

@@ -25,7 +25,7 @@ from refmodels.recorder import Recorder
 from refmodels.taps import is_cache_tap, tap_names
 from trt_runtime.bundle import KERNELS_NAME, PLAN_NAME, TAPS_PLAN_NAME, Bundle, EngineInfo, Profile, read_bundle
 from trt_runtime.engine import Engine
-from trt_runtime.tensorrt.plan import CudaStream, Plan, join_messages
+from trt_runtime.tensorrt.plan import CudaStream, TensorRTPlan, join_messages
 
 BUCKET = 256
 """Slots; masks are padded to a multiple of it."""
@@ -65,7 +65,7 @@ class TensorRTEngine(Engine):
         self.tap_names = tuple(name for name in tap_names(self.spec) if name in info.taps)
         name = str(self.dtype).removeprefix("torch.")
         self.arithmetic = f"TensorRT ({package_version()}) in {name} on {torch.cuda.get_device_name()}"
-        self._plans: dict[bool, Plan] = {}
+        self._plans: dict[bool, TensorRTPlan] = {}
         self._plan(tapped=False)
 
     def new_cache(self, *, batch: int, capacity: int) -> KVCache:
@@ -103,11 +103,11 @@ class TensorRTEngine(Engine):
             recorder=recorder,
         )
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
         self._check_cache(cache)
         executor = self._plan(tapped=recorder is not None)
-        batch, tokens = plan.input_ids.shape
-        inputs = plan.tensors() | {"attention_mask": pad_slots(plan.attention_mask, self.max_positions)}
+        batch, tokens = step.input_ids.shape
+        inputs = step.tensors() | {"attention_mask": pad_slots(step.attention_mask, self.max_positions)}
         caches = {
             f"blocks.{i}.{part}": tensors[i]
             for part, tensors in (("key", cache.key), ("value", cache.value))
@@ -115,14 +115,14 @@ class TensorRTEngine(Engine):
         }
         profile = choose_profile(self.bundle.info.profiles, batch=batch, tokens=tokens)
         outputs = executor.run(profile, inputs, caches, repeats=recorder is None)
-        cache.advance(plan)
+        cache.advance(step)
         if recorder is not None:
-            self._deliver(recorder, outputs | caches, plan)
+            self._deliver(recorder, outputs | caches, step)
         # The outputs of a captured step are overwritten by its next replay.
         return outputs["logits"].clone()
 
-    def _deliver(self, recorder: Recorder, tensors: Mapping[str, Tensor], plan: StepInputs) -> None:
-        recorder.live_slots = plan.attention_mask.shape[1]
+    def _deliver(self, recorder: Recorder, tensors: Mapping[str, Tensor], step: StepInputs) -> None:
+        recorder.live_slots = step.attention_mask.shape[1]
         for name in self.tap_names:
             if recorder(name, tensors[name]) is not tensors[name]:
                 raise LogitLockError(f"the recorder substitutes {name}, which only the reference can do")
@@ -138,7 +138,7 @@ class TensorRTEngine(Engine):
                 "the engine's new_cache"
             )
 
-    def _plan(self, *, tapped: bool) -> Plan:
+    def _plan(self, *, tapped: bool) -> TensorRTPlan:
         if tapped not in self._plans:
             files = self.bundle.info.files
             if tapped and not self.built.taps_plan:
@@ -152,9 +152,9 @@ class TensorRTEngine(Engine):
             self._plans[tapped] = self._open(TAPS_PLAN_NAME if tapped else PLAN_NAME, tapped=tapped)
         return self._plans[tapped]
 
-    def _open(self, name: str, *, tapped: bool) -> Plan:
+    def _open(self, name: str, *, tapped: bool) -> TensorRTPlan:
         engine = load_plan(self.bundle.directory, name, self.built)
-        return Plan(
+        return TensorRTPlan(
             engine,
             step_inputs=[i.name for i in self.bundle.info.inputs if not i.name.startswith("past.")],
             outputs=["logits", *(t for t in self.tap_names if tapped and not is_cache_tap(t) and t != "logits")],
@@ -238,7 +238,7 @@ def pad_slots(mask: Tensor, capacity: int) -> Tensor:
 
 
 def load_plan(directory: Path, name: str, built: EngineInfo) -> Any:
-    """Deserialise a plan, with our plugins and the bundle's kernels.
+    """Deserialize a plan, with our plugins and the bundle's kernels.
 
     Raises:
         LogitLockError: a plugin is missing, or TensorRT refuses the plan; with its reason.

@@ -1,4 +1,4 @@
-"""What runs a deserialised TensorRT plan: contexts, bindings, and CUDA graphs of steps that repeat."""
+"""What runs a deserialized TensorRT plan: contexts, bindings, and CUDA graphs of steps that repeat."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class _Step:
     replay: Callable[[], None] | None = None
 
 
-class Plan:
-    """A deserialised plan and what runs it.
+class TensorRTPlan:
+    """A deserialized plan and what runs it.
 
     Contexts share one block of scratch memory: they run one after the other on one stream.
 
@@ -108,7 +108,7 @@ class Plan:
         """Run one step.
 
         Args:
-            profile: index of the optimisation profile.
+            profile: index of the optimization profile.
             inputs: step inputs on the CPU; others than the plan's are left out.
             caches: by name, on the device; updated in place.
             repeats: keep what the step needs, and capture it when it comes again.

@@ -52,8 +52,8 @@ class Inputs:
             self.tensors[name] = self.tensors[name][:, None]
         self.tensors["attention_mask"] = self.block[ends:].view(torch.bool).view(batch, slots)
 
-    def fill(self, plan: StepInputs) -> None:
-        for name, value in plan.tensors().items():
+    def fill(self, step: StepInputs) -> None:
+        for name, value in step.tensors().items():
             target = self.tensors[name]
             if name == "attention_mask":
                 target[:, value.shape[1] :] = False
@@ -81,13 +81,13 @@ class _Step:
         ours, theirs = (*self.key, *self.value), (*cache.key, *cache.value)
         return all(a is b for a, b in zip(ours, theirs, strict=True))
 
-    def send(self, plan: StepInputs, ids: Tensor | None) -> None:
+    def send(self, step: StepInputs, ids: Tensor | None) -> None:
         """Make these the inputs of the next run; `ids` [batch, 1] on the device takes the place of the plan's."""
         self.pinned.reverse()
         self.sent.reverse()
         if self.sent:
             self.sent[0].synchronize()
-        self.pinned[0].fill(plan)
+        self.pinned[0].fill(step)
         self.inputs.block.copy_(self.pinned[0].block, non_blocking=True)
         if self.sent:
             self.sent[0].record()
@@ -130,7 +130,7 @@ class _Spare:
 
 
 class StaticDecode:
-    """Runs planned steps of one token a row.
+    """Runs steps of one token a row.
 
     The memory and the graphs of the last cache that was given up serve the next one of its size: making graphs takes
     as long as several steps.
@@ -167,33 +167,33 @@ class StaticDecode:
     def _keep(self, spare: _Spare) -> None:
         self._spare = spare
 
-    def run(self, plan: StepInputs, cache: KVCache, ids: Tensor | None = None) -> Tensor:
+    def run(self, step: StepInputs, cache: KVCache, ids: Tensor | None = None) -> Tensor:
         """Run a step and advance the cache.
 
         Args:
-            plan: one token a row, one logit a row.
-            ids: [batch, 1] int64 on the model's device, instead of the plan's; not checked against the vocabulary.
+            step: one token a row, one logit a row.
+            ids: [batch, 1] int64 on the model's device, instead of the step's; not checked against the vocabulary.
         Returns: logits [batch, 1, vocab], a tensor of their own.
         """
-        slots = bucket(plan.attention_mask.shape[1], cache.capacity)
+        slots = bucket(step.attention_mask.shape[1], cache.capacity)
         steps = self._steps.setdefault(cache, {})
-        step = steps.get(slots)
-        if step is None or not step.serves(cache):
-            step = steps[slots] = _Step(self.model, cache, slots)
-        step.send(plan, ids)
+        captured = steps.get(slots)
+        if captured is None or not captured.serves(cache):
+            captured = steps[slots] = _Step(self.model, cache, slots)
+        captured.send(step, ids)
         if self.model.device.type != "cuda":
-            logits = step.forward()
+            logits = captured.forward()
         else:
-            if step.graph is None:
+            if captured.graph is None:
                 kind = (cache.batch, slots, cache.capacity)
                 # The steps of a cache share their scratch memory: no two of them run at a time.
                 others = (other.graph.pool() for other in steps.values() if other.graph is not None)
-                step.capture(self._stream, next(others, None), warm=kind in self._warm)
+                captured.capture(self._stream, next(others, None), warm=kind in self._warm)
                 self._warm.add(kind)
-            assert step.graph is not None
-            step.graph.replay()
-            logits = step.logits.clone()
-        cache.advance(plan)
+            assert captured.graph is not None
+            captured.graph.replay()
+            logits = captured.logits.clone()
+        cache.advance(step)
         return logits
 
 

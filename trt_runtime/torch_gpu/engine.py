@@ -61,8 +61,8 @@ class TorchEngine(Engine):
             return super().new_cache(batch=batch, capacity=capacity)
         return self._static.new_cache(batch=batch, capacity=capacity)
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        return self._run(plan, cache, recorder, None)
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        return self._run(step, cache, recorder, None)
 
     def decode(
         self,
@@ -78,23 +78,23 @@ class TorchEngine(Engine):
             return super().decode(input_ids, cache, attention_mask, recorder=recorder)
         ids = input_ids.reshape(-1, 1)
         mask = None if attention_mask is None else attention_mask.reshape(-1, 1)
-        plan = cache.plan(torch.zeros(ids.shape, dtype=torch.int64), mask, last_logits_only=True)
-        return self._run(plan, cache, None, ids)
+        step = cache.next_step(torch.zeros(ids.shape, dtype=torch.int64), mask, last_logits_only=True)
+        return self._run(step, cache, None, ids)
 
     @property
     def _model(self) -> Decoder:
         return self.decoder if self._static is None else self._static.model
 
-    def _run(self, plan: StepInputs, cache: KVCache, recorder: Recorder | None, ids: Tensor | None) -> Tensor:
+    def _run(self, step: StepInputs, cache: KVCache, recorder: Recorder | None, ids: Tensor | None) -> Tensor:
         if self._static is None:
             with torch.no_grad(), recording(recorder):
-                return self.decoder.run(plan, cache)
+                return self.decoder.run(step, cache)
         from trt_runtime.kernels.torch_host import use_kernels
 
         with torch.no_grad(), torch.cuda.device(self.device):
             # A graph hides its tensors, so a recorder gets the same kernels without one.
-            if recorder is None and plan.input_ids.shape[1] == 1:
+            if recorder is None and step.input_ids.shape[1] == 1:
                 self._model.prepare_tables(cache.capacity)
-                return self._static.run(plan, cache, ids)
+                return self._static.run(step, cache, ids)
             with recording(recorder), use_kernels():
-                return self._model.run(plan, cache)
+                return self._model.run(step, cache)

@@ -2,7 +2,7 @@
 
 Weight-only layers are packed for the kernels, in place of their codes: a `PackedLinear` makes these again when its
 reference arithmetic asks for them, so that a model has its weights once, at four or eight bits each.  Layers whose
-inputs are quantised too keep their codes as they are.
+inputs are quantized too keep their codes as they are.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MOST_TOKENS = 16
 """Rows of one product by `kernels.quantized_linear.gemv`."""
 
 SLICED_TOKENS = 64
-"""Rows for which it runs slice by slice; for more, the weight is dequantised once and cuBLAS multiplies.  By estimate:
-reading the codes four times moves 2 bytes a weight, dequantising and reading the result 4.5.  Four slices were measured
-(a step of Qwen-7B in int4 at 64 rows: 11 ms on an H200), dequantising at 64 rows was not."""
+"""Rows for which it runs slice by slice; for more, the weight is dequantized once and cuBLAS multiplies.  By estimate:
+reading the codes four times moves 2 bytes a weight, dequantizing and reading the result 4.5.  Four slices were measured
+(a step of Qwen-7B in int4 at 64 rows: 11 ms on an H200), dequantizing at 64 rows was not."""
 
 MANY_TOKENS = 65
 """Rows from which on products of codes are faster by `kernels.quantized_gemm_hopper`, or, on GPUs that it does not
@@ -65,7 +65,7 @@ class PackedLinear(QuantizedLinear):
 
 
 def put_together(decoder: nn.Module, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
-    """Bring the quantised layers of a model on a GPU into the form that the kernels read, in place.
+    """Bring the quantized layers of a model on a GPU into the form that the kernels read, in place.
 
     pairs: `gate` and `up` of each MLP; where they can be one product, their tensors become neighbours.
     """
@@ -198,7 +198,7 @@ class QuantizedProjection(nn.Module):
         return y if residual is None else residual + y
 
     def after(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """forward(norm(x)), in one kernel where there is one; or the norm's kernel quantises what it makes."""
+        """forward(norm(x)), in one kernel where there is one; or the norm's kernel quantizes what it makes."""
         form = self.linear.format
         one = math.prod(x.shape[:-1]) == 1
         made, self.made = self.made, None
@@ -412,7 +412,7 @@ def _both(first: Tensor) -> Tensor:
 
 
 def fetch_ahead(products: Sequence[nn.Module]) -> None:
-    """Tell quantised products, in the order of execution, what the next ones will read.
+    """Tell quantized products, in the order of execution, what the next ones will read.
 
     In a decode step of one token the memory stands still between two products and during attention; weights that are
     asked for before come from L2 after.

@@ -40,7 +40,7 @@ def attention_scale(m: Module, engine: Tensor) -> Variants:
     for detail, scale in known.items():
         if not math.isclose(scale, right):
             yield f"{detail}: {scale:.4g} instead of {right:.4g}", {"scale": scale}
-    estimate = _minimise(lambda s: _distance(m(scale=right * s), engine), 0.25, 4.0)
+    estimate = _minimize(lambda s: _distance(m(scale=right * s), engine), 0.25, 4.0)
     if abs(estimate - 1) > 1e-4:
         yield f"{right * estimate:.4g} instead of {right:.4g} {ESTIMATED}", {"scale": right * estimate}
 
@@ -86,7 +86,7 @@ def alibi(m: Module, engine: Tensor) -> Variants:
                 yield name, {"slopes": made}
         for factor in (0.5, 2.0, 1.0 / m["scale"], m["scale"]):
             yield f"x {factor:.4g}", {"slopes": slopes * factor}
-        factor = _minimise(lambda f: _distance(m(slopes=slopes * f), engine), 0.1, 10.0)
+        factor = _minimize(lambda f: _distance(m(slopes=slopes * f), engine), 0.1, 10.0)
         yield f"x {factor:.4g} {ESTIMATED}", {"slopes": slopes * factor}
 
 
@@ -96,7 +96,7 @@ def logn(m: Module, _: Tensor) -> Variants:
         scale: Tensor = m["query_scale"]
         yield "missing", {"query_scale": torch.ones_like(scale)}
         yield "applied twice", {"query_scale": scale * scale}
-        ids = m.forward.plan.position_ids
+        ids = m.forward.inputs.position_ids
         assert ids is not None
         table = logn_table(int(ids.max()) + 2, length).to(scale)
         for shift in (1, -1):
@@ -208,7 +208,7 @@ def _distance(actual: Tensor, engine: Tensor) -> float:
     return float((actual - engine).norm())
 
 
-def _minimise(f: Callable[[float], float], low: float, high: float, steps: int = 44) -> float:
+def _minimize(f: Callable[[float], float], low: float, high: float, steps: int = 44) -> float:
     """Golden-section search for the factor with the smallest f, on a logarithmic scale."""
     golden = (math.sqrt(5) - 1) / 2
     a, b = math.log(low), math.log(high)

@@ -1,4 +1,4 @@
-"""Faults of linear layers: layout, order, bias, whose weights, quantisation."""
+"""Faults of linear layers: layout, order, bias, whose weights, quantization."""
 
 from __future__ import annotations
 
@@ -108,11 +108,11 @@ def tied_head(m: Module, _: Tensor) -> Variants:
         yield "", {"weight": m.decoder.embed.weight}
 
 
-@fault("weight quantised wrongly", "linear")
-def quantised(m: Module, _: Tensor) -> Variants:
+@fault("weight quantized wrongly", "linear")
+def quantized(m: Module, _: Tensor) -> Variants:
     if isinstance(linear_of(m.decoder, m.tap), QuantizedLinear):
         return  # see debug.comparison.faults.quantized
-    # Whoever quantises starts from the weights in the dtype that the engine would have had.
+    # Whoever quantizes starts from the weights in the dtype that the engine would have had.
     weight: Tensor = m["weight"].to(m.forward.tensors[m.tap].dtype).to(m["weight"].dtype)
     for linear in (LinearFormat(weight="int8"), LinearFormat(weight="int4")):
         code = linear.weight

@@ -1,4 +1,4 @@
-"""Faults of quantised linear layers: codes, zero points, scales, inputs."""
+"""Faults of quantized linear layers: codes, zero points, scales, inputs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def scales(m: Module, _: Tensor) -> Variants:
     yield "missing", _weight(weight, m, scale=torch.ones_like(weight.scale))
 
 
-@fault("input quantised otherwise", "linear")
+@fault("input quantized otherwise", "linear")
 def inputs(m: Module, _: Tensor) -> Variants:
     found = _codes(m)
     if found is None:

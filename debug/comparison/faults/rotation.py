@@ -84,7 +84,7 @@ def positions_shifted(m: Module, _: Tensor) -> Variants:
         yield "by the left padding (slots counted)", m.rope(rope, shift=padding_before(m))
         yield "by the left padding (tokens counted)", m.rope(rope, shift=-padding_before(m))
         if m.forward.step:
-            ids = m.forward.plan.position_ids
+            ids = m.forward.inputs.position_ids
             assert ids is not None
             yield "restarted at 0 in decode", m.rope(rope, shift=-ids.to(m.decoder.device))
 
@@ -111,7 +111,7 @@ def rope_interpolation(m: Module, _: Tensor) -> Variants:
 @fault("dynamic NTK missing or recomputed", "attention")
 def ntk(m: Module, _: Tensor) -> Variants:
     if has_rope(m) and (length := rope_spec(m).ntk_seq_length) is not None:
-        plan, rope = m.forward.plan, rope_spec(m)
+        plan, rope = m.forward.inputs, rope_spec(m)
         rows = len(plan.input_ids)
         yield "missing", m.rope(rope, alpha=torch.ones(rows))
         now = int(plan.cache_lengths.max()) + plan.input_ids.shape[1]
@@ -123,21 +123,21 @@ def ntk(m: Module, _: Tensor) -> Variants:
 
 
 def _alpha(m: Module) -> Tensor:
-    table = m.forward.plan.ntk_table
+    table = m.forward.inputs.ntk_table
     assert table is not None
     return 2.0 ** (table + 1) - 1
 
 
 def padding_before(m: Module) -> Tensor:
     """Hidden slots before each new token: [batch, tokens]."""
-    plan = m.forward.plan
+    plan = m.forward.inputs
     hidden = (plan.attention_mask == 0).cumsum(1)
     slots = plan.cache_lengths[:, None] + torch.arange(plan.input_ids.shape[1])
     return hidden.gather(1, slots).to(m.decoder.device)
 
 
 def _half_angles(m: Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    rope, ids = rope_spec(m), m.forward.plan.position_ids
+    rope, ids = rope_spec(m), m.forward.inputs.position_ids
     assert ids is not None
     frequency = (1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim)).to(dtype)
     angle = ((ids.double() / rope.position_divisor).to(dtype)[..., None] * frequency).to(m["cos"])

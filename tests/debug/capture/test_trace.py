@@ -41,8 +41,8 @@ def test_a_trace_is_the_capture(case: str, tmp_path: Path) -> None:
             assert torch.equal(ours.tensors[name], tensor), name
         for name, tensor in live.before.items():
             assert torch.equal(ours.before[name], tensor), name
-        assert torch.equal(ours.plan.attention_mask, live.plan.attention_mask)
-        assert torch.equal(ours.plan.cache_lengths, live.plan.cache_lengths)
+        assert torch.equal(ours.inputs.attention_mask, live.inputs.attention_mask)
+        assert torch.equal(ours.inputs.cache_lengths, live.inputs.cache_lengths)
     source = case_source(case)
     truth, rounded = (refmodels.load(source, dtype=d) for d in (torch.float64, torch.bfloat16))
     found, expected = (diff_capture(c, truth, rounded).to_json() for c in (traced, captured))
@@ -54,11 +54,11 @@ class Corrupting(TorchEngine):
 
     calls = 0
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
         self.calls += recorder is not None
         if self.calls == 3:
             cache.key[1][:, :, 12] *= 2.0
-        return super().run(plan, cache, recorder=recorder)
+        return super().run(step, cache, recorder=recorder)
 
 
 def test_changed_slots_come_back(tmp_path: Path) -> None:
@@ -110,10 +110,10 @@ def test_bad_traces(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_a_trace_that_failed(tmp_path: Path) -> None:
     class Failing(TorchEngine):
-        def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+        def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
             if recorder is not None:
                 raise RuntimeError("out of memory")
-            return super().run(plan, cache)
+            return super().run(step, cache)
 
     engine = Failing(refmodels.load(case_source("qwen")))
     with pytest.raises(RuntimeError):

@@ -28,10 +28,10 @@ def test_modules_alone_give_what_they_give_in_the_decoder(case: str) -> None:
     before = {name: torch.zeros(3, 1, 0, 1) for name in tap_names(source.spec) if is_cache_tap(name)}
     before = {name: getattr(cache, name.split(".")[2])[int(name.split(".")[1])][:, :, :0] for name in before}
     for step in range(3):
-        plan, recorder = cache.plan(ids, mask), Recorder()
+        inputs, recorder = cache.next_step(ids, mask), Recorder()
         with torch.inference_mode(), recording(recorder):
-            logits = decoder.run(plan, cache)
-        forward = Forward(step=step, plan=plan, tensors=recorder.tensors, before=before)
+            logits = decoder.run(inputs, cache)
+        forward = Forward(step=step, inputs=inputs, tensors=recorder.tensors, before=before)
         for tap in tap_names(source.spec):
             with torch.inference_mode():
                 alone = module_at(decoder, tap, forward)()
@@ -50,11 +50,11 @@ def test_no_fault_is_the_right_thing() -> None:
         decoder = refmodels.load(source, dtype=torch.float64)
         prompts = random_prompts(source.spec.vocab_size, (20, 13, 9), seed=0)
         cache = decoder.new_cache(batch=3, capacity=20)
-        plan, recorder = cache.plan(prompts.ids, prompts.mask), Recorder()
+        inputs, recorder = cache.next_step(prompts.ids, prompts.mask), Recorder()
         with torch.inference_mode(), recording(recorder):
-            decoder.run(plan, cache)
+            decoder.run(inputs, cache)
         before = {n: t[:, :, :0] for n, t in recorder.tensors.items() if is_cache_tap(n)}
-        forward = Forward(step=0, plan=plan, tensors=recorder.tensors, before=before)
+        forward = Forward(step=0, inputs=inputs, tensors=recorder.tensors, before=before)
         for tap in tap_names(source.spec):
             with torch.inference_mode():
                 module = module_at(decoder, tap, forward)

@@ -211,18 +211,18 @@ class Misbehaving(TorchEngine):
         super().__init__(refmodels.load(case_source(case), dtype=torch.float16))
         self.calls = 0
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
         if recorder is not None:
             self.calls += 1
-            self.before(plan, cache)
-        logits = super().run(plan, cache, recorder=recorder)
+            self.before(step, cache)
+        logits = super().run(step, cache, recorder=recorder)
         if recorder is not None:
-            self.after(plan, recorder)
+            self.after(step, recorder)
         return self.output(logits, tapped=recorder is not None)
 
-    def before(self, plan: StepInputs, cache: KVCache) -> None: ...
+    def before(self, step: StepInputs, cache: KVCache) -> None: ...
 
-    def after(self, plan: StepInputs, recorder: Recorder) -> None: ...
+    def after(self, step: StepInputs, recorder: Recorder) -> None: ...
 
     def output(self, logits: Tensor, *, tapped: bool) -> Tensor:
         return logits
@@ -230,7 +230,7 @@ class Misbehaving(TorchEngine):
 
 def test_stale_cache_is_found_at_its_step() -> None:
     class Corrupting(Misbehaving):
-        def after(self, plan: StepInputs, recorder: Recorder) -> None:
+        def after(self, step: StepInputs, recorder: Recorder) -> None:
             if self.calls == 4:
                 recorder.tensors["blocks.1.key"][:, :, 12] *= 1.1
 
@@ -240,7 +240,7 @@ def test_stale_cache_is_found_at_its_step() -> None:
 
 def test_fault_on_one_token_only() -> None:
     class OneToken(Misbehaving):
-        def after(self, plan: StepInputs, recorder: Recorder) -> None:
+        def after(self, step: StepInputs, recorder: Recorder) -> None:
             if self.calls == 1:
                 recorder.tensors["blocks.1.mlp.out"][0, 7] *= 1.02
 
@@ -251,10 +251,10 @@ def test_fault_on_one_token_only() -> None:
 
 def test_padding_is_left_out() -> None:
     class Padded(Misbehaving):
-        def after(self, plan: StepInputs, recorder: Recorder) -> None:
+        def after(self, step: StepInputs, recorder: Recorder) -> None:
             for name, tensor in recorder.tensors.items():
-                if self.calls == 1 and tensor.shape[:2] == plan.new_mask.shape:
-                    tensor[~plan.new_mask] = 7.0 if "mlp" in name else float("nan")
+                if self.calls == 1 and tensor.shape[:2] == step.new_mask.shape:
+                    tensor[~step.new_mask] = 7.0 if "mlp" in name else float("nan")
 
     result = run(Padded("baichuan2_7b"), "baichuan2_7b", steps=1)
     assert result.verdict == "aligned", verdict_line(result)

@@ -1,4 +1,4 @@
-"""The diff on quantised bundles: no alarm on right ones, planted faults of codes found and named."""
+"""The diff on quantized bundles: no alarm on right ones, planted faults of codes found and named."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def first(result: DiffResult) -> str | None:
     return result.culprits[0].tap
 
 
-def test_inputs_that_are_not_quantised_are_named(tmp_path: Path) -> None:
+def test_inputs_that_are_not_quantized_are_named(tmp_path: Path) -> None:
     bundle = exported(tmp_path, "fp32", {"scheme": "int8", "inputs": "tensor"})
 
     def floats(model: onnx.ModelProto) -> None:
@@ -126,7 +126,7 @@ def test_inputs_that_are_not_quantised_are_named(tmp_path: Path) -> None:
 
     result = diff_bundle(mutated(bundle, tmp_path / "wrong", floats), MODEL, steps=1)
     assert first(result) == LAYER
-    assert "input quantised otherwise: not at all" in [d.fault for d in result.culprits[0].diagnosis]
+    assert "input quantized otherwise: not at all" in [d.fault for d in result.culprits[0].diagnosis]
 
 
 def test_a_pre_quant_scale_that_is_ignored_is_named(tmp_path: Path) -> None:
@@ -149,10 +149,10 @@ def test_a_wrong_scale_of_the_cache_is_found(part: str, tmp_path: Path) -> None:
 def test_every_fault_of_codes_is_planted() -> None:
     ours = {fault.name for fault in CATALOGUE if fault.variants.__module__ == quantized.__name__}
     planted = {expected.split(":")[0] for _, _, expected in PLANTED.values()}
-    assert ours == planted | {"input quantised otherwise", "pre-quant scale ignored"}
+    assert ours == planted | {"input quantized otherwise", "pre-quant scale ignored"}
 
 
-# The model before quantisation as the reference
+# The model before quantization as the reference
 
 
 @pytest.mark.parametrize("scheme", ["int4-awq", "int4-gptq", "smoothquant"])
@@ -173,10 +173,10 @@ def test_what_codes_cost_shows_at_their_layers_only(scheme: str, tmp_path: Path)
 
 def test_floats_want_the_model_before(int4: Path, tmp_path: Path) -> None:
     checkpoint = read_bundle(int4).quantized_path
-    with pytest.raises(LogitLockError, match="is quantised itself"):
+    with pytest.raises(LogitLockError, match="is quantized itself"):
         diff_bundle(int4, str(checkpoint), floats=True)
     plain = export_model(MODEL, precision="fp32", output=tmp_path / "plain")
-    with pytest.raises(LogitLockError, match="is not a bundle that export has quantised"):
+    with pytest.raises(LogitLockError, match="is not a bundle that export has quantized"):
         diff_bundle(plain, MODEL, floats=True)
     with pytest.raises(LogitLockError, match="cache, whose codes"):
         diff_bundle(exported(tmp_path, "fp32", {"scheme": "int8", "cache": "int8"}), MODEL, floats=True)
@@ -186,13 +186,13 @@ def test_floats_want_the_model_before(int4: Path, tmp_path: Path) -> None:
 
 
 def test_the_bundle_brings_its_checkpoint(int4: Path, tmp_path: Path) -> None:
-    """Without --model too; and an engine of an already quantised checkpoint is one of that checkpoint."""
+    """Without --model too; and an engine of an already quantized checkpoint is one of that checkpoint."""
     bundle = read_bundle(int4)
     assert bundle.quantized_path is not None
     again = export_model(bundle.quantized_path, precision="fp16", output=tmp_path / "again")
     assert not read_bundle(again).info.quantized
     assert diff_bundle(again, str(bundle.quantized_path), steps=1).verdict == "aligned"
-    with pytest.raises(LogitLockError, match="is quantised otherwise than qwen2_b1"):
+    with pytest.raises(LogitLockError, match="is quantized otherwise than qwen2_b1"):
         diff_bundle(again, MODEL)
 
 
@@ -204,16 +204,16 @@ def test_another_model_is_refused(int4: Path, tmp_path: Path) -> None:
     content = bytearray((other / "model.safetensors").read_bytes())
     content[-3] ^= 1
     (other / "model.safetensors").write_bytes(content)
-    with pytest.raises(LogitLockError, match="was quantised from another checkpoint"):
+    with pytest.raises(LogitLockError, match="was quantized from another checkpoint"):
         diff_bundle(int4, str(other))
 
 
-def test_bisect_refuses_quantised_models(int4: Path) -> None:
+def test_bisect_refuses_quantized_models(int4: Path) -> None:
     path = read_bundle(int4).quantized_path
     assert path is not None
     source = refmodels.resolve(path)
     prompts = random_prompts(source.spec.vocab_size, (9,), seed=0)
-    with pytest.raises(LogitLockError, match="is quantised; bisect"):
+    with pytest.raises(LogitLockError, match="is quantized; bisect"):
         bisect(source, precision="fp16", budget=1e-3, prompts=prompts)
 
 

@@ -36,7 +36,7 @@ from refmodels.toys.tasks import examples
 from tests.support.command import logitlock
 from tests.support.goldens import GOLDENS, case_source
 from trt_runtime.engine import Engine
-from trt_runtime.generate import GenerationConfig
+from trt_runtime.generation import GenerationConfig
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 from trt_runtime.torch_gpu.engine import TorchEngine
 
@@ -429,8 +429,8 @@ def test_bad_files(content: str, said: str, tmp_path: Path) -> None:
     logitlock("eval", "reference", "--model", "qwen", "--tasks", path).assert_bad_input(said)
 
 
-def test_a_quantised_bundle_is_compared_with_the_model_before(tmp_path: Path) -> None:
-    """`reference` is the unquantised toy: what quantisation costs; its own checkpoint is the same to rounding."""
+def test_a_quantized_bundle_is_compared_with_the_model_before(tmp_path: Path) -> None:
+    """`reference` is the unquantized toy: what quantization costs; its own checkpoint is the same to rounding."""
     bundle = export_model(
         "qwen", precision="int4", dtype="fp32", quantize=QuantizeOptions(scheme="int4", group=64), output=tmp_path / "q"
     )

@@ -65,17 +65,17 @@ def disagreements(
     ours, theirs = engine.new_cache(**size), other.new_cache(**size)
     ids, mask = prompts.ids, prompts.mask
     for step in range(steps + 1):
-        plan = theirs.plan(ids, mask)
+        inputs = theirs.next_step(ids, mask)
         a, b = Recorder(), Recorder()
-        logits = engine.run(plan, ours, recorder=a)
-        expected = other.run(plan, theirs, recorder=b)
+        logits = engine.run(inputs, ours, recorder=a)
+        expected = other.run(inputs, theirs, recorder=b)
         assert set(a.tensors) == set(engine.tap_names) and torch.equal(a.tensors["logits"], logits)
         assert torch.equal(ours.lengths, theirs.lengths) and torch.equal(ours.mask, theirs.mask)
         for tap, tensor in a.tensors.items():
             cache = is_cache_tap(tap)
             pair = [t.transpose(1, 2) if cache else t for t in (tensor, b.tensors[tap])]
             assert pair[0].shape == pair[1].shape, tap
-            real = plan.attention_mask != 0 if cache else plan.new_mask
+            real = inputs.attention_mask != 0 if cache else inputs.new_mask
             actual, right = (t[real].double() for t in pair)
             if not float((actual - right).norm()) <= tolerance(engine.spec, tap) * float(right.norm()):
                 found.append(f"{step} {tap}")
@@ -219,7 +219,7 @@ def test_huggingface_refuses() -> None:
     cache = engine.new_cache(batch=1, capacity=3)
     swap = Recorder(substitutes={"embed": torch.zeros(1, 3, spec.hidden_size)})
     with pytest.raises(LogitLockError, match="substitutes embed"):
-        engine.run(cache.plan(torch.ones(1, 3, dtype=torch.int64)), cache, recorder=swap)
+        engine.run(cache.next_step(torch.ones(1, 3, dtype=torch.int64)), cache, recorder=swap)
 
 
 # ONNX files of other exporters
@@ -462,7 +462,7 @@ def test_roles_that_are_not_understood(exported: Callable[..., Path], tmp_path: 
         OnnxFileEngine(tmp_path / "renamed.onnx", spec)
     for part in ("no input of token ids", "the input a of int64", "the input e of float", '"inputs"', "input_ids"):
         assert part in str(caught.value)
-    assert "logits" not in str(caught.value).split(". Say")[0], "an output of that width is recognised by its shape"
+    assert "logits" not in str(caught.value).split(". Say")[0], "an output of that width is recognized by its shape"
     roles = {"input_ids": "a", "blocks.0.key": "b", "blocks.0.value": "c", "blocks.1.key": "d", "blocks.1.value": "e"}
     (tmp_path / "names.json").write_text(json.dumps({"inputs": roles, "taps": {}}))
     names = read_name_map(tmp_path / "names.json", spec)

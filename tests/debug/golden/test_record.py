@@ -81,7 +81,7 @@ def project(pack, start, width, x):
 """
 
 
-def randomised(model: Any) -> Any:
+def randomized(model: Any) -> Any:
     """Weights large enough that logits, attention and margins are far from uniform."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -99,7 +99,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if not (root / name).exists():
             config, settings = MODELS[name]
             built = getattr(transformers, config)(**SIZES, **settings)
-            randomised(transformers.AutoModelForCausalLM.from_config(built)).save_pretrained(root / name)
+            randomized(transformers.AutoModelForCausalLM.from_config(built)).save_pretrained(root / name)
         return root / name
 
     return make
@@ -192,7 +192,7 @@ def remote(tmp_path: Path) -> Path:
     namespace: dict[str, Any] = {"__name__": "remote_baichuan"}
     exec(REMOTE, namespace)
     config = namespace["TestBaichuanConfig"](**SIZES, **settings)
-    randomised(namespace["TestBaichuanForCausalLM"](config)).save_pretrained(model)
+    randomized(namespace["TestBaichuanForCausalLM"](config)).save_pretrained(model)
     data = json.loads((model / "config.json").read_text())
     data["auto_map"] = {
         "AutoConfig": "modeling_test.TestBaichuanConfig",

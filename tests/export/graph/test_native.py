@@ -54,11 +54,11 @@ def test_taps_are_values_of_the_graph(case: str, tmp_path: Path) -> None:
     ids, mask = prompt_of(case, source)
     bundle = export_model(source, precision="fp32", attention="native", output=tmp_path / "bundle")
     caches = [decoder.new_cache(batch=len(ids), capacity=ids.shape[1]) for _ in range(2)]
-    plan = caches[0].plan(ids, mask)
+    step = caches[0].next_step(ids, mask)
     recorder = Recorder()
     with recording(recorder):
-        decoder.run(plan, caches[0])
-    values = Evaluator(bundle).run(plan, caches[1])
+        decoder.run(step, caches[0])
+    values = Evaluator(bundle).run(step, caches[1])
     for name in tap_names(source.spec):
         expected = recorder.tensors[name]
         scale = max(1.0, float(expected.abs().max()))
@@ -73,8 +73,8 @@ class Engine:
     def __init__(self, bundle: Path) -> None:
         self.engine = OnnxRuntimeEngine(bundle, emulate_rounding=True, threads=1)
 
-    def run(self, plan: StepInputs, cache: KVCache) -> dict[str, Tensor]:
-        return {"logits": self.engine.run(plan, cache)}
+    def run(self, step: StepInputs, cache: KVCache) -> dict[str, Tensor]:
+        return {"logits": self.engine.run(step, cache)}
 
 
 @needs_opset_24
@@ -92,13 +92,13 @@ def test_half_precision(case: str, precision: Precision, tmp_path: Path) -> None
         for runner in (Evaluator(bundle), Engine(bundle)):
             caches = [d.new_cache(batch=len(ids), capacity=ids.shape[1] + 1) for d in (half, half, truth)]
             for chunk, chunk_mask in ((ids, mask), (ids[:, :1], None)):
-                plan = caches[0].plan(chunk, chunk_mask)
-                expected = half.run(plan, caches[0])[plan.new_mask].double()
-                true = truth.run(caches[2].plan(chunk, chunk_mask), caches[2])[plan.new_mask]
-                logits = runner.run(plan, caches[1])["logits"]
+                step = caches[0].next_step(chunk, chunk_mask)
+                expected = half.run(step, caches[0])[step.new_mask].double()
+                true = truth.run(caches[2].next_step(chunk, chunk_mask), caches[2])[step.new_mask]
+                logits = runner.run(step, caches[1])["logits"]
                 assert logits.dtype == dtype
                 floor = float((expected - true).abs().max())
-                assert float((logits[plan.new_mask].double() - expected).abs().max()) <= 4 * floor
+                assert float((logits[step.new_mask].double() - expected).abs().max()) <= 4 * floor
 
 
 @pytest.mark.parametrize("case", ["qwen_ntk", "baichuan_13b"])

@@ -26,7 +26,7 @@ from tests.support.observed_toys import (
 
 
 def slow_gptq(weight: Tensor, hessian: Tensor, linear: LinearFormat, damping: float, order: list[int]) -> Tensor:
-    """Dequantised weight by Optimal Brain Quantization in a given order of columns.
+    """Dequantized weight by Optimal Brain Quantization in a given order of columns.
 
     The inverse Hessian of the columns left is updated by Gaussian elimination (equation 3 of the paper), with no
     Cholesky factor, no blocks and no permuted matrices.  Groups have the scale of the original weight where the order

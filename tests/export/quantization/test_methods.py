@@ -170,7 +170,7 @@ def quantized(name: str, linear: LinearFormat, options: MethodOptions) -> tuple[
 
 
 def divergence(name: str, made: Decoder) -> float:
-    """Mean KL from the float toy to the quantised one, in fp64, over all tokens of held-out data."""
+    """Mean KL from the float toy to the quantized one, in fp64, over all tokens of held-out data."""
     total = tokens = 0.0
     for ids, mask in token_batches(name, split="held_out"):
         expected, found = (logits_of(m, ids, mask)[mask.bool()].double().log_softmax(-1) for m in (toy(name)[0], made))
@@ -252,7 +252,7 @@ def test_smoothquant_folds_and_static_scales_follow(name: str) -> None:
     assert cut.blocks[2].attn.qkv.input_scale < made.blocks[2].attn.qkv.input_scale
 
 
-def test_a_mixed_block_keeps_what_is_not_quantised() -> None:
+def test_a_mixed_block_keeps_what_is_not_quantized() -> None:
     model, inputs = toy("chatglm2")
     part = {n.removeprefix("blocks.0."): p for n, p in model.named_parameters() if n.startswith("blocks.0.")}
     before = {n: p.clone() for n, p in part.items()}
@@ -280,7 +280,7 @@ def test_a_mixed_block_keeps_what_is_not_quantised() -> None:
     assert sample is not None
     scale, _ = search_clip(part["mlp.up.weight"] * divisor, sample.tokens / divisor, INT4)
     assert torch.equal(result.weights["mlp.up"].scale, scale)
-    with pytest.raises(LogitLockError, match="percentile 0 of quantisation"):
+    with pytest.raises(LogitLockError, match="percentile 0 of quantization"):
         MethodOptions(percentile=0)
 
 

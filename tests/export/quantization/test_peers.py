@@ -1,4 +1,4 @@
-"""Quantisation against independent implementations: what is installed of them; the others skip, with a reason.
+"""Quantization against independent implementations: what is installed of them; the others skip, with a reason.
 
 compressed-tensors and onnxruntime are in the `test` extra.  GPTQ, AWQ and SmoothQuant of llmcompressor,
 neural-compressor, autoawq and nvidia-modelopt want other versions of torch and transformers; where they are installed
@@ -144,7 +144,7 @@ def is_target(targets: list[str], module: str) -> bool:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_onnxruntime_rounds_as_we_do(symmetric: bool) -> None:
-    """Its MatMulNBits quantiser has scales of its own for symmetric weights; with them, ours gives its codes."""
+    """Its MatMulNBits quantizer has scales of its own for symmetric weights; with them, ours gives its codes."""
     quantizer = pytest.importorskip("onnxruntime.quantization.matmul_nbits_quantizer")
     linear = LinearFormat(weight="int4", group=32, symmetric=symmetric)
     weight = made_weight()

@@ -31,7 +31,7 @@ from tests.export.test_export import source_of
 from tests.support.command import logitlock
 from tests.support.goldens import GOLDENS, needs_opset_24
 from trt_runtime.bundle import read_bundle
-from trt_runtime.generate import GenerationConfig, generate
+from trt_runtime.generation import GenerationConfig, generate
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 from trt_runtime.plan_layers import read_layers
 from trt_runtime.torch_gpu.engine import TorchEngine

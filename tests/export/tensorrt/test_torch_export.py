@@ -86,14 +86,14 @@ def test_the_exported_program_is_the_reference(case: str) -> None:
     mine, theirs = (decoder.new_cache(batch=len(ids), capacity=SLOTS) for _ in range(2))
     run = program.module()
     for chunk, chunk_mask in steps:
-        plan = mine.plan(chunk, chunk_mask, last_logits_only=chunk_mask is None)
+        step = mine.next_step(chunk, chunk_mask, last_logits_only=chunk_mask is None)
         before = [cache.clone() for cache in theirs.key]
-        logits, keys, values = run(past_key=theirs.key, past_value=theirs.value, **plan.tensors())
+        logits, keys, values = run(past_key=theirs.key, past_value=theirs.value, **step.tensors())
         assert all(map(torch.equal, theirs.key, before)), "the program does not touch its inputs"
         theirs.key, theirs.value = list(keys), list(values)
-        assert torch.equal(logits, decoder.run(plan, mine))
+        assert torch.equal(logits, decoder.run(step, mine))
         assert all(map(torch.equal, mine.key + mine.value, theirs.key + theirs.value))
-        theirs.advance(plan)
+        theirs.advance(step)
 
 
 # Conversions

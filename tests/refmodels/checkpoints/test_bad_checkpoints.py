@@ -68,9 +68,9 @@ def remove(tensors: Tensors, *names: str) -> None:
         (lambda t: with_tensor(t, -1, float("nan")), [TENSOR, "NaN", "FILE"]),
         (lambda t: with_tensor(t, 0, float("inf")), [TENSOR, "Inf", "FILE"]),
         (lambda t: with_tensor(t, 700, -float("inf")), [TENSOR, "Inf", "FILE"]),
-        (lambda t: quantize(t, torch.int8), [TENSOR, "quantised", "FILE"]),
-        (lambda t: quantize(t, torch.uint8), [TENSOR, "quantised"]),
-        (lambda t: quantize(t, torch.float8_e4m3fn), [TENSOR, "quantised"]),
+        (lambda t: quantize(t, torch.int8), [TENSOR, "quantized", "FILE"]),
+        (lambda t: quantize(t, torch.uint8), [TENSOR, "quantized"]),
+        (lambda t: quantize(t, torch.float8_e4m3fn), [TENSOR, "quantized"]),
     ],
     ids=["missing", "two-missing", "left-over", "twice", "short", "turned", "nan", "inf", "-inf", "i8", "u8", "f8"],
 )
@@ -120,7 +120,7 @@ def test_working_dtypes_only() -> None:
     assert "float8" in refusal(GOLDENS / "qwen_b1", dtype=torch.float8_e5m2)
 
 
-def test_a_tied_normalised_head_is_refused(tmp_path: Path) -> None:
+def test_a_tied_normalized_head_is_refused(tmp_path: Path) -> None:
     config, tensors, variant = read_case("baichuan2_7b_b1")
     remove(tensors, "lm_head.weight")
     write_model(tmp_path, config | {"tie_word_embeddings": True}, tensors)

@@ -1,4 +1,4 @@
-"""Quantised checkpoints of ours in other programs, and theirs here: transformers with compressed-tensors."""
+"""Quantized checkpoints of ours in other programs, and theirs here: transformers with compressed-tensors."""
 
 from __future__ import annotations
 

@@ -187,11 +187,11 @@ def test_bin_files_are_opened_again_only_where_that_saves_memory(
     assert count("legacy bin", 1) == 1
 
 
-# ------------------------------------------------------------------------------------------------ normalised heads
+# ------------------------------------------------------------------------------------------------ normalized heads
 
 
 @pytest.mark.parametrize("dtype", list(refmodels.DTYPES.values()))
-def test_normalised_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normalized_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     _, tensors, variant = read_case("baichuan2_7b_b1")
     rows = tensors["lm_head.weight"]
     monkeypatch.setattr(checkpoint, "_NORMALIZE_ROWS", 7)
@@ -207,7 +207,7 @@ def test_normalised_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
         assert not torch.equal(head("upstream"), head("exact"))
 
 
-def test_zero_rows_of_a_normalised_head_stay_zero(tmp_path: Path) -> None:
+def test_zero_rows_of_a_normalized_head_stay_zero(tmp_path: Path) -> None:
     config, tensors, variant = read_case("baichuan2_7b_b1")
     tensors["lm_head.weight"][3] = 0
     write_model(tmp_path, config, tensors)

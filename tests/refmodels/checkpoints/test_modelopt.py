@@ -25,8 +25,8 @@ from export.quantization.method import MethodOptions
 from export.quantization.schemes import QuantizeOptions
 from refmodels.checkpoints.load import upstream_modules
 from refmodels.checkpoints.quantized_config import MODELOPT_NAME, modelopt_file, write_config
-from refmodels.checkpoints.quantized_layouts import Layout, Storage
-from refmodels.checkpoints.quantized_reader import QuantisedReader
+from refmodels.checkpoints.quantized_layouts import CheckpointFormat, Storage
+from refmodels.checkpoints.quantized_reader import QuantizedReader
 from refmodels.quantization.arithmetic import quantize_weight
 from refmodels.quantization.formats import LinearFormat, group_formats
 from tests.support.command import logitlock
@@ -64,7 +64,7 @@ def stored(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "model.safetensors")
 
 
-def ours(output: Path, layout: Layout = "modelopt", **options: Any) -> Path:
+def ours(output: Path, layout: CheckpointFormat = "modelopt", **options: Any) -> Path:
     data = CalibrationData(rows=[[1, 2, 3, 4, 5, 6, 7, 8], [15, 3, 9, 0, 2]], origin="a test")
     return quantize_model(
         refmodels.resolve(GOLDENS_MODELOPT / "source"), output, QuantizeOptions(**options), data=data, layout=layout
@@ -84,7 +84,7 @@ def test_the_reference_computes_what_modelopt_does(name: str) -> None:
     case = load_file(GOLDENS_MODELOPT / name / "logits.safetensors")
     found = model.step(case["ids"], model.new_cache(batch=1, capacity=12))
     error = (found - case["logits"]).norm(dim=-1) / case["logits"].norm(dim=-1)
-    # fp32 in another order, through a block and a head; what quantisation changes here is 1.7 to 13 %.
+    # fp32 in another order, through a block and a head; what quantization changes here is 1.7 to 13 %.
     assert float(error.max()) < 10 * 2**-23
 
 
@@ -111,11 +111,11 @@ def test_codes_and_scales_by_hand() -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_read_is_written_again(name: str) -> None:
-    """Every byte of every quantised module; and the configs say the same."""
+    """Every byte of every quantized module; and the configs say the same."""
     source, tensors = refmodels.resolve(GOLDENS_MODELOPT / name), stored(GOLDENS_MODELOPT / name)
     assert source.storage == Storage(layout="modelopt") and source.spec.quantization is not None
     table = source.family.weights(source.spec)
-    reader, written = QuantisedReader(source.spec, table, source.storage), {}
+    reader, written = QuantizedReader(source.spec, table, source.storage), {}
     shapes = {part.name: part.shape for parts in table.values() for part in parts}
     for module, linear in reader.formats.items():
         found = {s: tensors[f"{module}.{s}"] for s in source.storage.suffixes if f"{module}.{s}" in tensors}
@@ -147,7 +147,7 @@ def test_a_bundle_of_it(name: str, tmp_path: Path) -> None:
 
 
 def test_flips_are_of_the_scaled_input() -> None:
-    """How far a code that falls to the other side moves the result, against the size of what is quantised."""
+    """How far a code that falls to the other side moves the result, against the size of what is quantized."""
     model = refmodels.load(GOLDENS_MODELOPT / "int8_sq")
     layer, x = model.blocks[0].mlp.out, torch.rand(1, 3, 32, dtype=torch.float64) + 0.5
     found = CodeFlips(model).of("blocks.0.mlp.out", {"blocks.0.mlp.act": x})
@@ -155,7 +155,7 @@ def test_flips_are_of_the_scaled_input() -> None:
     assert found is not None and torch.allclose(found, expected, rtol=1e-6)
 
 
-def test_norms_do_not_quantise_for_layers_that_scale_first() -> None:
+def test_norms_do_not_quantize_for_layers_that_scale_first() -> None:
     source = refmodels.resolve(GOLDENS_MODELOPT / "source")
     for scaled, nodes in ((False, 1), (True, 0)):
         linear = LinearFormat(weight="int8", input="int8", pre_quant_scale=scaled)
@@ -172,10 +172,10 @@ def test_our_checkpoints_have_its_tensors(name: str, tmp_path: Path) -> None:
     made, theirs = stored(ours(tmp_path / "q", **LIKE[name])), stored(GOLDENS_MODELOPT / name)
     # Ours are folded into what makes the input.
     kinds = {k: (t.dtype, t.shape) for k, t in theirs.items() if not k.endswith("pre_quant_scale")}
-    unquantised = {k for k in kinds if "proj" not in k or k.endswith("bias")}
-    assert {k: t.shape for k, t in made.items() if k in unquantised} == {k: kinds[k][1] for k in unquantised}
-    assert {k: (t.dtype, t.shape) for k, t in made.items() if k not in unquantised} == {
-        k: kind for k, kind in kinds.items() if k not in unquantised
+    unquantized = {k for k in kinds if "proj" not in k or k.endswith("bias")}
+    assert {k: t.shape for k, t in made.items() if k in unquantized} == {k: kinds[k][1] for k in unquantized}
+    assert {k: (t.dtype, t.shape) for k, t in made.items() if k not in unquantized} == {
+        k: kind for k, kind in kinds.items() if k not in unquantized
     }
     # Scales of fp8 follow one rule in both programs.  Where a tensor has one, ours have q, k and v, or gate and up.
     same = [k for k in theirs if "proj.weight" in k and (name == "fp8_pc_pt" or (name == "fp8" and "down" in k))]
@@ -229,7 +229,7 @@ def test_families(case: str, tmp_path: Path) -> None:
 
 
 def test_gptq_keeps_to_one_scale_a_tensor(tmp_path: Path) -> None:
-    """A plan's method quantises fp8 layers too."""
+    """A plan's method quantizes fp8 layers too."""
     plan = tmp_path / "plan.json"
     plan.write_text('{"schema": 1, "precision": "fp8", "schemes": {"blocks.0.mlp.*": "int4-gptq"}}')
     options = {"scheme": "fp8", "inputs": "tensor", "plan": plan, "method": MethodOptions(damping=0.1)}

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: layouts, config, reading, writing; the exact arithmetic; the streaming run."""
+"""Quantized checkpoints: layouts, config, reading, writing; the exact arithmetic; the streaming run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from export.quantization.data import calibration_data
 from export.quantization.method import MethodOptions
 from export.quantization.schemes import SCHEMES, QuantizeOptions, quantization_of
 from refmodels.checkpoints.load import moved
-from refmodels.checkpoints.quantized_layouts import Layout, Storage
+from refmodels.checkpoints.quantized_layouts import CheckpointFormat, Storage
 from refmodels.quantization.arithmetic import (
     QuantizedWeight,
     coded_product,
@@ -153,7 +153,7 @@ def test_products_by_group_are_sums_of_exact_products() -> None:
 
 @pytest.mark.parametrize("linear", FORMATS.values(), ids=FORMATS)
 def test_layer_against_floats(linear: LinearFormat) -> None:
-    """A layer gives what its numbers give: of the weight, and of the input where that is quantised too."""
+    """A layer gives what its numbers give: of the weight, and of the input where that is quantized too."""
     weight = quantized(linear)
     layer = layer_of(weight, linear, input_scale=torch.tensor(4.0 / LIMITS[linear.input or "int8"]))
     x = torch.randn(2, 3, 64)
@@ -252,7 +252,10 @@ def test_awq_words_by_hand() -> None:
 
 
 def tiny(
-    source: refmodels.ModelSource, options: QuantizeOptions, output: Path, layout: Layout = "compressed-tensors"
+    source: refmodels.ModelSource,
+    options: QuantizeOptions,
+    output: Path,
+    layout: CheckpointFormat = "compressed-tensors",
 ) -> Path:
     data = calibration_data(source, samples=4, tokens=16)
     return quantize_model(source, output, options, data=data, layout=layout)
@@ -280,7 +283,7 @@ def test_every_scheme_and_family(case: str, scheme: str | None, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("layout", ["gptq", "awq"])
-def test_published_layouts_give_the_same_model(layout: Layout, tmp_path: Path) -> None:
+def test_published_layouts_give_the_same_model(layout: CheckpointFormat, tmp_path: Path) -> None:
     source = case_source("qwen2_b1")
     options = QuantizeOptions(scheme="int4", group=16, symmetric=layout == "gptq")
     ours, theirs = (
@@ -345,7 +348,7 @@ def test_a_plan_mixes_schemes(tmp_path: Path) -> None:
 # Bad input
 
 
-def damaged(tmp_path: Path, edit: Any, layout: Layout = "compressed-tensors", **options: Any) -> str:
+def damaged(tmp_path: Path, edit: Any, layout: CheckpointFormat = "compressed-tensors", **options: Any) -> str:
     source = case_source("qwen2_b1")
     made = tiny(source, QuantizeOptions(**{"scheme": "int4", "group": 16, **options}), tmp_path / "q", layout)
     tensors, config = load_file(made / "model.safetensors"), json.loads((made / "config.json").read_text())
@@ -406,7 +409,7 @@ def test_codes_without_a_config_are_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"scheme": "int3"}, "--precision is 'int3'"),
-        ({"scheme": None}, "nothing to quantise"),
+        ({"scheme": None}, "nothing to quantize"),
         ({"scheme": "int4", "group": 48}, "do not divide"),
         ({"scheme": "int4", "inputs": "token"}, "int8 inputs need symmetric int8 weights"),
         ({"scheme": "fp8", "symmetric": False}, "fp8 inputs need"),
@@ -420,9 +423,9 @@ def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quantised_model_is_not_quantised_again(tmp_path: Path) -> None:
+def test_a_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:
     made = refmodels.resolve(tiny(case_source("qwen2_b1"), QuantizeOptions(scheme="int8"), tmp_path / "q"))
-    with pytest.raises(refmodels.LogitLockError, match="is quantised already"):
+    with pytest.raises(refmodels.LogitLockError, match="is quantized already"):
         tiny(made, QuantizeOptions(scheme="int8"), tmp_path / "again")
 
 

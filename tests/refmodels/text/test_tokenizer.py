@@ -120,7 +120,7 @@ def test_real_qwen_vocabulary_gives_the_golden_ids_and_texts() -> None:
         assert "".join([stream.push(i) for i in case["ids"]]) + stream.finish() == case["decoded"]
 
 
-def test_qwen_normalises_to_nfc_before_the_merges(tmp_path: Path) -> None:
+def test_qwen_normalizes_to_nfc_before_the_merges(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(_tiktoken_folder(tmp_path), family="qwen")
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9") == [260]
 
@@ -276,7 +276,7 @@ def test_an_added_token_with_a_space_keeps_it(tmp_path: Path, byte_bpe: tokenize
     assert tokenizer.decode(ids) == "ab"
 
 
-def test_qwen2_vocabulary_splits_digits_and_normalises(tmp_path: Path, byte_bpe: tokenizers.Tokenizer) -> None:
+def test_qwen2_vocabulary_splits_digits_and_normalizes(tmp_path: Path, byte_bpe: tokenizers.Tokenizer) -> None:
     byte_bpe.model.save(str(tmp_path))
     qwen2, gpt = (load_tokenizer(tmp_path, family=family) for family in ("qwen2", "gpt"))
     digits = [gpt.token_id(digit) for digit in "1234567890"]

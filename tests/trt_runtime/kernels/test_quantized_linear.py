@@ -1,4 +1,4 @@
-"""Kernels of quantised layers: against fp64, against the reference's arithmetic, and in whole models.
+"""Kernels of quantized layers: against fp64, against the reference's arithmetic, and in whole models.
 
 The small cases run on the CPU as well, through Triton's interpreter (`test_interpreted` starts that process).
 
@@ -91,7 +91,7 @@ SCALED = LinearFormat(weight="int4", group=32, pre_quant_scale=True)
 
 
 class Weights:
-    """One or two quantised weights [n, k], as the reference and as the kernels have them."""
+    """One or two quantized weights [n, k], as the reference and as the kernels have them."""
 
     def __init__(self, linear: LinearFormat, n: int, k: int, dtype: torch.dtype, *, gated: bool, seed: int = 0) -> None:
         g = torch.Generator().manual_seed(seed)
@@ -239,7 +239,7 @@ def test_small_tiles_and_warps() -> None:
 
 @on_kernels
 @pytest.mark.parametrize("linear", FORMATS, ids=str)
-def test_small_dequantised_weights(linear: LinearFormat) -> None:
+def test_small_dequantized_weights(linear: LinearFormat) -> None:
     """Bit for bit the reference's."""
     k = 384 if linear.group == 128 else 320
     weights = Weights(linear, 37, k, HALF, gated=False)
@@ -407,7 +407,7 @@ MODELS: dict[str, QuantizeOptions] = {
 }
 
 
-def quantised(case: str, name: str, directory: Path) -> refmodels.ModelSource:
+def quantized(case: str, name: str, directory: Path) -> refmodels.ModelSource:
     source, options = case_source(case), MODELS[name]
     if source.spec.tied_head:
         options = replace(options, head=False)
@@ -417,8 +417,8 @@ def quantised(case: str, name: str, directory: Path) -> refmodels.ModelSource:
 
 @pytest.mark.parametrize("name", ["int4 with zeros", "smoothquant"])
 @pytest.mark.parametrize("case", ["qwen", "gpt2"])
-def test_fused_modules_are_the_quantised_reference(case: str, name: str, tmp_path: Path) -> None:
-    source = quantised(case, name, tmp_path)
+def test_fused_modules_are_the_quantized_reference(case: str, name: str, tmp_path: Path) -> None:
+    source = quantized(case, name, tmp_path)
     model = refmodels.load(source)
     engine = FusedOnCpu(refmodels.load(source))
     prompts = random_prompts(model.spec.vocab_size, (20, 13, 9), seed=0)
@@ -440,10 +440,10 @@ def check_every_tap(source: refmodels.ModelSource, dtype: torch.dtype, lengths: 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("case", ["qwen", "chatglm2", "gpt2"])
-def test_every_tap_of_quantised_models_on_the_gpu(
+def test_every_tap_of_quantized_models_on_the_gpu(
     case: str, name: str, dtype: torch.dtype, batch: int, tmp_path: Path
 ) -> None:
-    check_every_tap(quantised(case, name, tmp_path), dtype, (20, 13, 9)[:batch])
+    check_every_tap(quantized(case, name, tmp_path), dtype, (20, 13, 9)[:batch])
 
 
 @gpu

@@ -19,7 +19,7 @@ from refmodels.recorder import Recorder
 from refmodels.taps import tap_names, tap_width
 from tests.support.goldens import CASES, GOLDENS, case_source, needs_opset_24
 from trt_runtime.bundle import read_bundle
-from trt_runtime.generate import GenerationConfig, generate
+from trt_runtime.generation import GenerationConfig, generate
 from trt_runtime.onnxruntime import engine as onnxruntime_engine
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 from trt_runtime.open import open_engine
@@ -144,12 +144,12 @@ def test_a_step_costs_the_same_for_any_capacity(precision: str, exported: Export
         cache = engine.new_cache(batch=1, capacity=capacity)
         engine.prefill(torch.arange(16)[None], cache)
         token = torch.tensor([1])
-        plan = cache.plan(token[:, None], last_logits_only=True)
+        step = cache.next_step(token[:, None], last_logits_only=True)
         samples = []
         for _ in range(40):
             lengths, mask = cache.lengths.clone(), cache.mask.clone()
             start = time.perf_counter()
-            engine.run(plan, cache)
+            engine.run(step, cache)
             samples.append(time.perf_counter() - start)
             cache.lengths, cache.mask = lengths, mask
         times[capacity] = min(samples)
@@ -249,8 +249,8 @@ def test_session_runs_the_exported_file_itself(exported: Exported) -> None:
     bundle = read_bundle(exported("chatglm2"))
     engine = OnnxRuntimeEngine(bundle, threads=1)
     cache = engine.new_cache(batch=1, capacity=8)
-    plan = cache.plan(torch.arange(5)[None])
-    feeds = {name: tensor.numpy() for name, tensor in plan.tensors().items()}
+    step = cache.next_step(torch.arange(5)[None])
+    feeds = {name: tensor.numpy() for name, tensor in step.tensors().items()}
     for i in range(engine.spec.layers):
         feeds[f"past.blocks.{i}.key"] = cache.key[i].numpy().copy()
         feeds[f"past.blocks.{i}.value"] = cache.value[i].numpy().copy()
@@ -260,4 +260,4 @@ def test_session_runs_the_exported_file_itself(exported: Exported) -> None:
     session = ort.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])
     known = {i.name for i in session.get_inputs()}
     (logits,) = session.run(["logits"], {k: v for k, v in feeds.items() if k in known})
-    assert torch.equal(torch.from_numpy(logits), engine.run(plan, cache))
+    assert torch.equal(torch.from_numpy(logits), engine.run(step, cache))

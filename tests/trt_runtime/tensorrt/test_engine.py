@@ -23,7 +23,7 @@ from tests.support.goldens import GOLDENS, case_source, needs_opset_24
 from tests.support.tensorrt_report import check_engine, equal_start, page
 from trt_runtime import open as engines
 from trt_runtime.bundle import AttentionMode, Bundle, EngineInfo, Profile, read_bundle
-from trt_runtime.generate import GenerationConfig, generate
+from trt_runtime.generation import GenerationConfig, generate
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 from trt_runtime.open import open_engine
 from trt_runtime.tensorrt import engine as tensorrt_engine
@@ -321,10 +321,10 @@ def test_limits_are_errors(opened: Callable[[str], TensorRTEngine]) -> None:
         engine.new_cache(batch=1, capacity=49)
     cache = engine.new_cache(batch=1, capacity=48)
     with pytest.raises(LogitLockError, match="a step of 1 rows of 13 tokens"):
-        engine.run(cache.plan(random_ids(engine, 1, 13)), cache)
+        engine.run(cache.next_step(random_ids(engine, 1, 13)), cache)
     other = TorchEngine(refmodels.load(case_source("gpt_bigcode"))).new_cache(batch=1, capacity=8)
     with pytest.raises(LogitLockError, match=r"this cache .* is not one of .* use the engine's new_cache"):
-        engine.run(other.plan(random_ids(engine, 1, 3)), other)
+        engine.run(other.next_step(random_ids(engine, 1, 3)), other)
 
 
 @needs_opset_24

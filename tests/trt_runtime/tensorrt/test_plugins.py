@@ -380,7 +380,7 @@ def test_a_creator_of_ones_own_comes_first() -> None:
         ),
     ],
 )  # fmt: skip
-def test_serialised_fields_make_the_same_plugin_again(kind: type[base.Plugin], attributes: Any) -> None:
+def test_serialized_fields_make_the_same_plugin_again(kind: type[base.Plugin], attributes: Any) -> None:
     plugin = kind(attributes, layer="blocks.0")
     fields = plugin.get_fields_to_serialize()
     again = plugins.CREATORS[kind.NAME].create_plugin("", fields, trt.TensorRTPhase.RUNTIME)

@@ -74,7 +74,7 @@ def dynamic(tensor: Tensor) -> Any:
 
 
 def plugin_of(spec: ModelSpec, precision: Precision, op: str) -> Any:
-    """The plugin of an exported node, as loading a plan makes it: from serialised fields, with compiled kernels."""
+    """The plugin of an exported node, as loading a plan makes it: from serialized fields, with compiled kernels."""
     model = build_graph(spec, precision=precision).model
     node = next(node for node in model.graph.node if node.op_type == op)
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute if not a.name.startswith("plugin_")}

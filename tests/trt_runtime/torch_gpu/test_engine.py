@@ -23,9 +23,9 @@ from refmodels.model import Decoder
 from refmodels.recorder import Recorder, recording
 from tests.support.goldens import CASES, case_source
 from tests.support.paths import ROOT
-from trt_runtime import generate as generation
+from trt_runtime import generation
 from trt_runtime.engine import Engine
-from trt_runtime.generate import GenerationConfig, GenerationResult, generate
+from trt_runtime.generation import GenerationConfig, GenerationResult, generate
 from trt_runtime.sampling import Sampling, greedy
 from trt_runtime.torch_gpu import cuda_graph as static_decode
 from trt_runtime.torch_gpu.convert import fused_decoder
@@ -53,11 +53,11 @@ class FusedOnCpu(TorchEngine):
         super().__init__(decoder)
         self.static = self._static = StaticDecode(fused_decoder(decoder))
 
-    def _run(self, plan: StepInputs, cache: KVCache, recorder: Recorder | None, ids: Tensor | None) -> Tensor:
+    def _run(self, step: StepInputs, cache: KVCache, recorder: Recorder | None, ids: Tensor | None) -> Tensor:
         with torch.no_grad(), recording(recorder):
-            if recorder is None and plan.input_ids.shape[1] == 1:
-                return self.static.run(plan, cache, ids)
-            return self._model.run(plan, cache)
+            if recorder is None and step.input_ids.shape[1] == 1:
+                return self.static.run(step, cache, ids)
+            return self._model.run(step, cache)
 
 
 class OnHost(Engine):
@@ -74,15 +74,15 @@ class OnHost(Engine):
         self.inner[id(cache)] = self.engine.new_cache(batch=batch, capacity=capacity)
         return cache
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
         inner, taps = self.inner[id(cache)], Recorder()
-        logits = self.engine.run(plan, inner, recorder=None if recorder is None else taps).cpu()
+        logits = self.engine.run(step, inner, recorder=None if recorder is None else taps).cpu()
         for ours, theirs in ((cache.key, inner.key), (cache.value, inner.value)):
             for mine, other in zip(ours, theirs, strict=True):
                 mine.copy_(other)
-        cache.advance(plan)
+        cache.advance(step)
         if recorder is not None:
-            recorder.live_slots = plan.attention_mask.shape[1]
+            recorder.live_slots = step.attention_mask.shape[1]
             for name, tensor in taps.tensors.items():
                 recorder(name, tensor.cpu())
         return logits
@@ -168,13 +168,13 @@ def test_buckets() -> None:
 def test_step_inputs_in_one_block(batch: int) -> None:
     spec = case_source("qwen_ntk").spec
     cache = KVCache(spec, batch=batch, capacity=40)
-    cache.advance(cache.plan(torch.full((batch, 9), 5)))
+    cache.advance(cache.next_step(torch.full((batch, 9), 5)))
     inputs = Inputs(batch, 32, "cpu")
     inputs.block.fill_(255)
-    plan = cache.plan(torch.full((batch, 1), 6), last_logits_only=True)
-    inputs.fill(plan)
+    step = cache.next_step(torch.full((batch, 1), 6), last_logits_only=True)
+    inputs.fill(step)
     start = inputs.block.data_ptr()
-    for name, expected in plan.tensors().items():
+    for name, expected in step.tensors().items():
         found = inputs.tensors[name]
         assert (found.data_ptr() - start) % 16 == 0
         if name == "attention_mask":
@@ -241,8 +241,8 @@ def test_advance_writes_what_a_loop_over_rows_would() -> None:
         new = torch.randint(0, 2, (4, tokens), generator=generator)
         if tokens == 6:
             new[:, 2] = 1
-        plan = cache.plan(torch.full((4, tokens), 5), new)
-        cache.advance(plan)
+        step = cache.next_step(torch.full((4, tokens), 5), new)
+        cache.advance(step)
         for row in range(4):
             used = max((i + 1 for i in range(tokens) if new[row, i]), default=0)
             mask[row, lengths[row] : lengths[row] + used] = new[row, :used] != 0

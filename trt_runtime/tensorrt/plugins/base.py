@@ -1,4 +1,4 @@
-"""What our plugins share: attributes as serialised fields, checks of their inputs, and errors that are not lost.
+"""What our plugins share: attributes as serialized fields, checks of their inputs, and errors that are not lost.
 
 TensorRT calls a plugin from C++.  An exception there becomes a line in TensorRT's log at best, so every call is
 wrapped: the first exception is kept, and whoever asked TensorRT to do something raises it (`raise_failure`).
@@ -49,7 +49,7 @@ class Kernels:
 def use_compiled(compiled: Any) -> Iterator[None]:
     """Give `compiled` (`trt_runtime.kernels.compiled.CompiledKernels`) to every plugin made inside the block.
 
-    Put it around deserialising a plan, and around building one with full TensorRT, which times plugins as it builds.
+    Put it around deserializing a plan, and around building one with full TensorRT, which times plugins as it builds.
     """
     _kernels.append(Kernels(compiled))
     try:
@@ -87,7 +87,7 @@ def reported(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):  # type: ignore[misc]
-    """A plugin whose ONNX attributes, and serialised fields, are the fields of the dataclass `Attributes`.
+    """A plugin whose ONNX attributes, and serialized fields, are the fields of the dataclass `Attributes`.
 
     Attributes:
         layer: name of the ONNX node; "" in a plan that was loaded.

@@ -18,7 +18,7 @@ from refmodels.recorder import Recorder
 from refmodels.text.tokenizer_types import SpecialIds, Tokenizer
 from tests.support.goldens import CASES, GOLDENS, case_source
 from trt_runtime.engine import Engine
-from trt_runtime.generate import GenerationConfig, GenerationResult, generate
+from trt_runtime.generation import GenerationConfig, GenerationResult, generate
 from trt_runtime.sampling import Sampling, adjust, choose, row_generators
 from trt_runtime.torch_gpu.engine import TorchEngine
 
@@ -154,14 +154,14 @@ class ScriptedEngine(Engine):
         self.scripts, self.spoil, self.steps = scripts, spoil, 0
         self.live: list[int] = []
 
-    def run(self, plan: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
+    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
         logits = torch.zeros(len(self.scripts), 1, 256)
         for row, script in enumerate(self.scripts):
             logits[row, 0, script[self.steps] if self.steps < len(script) else 0] = 5.0
         if self.spoil is not None and self.spoil[1] == self.steps:
             logits[self.spoil[0]] = float("nan")
-        self.live.append(plan.attention_mask.shape[1])
-        cache.advance(plan)
+        self.live.append(step.attention_mask.shape[1])
+        cache.advance(step)
         self.steps += 1
         return logits
 
