@@ -19,7 +19,7 @@ ALLOWED = {
     "debug": {"refmodels", "trt_runtime", "export"},
 }
 OTHERS = {"tests", "benchmarks", "notebooks"}
-COMMAND_LINE = {"cli.py", "__main__.py"}
+COMMAND_LINE = {"cli.py", "command.py", "__main__.py"}
 FILES = [file for package in ALLOWED for file in sorted((ROOT / package).rglob("*.py"))]
 
 
