@@ -10,7 +10,7 @@ import pytest
 import typer
 
 import refmodels
-from refmodels import cli
+from refmodels import cli, command
 from refmodels.checkpoints import load as checkpoint
 from refmodels.errors import LogitLockError
 from tests.support.checkpoints import read_case, write_model
@@ -19,7 +19,7 @@ from tests.support.checkpoints import read_case, write_model
 def invoke(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     with pytest.raises(SystemExit) as left:
-        cli.run(cli.make_app("Test.", [cli.models, differ, refuse, interrupt, abort, bug]))
+        command.run(command.make_app("Test.", [cli.models, differ, refuse, interrupt, abort, bug]))
     assert isinstance(left.value.code, int)
     return left.value.code
 
@@ -73,7 +73,7 @@ def test_exit_codes(
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program", "bug"])
     with pytest.raises(ZeroDivisionError):
-        cli.run(cli.make_app("Test.", [bug]))
+        command.run(command.make_app("Test.", [bug]))
 
 
 def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
