@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from debug.executors.huggingface import layer_past, load_model, takes_positions,
 from debug.golden.case import past_layout
 from refmodels.checkpoints.load import resolve
 from refmodels.errors import LogitLockError
+from refmodels.files import write_directory
 from refmodels.spec import ModelSpec
 
 _BLOCKS = ("model.layers", "transformer.h", "transformer.encoder.layers")
@@ -74,7 +74,7 @@ def record_case(
             f"{batch.ids.shape[1]} prompt tokens and {steps} steps are more than the {spec.max_positions} positions "
             f"of {hf.name}"
         )
-    with _new_directory(out) as directory:
+    with write_directory(out, "case") as directory:
         shutil.copyfile(hf / "config.json", directory / "config.json")
         # Before the first forward: Baichuan2's head overwrites its weight then.
         save_file(_weights(model), directory / "model.safetensors", metadata={"format": "pt"})
@@ -236,18 +236,3 @@ def _meta(hf: Path, model: nn.Module, spec: ModelSpec, batch: Prompts, tensors: 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-@contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `out` on success and disappears on any exception."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

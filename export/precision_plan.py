@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from refmodels.errors import LogitLockError
+from refmodels.files import write_text
 from refmodels.json_records import read_json, read_record
 from refmodels.spec import ModelSpec
 from refmodels.taps import linear_name
@@ -51,10 +52,7 @@ def parameters_of(taps: Collection[str], names: Collection[str]) -> set[str]:
 def write_plan(plan: PrecisionPlan, path: Path) -> None:
     """Raises LogitLockError where `path` cannot be written."""
     content = {name: value for name, value in dataclasses.asdict(plan).items() if value or name != "schemes"}
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise LogitLockError(f"the precision plan {path} cannot be written: {error.strerror}") from None
+    write_text(path, json.dumps(content, indent=1) + "\n", "precision plan")
 
 
 def read_plan(path: Path, spec: ModelSpec, precision: Precision) -> PrecisionPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from refmodels.errors import LogitLockError
+from refmodels.files import parse_json, read_text
 
 R = TypeVar("R")
 
@@ -19,14 +19,9 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        LogitLockError: not readable, not JSON, or not an object.
+        LogitLockError: as `read_text` and `parse_json`, or not an object.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LogitLockError(f"{file} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise LogitLockError(f"{file} is not valid JSON: {error}") from error
+    content = parse_json(read_text(file), file)
     if not isinstance(content, dict):
         raise LogitLockError(f"{file} must hold a JSON object, not {type(content).__name__}")
     return content

@@ -7,11 +7,10 @@ with another one is an error before anything runs, never a wrong answer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from refmodels.errors import LogitLockError
+from refmodels.files import parse_json, read_text, sync, write_directory
 from refmodels.json_records import read_record
 from refmodels.spec import ModelSpec, Numerics, spec_from_dict
 
@@ -163,13 +163,13 @@ class BundleDraft:
         """Hash every file and write bundle.json."""
         files = {}
         for path in sorted(p for p in self.directory.rglob("*") if p.is_file()):
-            _fsync(path)
+            sync(path)
             name = path.relative_to(self.directory).as_posix()
             files[name] = FileInfo(sha256=file_sha256(path), bytes=path.stat().st_size)
         info = dataclasses.replace(info, files=files)
         path = self.directory / INFO_NAME
         path.write_text(json.dumps(dataclasses.asdict(info), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        _fsync(path)
+        sync(path)
         self.finished = True
 
 
@@ -203,32 +203,12 @@ def write_bundle(output: Path | str, *, overwrite: bool = False) -> Iterator[Bun
     """
     output = Path(output)
     check_output(output, overwrite=overwrite)
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
-    try:
-        temporary.chmod(0o777 & ~_umask())
+    check = functools.partial(check_output, overwrite=overwrite)
+    with write_directory(output, "bundle", replace=check) as temporary:
         draft = BundleDraft(temporary)
         yield draft
         if not draft.finished:
             raise RuntimeError("write_bundle: finish(info) was not called")
-        check_output(output, overwrite=overwrite)
-        if output.exists():
-            # A directory cannot be replaced in one step; the old bundle stays whole until the new one is in place.
-            old = temporary.with_suffix(".old")
-            output.rename(old)
-            try:
-                temporary.rename(output)
-            except BaseException:
-                old.rename(output)
-                raise
-            shutil.rmtree(old)
-        else:
-            temporary.rename(output)
-        _fsync(output.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def read_bundle(path: Path | str, *, verify_hashes: bool = True) -> Bundle:
@@ -247,10 +227,7 @@ def read_bundle(path: Path | str, *, verify_hashes: bool = True) -> Bundle:
     manifest = directory / INFO_NAME
     if not manifest.is_file():
         raise LogitLockError(f"{directory} is not a bundle: it has no {INFO_NAME}")
-    try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LogitLockError(f"{manifest} is not valid JSON: {error}") from None
+    data = parse_json(read_text(manifest), manifest)
     if not isinstance(data, dict) or "schema" not in data:
         raise LogitLockError(f"{manifest} is not a bundle's manifest: it has no key 'schema'")
     if data["schema"] != SCHEMA:
@@ -293,17 +270,3 @@ def _check_file(directory: Path, name: str, file: FileInfo, *, verify_hash: bool
         raise LogitLockError(f"the bundle's file {path} has {size} bytes, {INFO_NAME} says {file.bytes}")
     if verify_hash and file_sha256(path) != file.sha256:
         raise LogitLockError(f"the bundle's file {path} has changed: its SHA-256 is not the one in {INFO_NAME}")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -8,8 +8,6 @@ the slots that its step has appended, and the whole cache (`{step}.{tap}.all`) w
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +21,7 @@ from debug.capture.prompts import Prompts
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoints.load import DTYPES
 from refmodels.errors import LogitLockError
+from refmodels.files import write_file
 from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec, Numerics, spec_from_dict
 from refmodels.taps import is_cache_tap
@@ -86,38 +85,28 @@ def write_trace(
         LogitLockError: `path` cannot be written.
     """
     room = _HEADER_ROOM + (steps + 1) * (len(engine.tap_names) + 4) * 160
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.absolute().parent)
-    except OSError as error:
-        raise LogitLockError(f"the trace {path} cannot be written: {error.strerror}") from None
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as stream, torch.inference_mode():
-            writer = _Writer(stream, room)
-            writer.add("prompt.ids", prompts.ids)
-            writer.add("prompt.mask", prompts.mask)
-            fed: list[Tensor] = []
-            for step, _, logits in run_steps(engine, prompts, steps=steps, tokens=tokens, fed=fed):
-                writer.add(f"{step}.untapped", logits)
-            tokens = torch.cat(fed, 1) if fed else torch.zeros(len(prompts.ids), 0, dtype=torch.int64)
-            writer.add("tokens", tokens)
-            _write_taps(writer, engine, prompts, steps, tokens)
-            writer.finish(
-                {
-                    "logitlock_trace": str(SCHEMA),
-                    "model": model,
-                    "numerics": numerics,
-                    "spec": json.dumps(engine.spec.to_dict()),
-                    "dtype": next(n for n, d in DTYPES.items() if d == engine.dtype),
-                    "taps": json.dumps(engine.tap_names),
-                    "arithmetic": engine.arithmetic,
-                    "prompts": prompts.origin,
-                }
-            )
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with write_file(path, "trace") as temporary, torch.inference_mode(), temporary.open("wb") as stream:
+        writer = _Writer(stream, room)
+        writer.add("prompt.ids", prompts.ids)
+        writer.add("prompt.mask", prompts.mask)
+        fed: list[Tensor] = []
+        for step, _, logits in run_steps(engine, prompts, steps=steps, tokens=tokens, fed=fed):
+            writer.add(f"{step}.untapped", logits)
+        tokens = torch.cat(fed, 1) if fed else torch.zeros(len(prompts.ids), 0, dtype=torch.int64)
+        writer.add("tokens", tokens)
+        _write_taps(writer, engine, prompts, steps, tokens)
+        writer.finish(
+            {
+                "logitlock_trace": str(SCHEMA),
+                "model": model,
+                "numerics": numerics,
+                "spec": json.dumps(engine.spec.to_dict()),
+                "dtype": next(n for n, d in DTYPES.items() if d == engine.dtype),
+                "taps": json.dumps(engine.tap_names),
+                "arithmetic": engine.arithmetic,
+                "prompts": prompts.origin,
+            }
+        )
 
 
 def _write_taps(writer: _Writer, engine: Engine, prompts: Prompts, steps: int, tokens: Tensor) -> None:

@@ -123,13 +123,14 @@ def evaluate(
     from debug.evaluate.tables import print_evaluation
     from debug.sides import bundle_side
     from refmodels.errors import LogitLockError
+    from refmodels.files import check_file_output, write_text
 
     named = [*([] if bundle is None else [bundle_side(bundle)]), *(sides or ())]
     shapes = [parse_shape(each) for each in shape] if shape else DEFAULT_SHAPES
     if against is None and (max_loss is not None or max_kl is not None):
         raise LogitLockError("--max-loss and --max-kl are for a comparison; name the other side with --against")
-    if markdown is not None and not markdown.parent.is_dir():
-        raise LogitLockError(f"--markdown {markdown} cannot be written: there is no directory {markdown.parent}")
+    if markdown is not None:
+        check_file_output(markdown, "page")
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=json_output or not console.is_terminal) as bar:
         shown = bar.add_task("evaluate", total=None)
@@ -159,7 +160,7 @@ def evaluate(
         raise LogitLockError("--max-kl needs tokens to compare on; give --tasks or --text")
     exceeded = result.exceeded(max_loss=max_loss, max_kl=max_kl)
     if markdown is not None:
-        markdown.write_text(page(result, command=shlex.join(["logitlock", *sys.argv[1:]])), encoding="utf-8")
+        write_text(markdown, page(result, command=shlex.join(["logitlock", *sys.argv[1:]])), "page")
     if json_output:
         print(json.dumps(result.to_json() | {"exceeded": exceeded}, ensure_ascii=False, allow_nan=False))
     else:

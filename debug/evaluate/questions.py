@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from refmodels.checkpoints.load import ModelSource
 from refmodels.errors import LogitLockError
+from refmodels.files import parse_json, read_text
 from refmodels.text.prompts import prompt_ids, stop_ids_in
 from refmodels.text.tokenizer import Tokenizer
 from refmodels.toys import TOYS, toy_path
@@ -163,19 +163,8 @@ def find_tasks(
     return found
 
 
-def read_text(path: Path) -> str:
-    """A file as UTF-8; a `LogitLockError` where it is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LogitLockError(f"{path} cannot be read: {error}") from error
-
-
 def _row(line: str, where: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LogitLockError(f"{where} is not JSON: {error}") from None
+    row = parse_json(line, where)
     found = [row.get(key) if isinstance(row, dict) else None for key in ("prompt", "answer")]
     prompt, answer = found
     if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt or not answer:

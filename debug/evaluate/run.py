@@ -13,7 +13,7 @@ from torch import Tensor
 from debug.comparison.compare import spec_difference
 from debug.evaluate.answers import Advance, Answers, answer_task
 from debug.evaluate.passages import DEFAULT_WINDOW, Passage, task_passages, text_windows
-from debug.evaluate.questions import Task, find_tasks, read_text
+from debug.evaluate.questions import Task, find_tasks
 from debug.evaluate.results import Agreement, EvaluationResult, SideResult, TaskResult, TextResult
 from debug.evaluate.rouge import available, rouge
 from debug.evaluate.scoring import PassageScore, score
@@ -23,6 +23,7 @@ from debug.executors.open import open_executor
 from debug.sides import source_of
 from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load_tokenizer_for
 from refmodels.errors import LogitLockError
+from refmodels.files import read_text
 from refmodels.text.tokenizer import Tokenizer
 from trt_runtime.engine import Engine
 from trt_runtime.inspect_bundle import describe

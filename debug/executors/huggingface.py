@@ -8,7 +8,6 @@ a block, the attention's context is what enters its output projection, the activ
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from refmodels.checkpoints.load import DTYPES
 from refmodels.checkpoints.weights import Layout
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
+from refmodels.json_records import read_json
 from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap, tap_names
@@ -48,7 +48,7 @@ def load_model(directory: Path, dtype: str, *, trust_remote_code: bool = False) 
     settings: dict[str, Any] = {}
     if not (directory / "config.json").is_file():
         raise LogitLockError(f"{directory} has no config.json; a model directory in Hugging Face layout has one")
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "config.json")
     remote = "auto_map" in config and config.get("model_type") not in transformers.CONFIG_MAPPING
     if remote and not trust_remote_code:
         raise LogitLockError(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from debug.executors.step import regroup_heads
 from refmodels.errors import LogitLockError
+from refmodels.files import write_text
 from refmodels.json_records import read_json, read_record
 from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap, tap_names, tap_width
@@ -159,7 +160,4 @@ def check_width(spec: ModelSpec, tap: str, tensor: Tensor) -> Tensor:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write one JSON object, readable; a `LogitLockError` where that cannot be done."""
-    try:
-        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise LogitLockError(f"the name map {file} cannot be written: {error.strerror}") from error
+    write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n", "name map")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -19,18 +18,13 @@ from debug.report.environment import environment as here
 from debug.report.figures import Figure
 from debug.report.markup import escape
 from refmodels.errors import LogitLockError
+from refmodels.files import check_file_output, write_text
 
 
 def check_report(path: Path) -> None:
     """Raise LogitLockError where `write_report` would: plotly is not installed, or `path` cannot be written."""
     _plotly_js()
-    parent = path.absolute().parent
-    if path.is_dir():
-        raise LogitLockError(f"the report {path} is a directory; name a file")
-    if not parent.is_dir():
-        raise LogitLockError(f"the report {path} cannot be written: there is no directory {path.parent}")
-    if not os.access(parent, os.W_OK):
-        raise LogitLockError(f"the report {path} cannot be written: the directory {path.parent} is read-only")
+    check_file_output(path, "report")
 
 
 def write_report(
@@ -54,14 +48,7 @@ def write_report(
     """
     check_report(path)
     text = _page(result, drift, command, here() if environment is None else environment)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise LogitLockError(f"the report {path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, text, "report")
 
 
 def _plotly_js() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib.metadata
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from refmodels.checkpoints.load import (
 )
 from refmodels.checkpoints.quantized_layouts import CheckpointFormat, Storage
 from refmodels.errors import LogitLockError
+from refmodels.files import write_directory
 from refmodels.quantization.formats import LIMITS, LinearFormat, QuantizationSpec
 from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
@@ -86,11 +86,7 @@ def quantize_model(
         raise LogitLockError(f"the output {output} is not an empty directory; choose another path")
     quantization = quantization_of(spec, options)
     method = replace(options.method, method=_method(options, spec), per_tensor=layout == "modelopt")
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as made:
-        draft = Path(made) / "checkpoint"
-        draft.mkdir()
+    with write_directory(output, "checkpoint") as draft:
         writer = CheckpointWriter(source, draft, quantization, Storage(layout=layout))
         with torch.no_grad():
             run = _Run(source, quantization, method, device, progress or (lambda what, done, total: None))
@@ -110,9 +106,6 @@ def quantize_model(
             (path for name in COMPANION_FILES if (path := source.directory / name).is_file()),
         )
         write_folded(draft, run.folded)
-        if output.exists():
-            output.rmdir()
-        draft.rename(output)
     return output
 
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from refmodels.checkpoints.load import ModelSource, load_tokenizer_for
 from refmodels.errors import LogitLockError
+from refmodels.files import parse_json, read_text
 from refmodels.text.tokenizer import Tokenizer
 
 SAMPLES, TOKENS = 128, 512
@@ -108,12 +108,7 @@ def _bundled(samples: int, seed: int) -> list[str]:
 
 
 def _file_rows(file: Path, tokenizer: Tokenizer, longest: int) -> list[list[int]]:
-    try:
-        content = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise LogitLockError(f"the calibration file {file} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise LogitLockError(f"the calibration file {file} is not UTF-8: bad byte at {error.start}") from None
+    content = read_text(file, "calibration file")
     if file.suffix == ".jsonl":
         lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
         rows = [tokenizer.encode(_text_of(line, f"{file}, line {n}"))[:longest] for n, line in lines]
@@ -123,10 +118,7 @@ def _file_rows(file: Path, tokenizer: Tokenizer, longest: int) -> list[list[int]
 
 
 def _text_of(line: str, where: str) -> str:
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise LogitLockError(f"{where} is not JSON: {error}") from None
+    record = parse_json(line, where)
     if isinstance(record, dict):
         for first, second in (("text", None), ("prompt", "answer")):
             text, more = record.get(first), record.get(second, "") if second else ""
