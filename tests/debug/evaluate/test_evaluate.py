@@ -418,7 +418,7 @@ def test_a_side_of_another_architecture(bundle: Path) -> None:
     [
         ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}', "line 2 must be an object"),
         ('{"prompt": "a", "answer": 3}', "line 1 must be an object"),
-        ("{", "line 1 is not JSON"),
+        ("{", "line 1 is not valid JSON"),
         ("[]", "line 1 must be an object"),
         ("\n", "has no line"),
     ],
