@@ -1,11 +1,12 @@
-"""The packages import in one direction only, and refmodels needs nothing but torch to be imported."""
+"""Packages and back ends import in one direction only, no imports form a circle, and refmodels needs only torch."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -23,26 +24,38 @@ COMMAND_LINE = {"cli.py", "command.py", "__main__.py"}
 FILES = [file for package in ALLOWED for file in sorted((ROOT / package).rglob("*.py"))]
 
 
-def imports(tree: ast.AST, *, lazy: bool) -> Iterator[str]:
-    """Top-level names of all imports; with lazy=False only those that run when the module is imported."""
+def imports(tree: ast.AST, *, lazy: bool, typing: bool) -> Iterator[str]:
+    """Dotted names of what is imported: of `from a.b import c`, a.b.c; a relative import keeps its leading dots.
+
+    lazy: also the imports inside functions; typing: also those that only type checkers see.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            # A relative import stays inside its package.
-            yield (node.module or "").split(".")[0] if node.level == 0 else ""
+            start = "." * node.level + (f"{node.module}." if node.module else "")
+            yield from (start + alias.name for alias in node.names)
         elif isinstance(node, ast.Call) and lazy and _is_import_call(node):
             first = node.args[0] if node.args else None
-            yield str(first.value).split(".")[0] if isinstance(first, ast.Constant) else ""
+            yield str(first.value) if isinstance(first, ast.Constant) else ""
             continue
-        runs_later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        never_runs = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        if lazy or not (runs_later or never_runs):
-            yield from imports(node, lazy=lazy)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not lazy:
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            if typing:
+                yield from imports(ast.Module(node.body, []), lazy=lazy, typing=typing)
+            yield from imports(ast.Module(node.orelse, []), lazy=lazy, typing=typing)
+            continue
+        yield from imports(node, lazy=lazy, typing=typing)
 
 
 def _is_import_call(node: ast.Call) -> bool:
     return ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__")
+
+
+def top(names: Iterator[str]) -> set[str]:
+    """Top-level names; "" stands for a relative import, which stays inside its package."""
+    return {name.split(".")[0] for name in names}
 
 
 def parsed(file: Path) -> ast.Module:
@@ -50,11 +63,80 @@ def parsed(file: Path) -> ast.Module:
 
 
 def wrong_directions(package: str, tree: ast.AST) -> set[str]:
-    return set(imports(tree, lazy=True)) & (set(ALLOWED) | OTHERS) - ALLOWED[package] - {package}
+    return top(imports(tree, lazy=True, typing=True)) & (set(ALLOWED) | OTHERS) - ALLOWED[package] - {package}
 
 
 def third_party(tree: ast.AST) -> set[str]:
-    return set(imports(tree, lazy=False)) - set(sys.stdlib_module_names) - {"", "__future__", "refmodels"}
+    return top(imports(tree, lazy=False, typing=False)) - set(sys.stdlib_module_names) - {"", "__future__", "refmodels"}
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+def import_graph(sources: Mapping[str, ast.AST]) -> dict[str, set[str]]:
+    """Which modules each module imports, at once or lazily: only `sources` ("a.b", "a.b.__init__") are counted.
+
+    That Python runs the `__init__` of every package on the way is no arrow of its own: it is how a package can offer
+    the names of its modules.  `from package import name` is one, to the package.
+    """
+    graph: dict[str, set[str]] = {}
+    for module, tree in sources.items():
+        graph[module] = set()
+        for name in imports(tree, lazy=True, typing=False):
+            parts = absolute(name, module).split(".")
+            prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+            known = next((found for p in prefixes for found in (p, f"{p}.__init__") if found in sources), None)
+            graph[module] |= set() if known is None else {known}
+    return graph
+
+
+def absolute(name: str, module: str) -> str:
+    """A name from `imports` of a module, without leading dots."""
+    dots = len(name) - len(name.lstrip("."))
+    return ".".join([*module.split(".")[:-dots], name[dots:]]) if dots else name
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """One circle of imports, its first module again at the end; empty if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+APART = {
+    "trt_runtime.torch_gpu": {"trt_runtime.onnxruntime", "trt_runtime.tensorrt"},
+    "trt_runtime.onnxruntime": {"trt_runtime.torch_gpu", "trt_runtime.tensorrt", "trt_runtime.kernels"},
+    "trt_runtime.tensorrt": {"trt_runtime.torch_gpu", "trt_runtime.onnxruntime"},
+    "trt_runtime.kernels": {"trt_runtime.torch_gpu", "trt_runtime.onnxruntime", "trt_runtime.tensorrt"},
+    "export.graph": {"export.tensorrt"},
+}
+"""Folders and the folders that they do not import, not even lazily or for types."""
+
+
+def into_other_rooms(module: str, tree: ast.AST) -> set[str]:
+    folder = ".".join(module.split(".")[:2])
+    names = [absolute(name, module) for name in imports(tree, lazy=True, typing=True)]
+    return {other for other in APART.get(folder, set()) for name in names if f"{name}.".startswith(f"{other}.")}
+
+
+SOURCES = {module_of(file): parsed(file) for file in FILES}
+
+
+def test_no_circle() -> None:
+    assert circle(import_graph(SOURCES)) == []
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if ".".join(name.split(".")[:2]) in APART])
+def test_back_ends_do_not_know_each_other(module: str) -> None:
+    assert not into_other_rooms(module, SOURCES[module])
+
+
+def test_the_folders_are_there() -> None:
+    for folder in (*APART, *set().union(*APART.values())):
+        assert (ROOT / folder.replace(".", "/") / "__init__.py").is_file()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
@@ -90,6 +172,50 @@ def test_each_package_says_what_it_may_import(package: str) -> None:
 )
 def test_the_check_of_directions_sees(package: str, code: str, wrong: set[str]) -> None:
     assert wrong_directions(package, ast.parse(code)) == wrong
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "found"),
+    [
+        ("import p.b", "from p import a", ["p.a", "p.b"]),
+        ("from p.b import thing", "def f():\n    from p.a import thing", ["p.a", "p.b"]),
+        ("from . import b", "from .a import thing", ["p.a", "p.b"]),
+        ("from ..p import b", "def f():\n    import importlib\n    importlib.import_module('p.a')", ["p.a", "p.b"]),
+        ("import p.a", "", ["p.a"]),
+        # By way of the package, which imports p.a.
+        ("from p import thing", "", ["p.__init__", "p.a"]),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    import p.b", "import p.a", ["p.a", "p.b"]),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import p.b", "import p.a", []),
+        ("import p.b, p.c", "import torch, p.unknown_name_of.other", []),
+    ],
+)
+def test_the_check_of_circles_sees(a: str, b: str, found: list[str]) -> None:
+    sources = {"p.__init__": "from p.a import thing" if "p.__init__" in found else "", "p.a": a, "p.b": b, "p.c": ""}
+    seen = circle(import_graph({module: ast.parse(code) for module, code in sources.items()}))
+    assert sorted(set(seen)) == found and (not found or seen[0] == seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "wrong"),
+    [
+        ("trt_runtime.torch_gpu.engine", "import trt_runtime.tensorrt.api", {"trt_runtime.tensorrt"}),
+        ("trt_runtime.onnxruntime.engine", "from trt_runtime import kernels", {"trt_runtime.kernels"}),
+        ("trt_runtime.tensorrt.plugins.a", "def f():\n    import trt_runtime.torch_gpu", {"trt_runtime.torch_gpu"}),
+        (
+            "trt_runtime.kernels.linear",
+            "if TYPE_CHECKING:\n    from trt_runtime.torch_gpu import linear",
+            {"trt_runtime.torch_gpu"},
+        ),
+        ("trt_runtime.tensorrt.engine", "from ..onnxruntime import engine", {"trt_runtime.onnxruntime"}),
+        ("export.graph.lowering", "__import__('export.tensorrt.build')", {"export.tensorrt"}),
+        ("trt_runtime.torch_gpu.engine", "import trt_runtime.kernels.linear, trt_runtime.engine", set()),
+        ("trt_runtime.onnxruntime.engine", "import onnxruntime, trt_runtime.bundle", set()),
+        ("trt_runtime.tensorrt.engine", "import tensorrt, trt_runtime.tensorrt.api, trt_runtime.tensorrt_like", set()),
+        ("export.bundle", "import export.tensorrt.build", set()),
+    ],
+)
+def test_the_check_of_folders_sees(module: str, code: str, wrong: set[str]) -> None:
+    assert into_other_rooms(module, ast.parse(code)) == wrong
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from itertools import zip_longest
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder, RmsNorm
 from trt_runtime.kernels.quantized_chain import MAX_NORM_COLUMNS, ChainRunner
+from trt_runtime.torch_gpu.fused import FusedBlock
 from trt_runtime.torch_gpu.quantized_linear import AHEAD_BYTES, QuantizedProjection
-
-if TYPE_CHECKING:
-    from trt_runtime.torch_gpu.fused import FusedBlock
 
 
 class _Normed(NamedTuple):
@@ -76,8 +74,6 @@ def chain_blocks(decoder: Decoder) -> None:
 
     Where the kernel cannot be made, a warning says so, and products stay launches of their own.
     """
-    from trt_runtime.torch_gpu.fused import FusedBlock
-
     blocks = [block for block in decoder.blocks if isinstance(block, FusedBlock)]
     found = [parts for block in blocks if (parts := _parts(block)) is not None]
     if not found or len(found) < len(decoder.blocks):

@@ -7,17 +7,17 @@ Nothing is described a second time but the order of a block's parts.  While a re
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from refmodels.model import Block, Decoder, Mlp, activate
 from refmodels.recorder import active_recorder
-from trt_runtime.torch_gpu.chain import BlockChain
 from trt_runtime.torch_gpu.linear import Projection
-from trt_runtime.torch_gpu.quantized_linear import (
-    QuantizedProjection,
-    paired,
-)
+from trt_runtime.torch_gpu.quantized_linear import QuantizedProjection, paired
+
+if TYPE_CHECKING:
+    from trt_runtime.torch_gpu.chain import BlockChain
 
 
 class FusedBlock(nn.Module):
