@@ -111,7 +111,7 @@ def drift(
         LogitLockError: prompts and steps longer than the engine's cache.
     """
     with torch.inference_mode():
-        runs = {"truth": _Run(TorchEngine(truth)), "rounded": _Run(TorchEngine(rounded)), "engine": _Run(engine)}
+        runs = _decodings(engine, truth, rounded)
         logits = {name: run.begin(prompts, steps) for name, run in runs.items()}
         found: list[DriftStep] = []
         ids, mask = prompts.ids, prompts.mask
@@ -139,7 +139,7 @@ def drift(
     )
 
 
-class _Run:
+class _Decoding:
     """An executor decoding."""
 
     def __init__(self, engine: Engine) -> None:
@@ -155,11 +155,19 @@ class _Run:
         return _last(self.engine.decode(token, self.cache))
 
 
+def _decodings(engine: Engine, truth: Decoder, rounded: Decoder) -> dict[str, _Decoding]:
+    return {
+        "truth": _Decoding(TorchEngine(truth)),
+        "rounded": _Decoding(TorchEngine(rounded)),
+        "engine": _Decoding(engine),
+    }
+
+
 def _last(logits: Tensor) -> Tensor:
     return logits[:, -1].to("cpu", torch.float64)
 
 
-def _step(step: int, runs: dict[str, _Run], logits: dict[str, Tensor], again: Tensor | None) -> DriftStep:
+def _step(step: int, runs: dict[str, _Decoding], logits: dict[str, Tensor], again: Tensor | None) -> DriftStep:
     truth = logits["truth"]
     kl = kl_divergence(truth, logits["engine"])
     return DriftStep(
@@ -190,7 +198,7 @@ def _differences(
     engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, steps: int
 ) -> list[FirstDifference]:
     """Free-running decoding; the reference in the engine's dtype follows the truth, to tell its own error there."""
-    runs = {"truth": _Run(TorchEngine(truth)), "rounded": _Run(TorchEngine(rounded)), "engine": _Run(engine)}
+    runs = _decodings(engine, truth, rounded)
     logits = {name: run.begin(prompts, steps) for name, run in runs.items()}
     parted = torch.zeros(len(prompts.ids), dtype=torch.bool)
     found = []

@@ -33,7 +33,7 @@ _INTEGERS = {torch.int64: "I64"}
 _HEADER_ROOM = 1 << 16
 
 
-class _Writer:
+class _SafetensorsWriter:
     """Tensors into a safetensors file, one after the other; the header goes in front at the end.
 
     safetensors' own writer wants all tensors at once.  The header's room is reserved and padded with spaces, which the
@@ -86,7 +86,7 @@ def write_trace(
     """
     room = _HEADER_ROOM + (steps + 1) * (len(engine.tap_names) + 4) * 160
     with write_file(path, "trace") as temporary, torch.inference_mode(), temporary.open("wb") as stream:
-        writer = _Writer(stream, room)
+        writer = _SafetensorsWriter(stream, room)
         writer.add("prompt.ids", prompts.ids)
         writer.add("prompt.mask", prompts.mask)
         fed: list[Tensor] = []
@@ -109,7 +109,7 @@ def write_trace(
         )
 
 
-def _write_taps(writer: _Writer, engine: Engine, prompts: Prompts, steps: int, tokens: Tensor) -> None:
+def _write_taps(writer: _SafetensorsWriter, engine: Engine, prompts: Prompts, steps: int, tokens: Tensor) -> None:
     last: dict[str, Tensor] = {}
     step = 0
 

@@ -122,7 +122,7 @@ def evaluate(
             notes.append(f"{text} was exported from other weights than those of {source.name}")
         return engine
 
-    run = _Run(
+    run = _Measurements(
         tokenizer=tokenizer,
         tasks=found_tasks,
         texts=found_texts,
@@ -163,7 +163,7 @@ def evaluate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
+class _Measurements:
     """What is measured of every side."""
 
     tokenizer: Tokenizer | None

@@ -85,7 +85,7 @@ def verify_case(directory: str | Path, *, dtype: str = "fp32", atol: float | Non
     threads = None if dtype == "fp32" else case.meta.get("threads")
     with _threads(threads), torch.inference_mode():
         model = load(case.directory, dtype=DTYPES[dtype], numerics="upstream", variant=variant)
-        return _Run(case, model, dtype, atol).result()
+        return _CaseComparison(case, model, dtype, atol).result()
 
 
 def add_up_as_recorded() -> None:
@@ -121,7 +121,7 @@ def default_tolerance(spec: ModelSpec, dtype: str, expected: Tensor) -> float:
     return ulps * float(ulp(DTYPES[dtype], expected.double().abs().max()))
 
 
-class _Run:
+class _CaseComparison:
     """One comparison; exists to share the case, the model and the result between its steps."""
 
     def __init__(self, case: GoldenCase, model: Decoder, dtype: str, atol: float | None) -> None:

@@ -89,7 +89,7 @@ def quantize_model(
     with write_directory(output, "checkpoint") as draft:
         writer = CheckpointWriter(source, draft, quantization, Storage(layout=layout))
         with torch.no_grad():
-            run = _Run(source, quantization, method, device, progress or (lambda what, done, total: None))
+            run = _BlockQuantizer(source, quantization, method, device, progress or (lambda what, done, total: None))
             reports = run.quantize(writer, data)
         writer.finish(
             {
@@ -127,7 +127,9 @@ class _Batch:
     hidden: Tensor
 
 
-class _Run:
+class _BlockQuantizer:
+    """Quantizes block after block, while the calibration rows stream through."""
+
     def __init__(
         self,
         source: ModelSource,

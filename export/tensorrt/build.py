@@ -147,7 +147,7 @@ def build_network(
     config = _configure(builder, inputs, options, monitor)
     try:
         with LOGGER.collect() as messages, path.open("wb") as stream:
-            writer = _Writer(stream)
+            writer = _PlanWriter(stream)
             done = _in_thread(
                 lambda: builder.build_serialized_network_to_stream(network, config, writer), monitor, keep
             )
@@ -396,7 +396,7 @@ class _Phase:
     done: int = 0
 
 
-class _Writer(trt.IStreamWriter):  # type: ignore[misc]
+class _PlanWriter(trt.IStreamWriter):  # type: ignore[misc]
     """Writes the plan to a file as the builder makes it."""
 
     def __init__(self, stream: BinaryIO) -> None:

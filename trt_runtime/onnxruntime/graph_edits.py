@@ -1,4 +1,5 @@
-"""Edits of a bundle's ONNX graph before ONNX Runtime gets it: load, inline, promote taps to outputs, cut at taps."""
+"""Edits of a bundle's ONNX graph before ONNX Runtime gets it: load, inline, promote taps to outputs, cut at taps, and
+put nodes in and in the place of others."""
 
 from __future__ import annotations
 
@@ -63,3 +64,47 @@ def inline_and_type(model: ir.Model) -> ir.Model:
     """Put function bodies in place of their calls and infer the dtype of every value."""
     model = passes.InlinePass()(model).model
     return passes.ShapeInferencePass()(model).model
+
+
+def emit(
+    op: str,
+    inputs: Iterable[ir.Value | None],
+    name: str,
+    *,
+    before: ir.Node | None = None,
+    after: ir.Node | None = None,
+    domain: str = "",
+    **attributes: int | list[int],
+) -> ir.Value:
+    """Put a node into a graph, before or after one of its nodes; the result has the node's name, and no type yet."""
+    neighbour = before or after
+    assert neighbour is not None and neighbour.graph is not None and None in (before, after)
+    listed = [ir.AttrInt64s(k, v) if isinstance(v, list) else ir.AttrInt64(k, v) for k, v in attributes.items()]
+    node = ir.Node(domain, op, list(inputs), listed, num_outputs=1, name=name)
+    node.outputs[0].name = name
+    if before is not None:
+        neighbour.graph.insert_before(neighbour, node)
+    else:
+        neighbour.graph.insert_after(neighbour, node)
+    return node.outputs[0]
+
+
+def initializer(beside: ir.Node, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """The initializer of that name of a node's graph, made of `tensor` if there is none yet."""
+    assert beside.graph is not None
+    known = beside.graph.initializers
+    if name not in known:
+        known[name] = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+    return known[name]
+
+
+def replace(node: ir.Node, result: ir.Value) -> None:
+    """Remove a node with one output; `result` takes its place and its name."""
+    old = node.outputs[0]
+    assert node.graph is not None
+    result.shape, result.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    node.graph.remove(node, safe=True)
+    result.name = old.name

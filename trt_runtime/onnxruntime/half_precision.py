@@ -10,6 +10,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
+from trt_runtime.onnxruntime.graph_edits import emit
+
 HALF_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOAT = ir.DataType.FLOAT
 _MOVES = frozenset((
@@ -30,10 +32,12 @@ def compute_in_float(model: ir.Model, half: ir.DataType, *, rounded: bool) -> No
             their name and dtype.  Otherwise results stay fp32, also under their names, and only what is written to the
             caches is rounded.
     """
-    _Rewrite(model.graph, half, rounded=rounded).run()
+    _Widening(model.graph, half, rounded=rounded).run()
 
 
-class _Rewrite:
+class _Widening:
+    """Nodes that compute in half precision made to compute in fp32, one after the other."""
+
     def __init__(self, graph: ir.Graph, half: ir.DataType, *, rounded: bool) -> None:
         self.graph, self.half, self.rounded = graph, half, rounded
         self.movable = (_MOVES & _ops_with_kernel(half)) | {"Constant"}
@@ -78,11 +82,9 @@ class _Rewrite:
     def _round(self, node: ir.Node, output: ir.Value) -> None:
         name = output.name
         uses = list(output.uses())
-        cast = ir.Node("", "Cast", [output], [ir.AttrInt64("to", int(self.half))], num_outputs=1, name=f"{name}.round")
-        result = cast.outputs[0]
+        result = emit("Cast", [output], f"{name}.round", after=node, to=int(self.half))
         result.dtype, result.shape = self.half, output.shape
         output.name, result.name = f"{name}.unrounded", name
-        self.graph.insert_after(node, cast)
         for user, index in uses:
             user.replace_input_with(index, result)
         for index, value in enumerate(self.graph.outputs):
@@ -92,14 +94,10 @@ class _Rewrite:
     def _cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
         if (value, to) not in self.casts:
             name = f"{value.name}.{'float' if to == _FLOAT else 'half'}"
-            cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(to))], num_outputs=1, name=name)
-            result = cast.outputs[0]
-            result.dtype, result.shape, result.name = to, value.shape, name
             producer = value.producer()
-            if producer is None:
-                self.graph.insert_before(self.first, cast)
-            else:
-                self.graph.insert_after(producer, cast)
+            first = self.first if producer is None else None
+            result = emit("Cast", [value], name, before=first, after=producer, to=int(to))
+            result.dtype, result.shape = to, value.shape
             self.casts[value, to] = result
         return self.casts[value, to]
 

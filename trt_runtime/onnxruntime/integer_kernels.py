@@ -15,9 +15,9 @@ stay in their file: their bytes are declared again as what the kernel wants, les
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +25,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from refmodels.errors import LogitLockError
+from trt_runtime.onnxruntime.graph_edits import emit, initializer, replace
 
 SESSION_OPTIONS = {
     # Weights without a kernel are dequantized once, at loading, and not in every step.
@@ -74,7 +75,7 @@ def use_integer_kernels(model: ir.Model, *, weights_rounded: bool) -> None:
         weights_rounded: dequantized weights are rounded to the working dtype (an emulated half bundle), which
             MatMulNBits does not do: leave products with unquantized inputs as they stand.
     """
-    rewrite = _Rewrite(model.graph)
+    unsigned: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
         weight = _weight(node.inputs[1]) if node.op_type == "MatMul" else None
         if weight is None:
@@ -84,116 +85,81 @@ def use_integer_kernels(model: ir.Model, *, weights_rounded: bool) -> None:
         if weight.unit:
             codes = _signed_codes(x)
             if codes is not None and weight.codes.dtype == ir.DataType.INT8:
-                rewrite.integer_product(node, codes, weight)
+                _integer_product(node, codes, weight, unsigned)
         elif (source := _rounded_by_group(x, weight)) is not None and rounds_by_group():
-            rewrite.block_product(node, source, weight, weight.shape[1] // weight.groups, accuracy=4)
+            _block_product(node, source, weight, weight.shape[1] // weight.groups, accuracy=4)
         elif weight.codes.dtype == ir.DataType.INT4 and not weights_rounded:
             block = next((b for b in _BLOCKS if (weight.shape[1] // weight.groups) % b == 0), None)
             if block is not None:
-                rewrite.block_product(node, x, weight, block, accuracy=0)
-    if rewrite.contrib:
+                _block_product(node, x, weight, block, accuracy=0)
+    if any(node.domain == _CONTRIB for node in model.graph):
         model.opset_imports[_CONTRIB] = 1
 
 
-class _Rewrite:
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph, self.contrib = graph, False
-        self.unsigned: dict[ir.Value, ir.Value] = {}
-        self.before: ir.Node = graph[0]
+def _integer_product(node: ir.Node, codes: ir.Node, weight: _Weight, unsigned: dict[ir.Value, ir.Value]) -> None:
+    """MatMulInteger in the place of `node`; `unsigned` keeps the inputs of uint8 by those of int8."""
+    name, put = node.name, partial(emit, before=node)
+    offset = _constant(node, f"{name}.offset", np.array(128, np.uint8))
+    source = codes.outputs[0]
+    if source not in unsigned:
+        # The same rounding and clamping, 128 further up.
+        unsigned[source] = put("QuantizeLinear", [*codes.inputs[:2], offset], f"{source.name}.unsigned")
+    columns = put("Transpose", [weight.codes], f"{name}.columns", perm=[1, 0])
+    sums = put("MatMulInteger", [unsigned[source], columns, offset], f"{name}.integers")
+    replace(node, put("Cast", [sums], f"{name}.number", to=int(ir.DataType.FLOAT)))
 
-    def integer_product(self, node: ir.Node, codes: ir.Node, weight: _Weight) -> None:
-        self.before = node
-        name = node.name
-        offset = self.constant(f"{name}.offset", np.array(128, np.uint8))
-        source = codes.outputs[0]
-        if source not in self.unsigned:
-            # The same rounding and clamping, 128 further up.
-            self.unsigned[source] = self.emit("QuantizeLinear", [*codes.inputs[:2], offset], f"{source.name}.unsigned")
-        columns = self.emit("Transpose", [weight.codes], f"{name}.columns", perm=[1, 0])
-        sums = self.emit("MatMulInteger", [self.unsigned[source], columns, offset], f"{name}.integers")
-        self.replace(node, self.emit("Cast", [sums], f"{name}.number", to=int(ir.DataType.FLOAT)))
 
-    def block_product(self, node: ir.Node, x: ir.Value, weight: _Weight, block: int, *, accuracy: int) -> None:
-        self.before, self.contrib = node, True
-        name, (rows, columns) = node.name, weight.shape
-        bits = _BITS[_type(weight.codes)]
-        repeats = columns // block // weight.groups
-        scale = weight.scale
-        if repeats > 1 or len(_dims(scale)) == 1:
-            shapes = {"column": (rows, -1, 1), "repeated": (1, 1, repeats), "by_block": (rows, -1)}
-            for (part, shape), op in zip(shapes.items(), ("Reshape", "Expand", "Reshape"), strict=True):
-                target = self.constant(f"{name}.scale_{part}_shape", _ints(*shape))
-                scale = self.emit(op, [scale, target], f"{name}.scale_{part}")
-                # Half ones are widened later by what their type says.
-                scale.type = ir.TensorType(_type(weight.scale))
-        inputs = [x, self.offset_binary(weight.codes, (rows, columns // block, block * bits // 8)), scale]
-        if weight.zero is not None:
-            inputs.append(self.zeros(weight.zero, rows, weight.groups, repeats, f"{name}.zeros"))
-        product = self.emit(
-            "MatMulNBits", inputs, f"{name}.blocks", _CONTRIB,
-            K=columns, N=rows, bits=bits, block_size=block, accuracy_level=accuracy,
+def _block_product(node: ir.Node, x: ir.Value, weight: _Weight, block: int, *, accuracy: int) -> None:
+    """MatMulNBits in the place of `node`."""
+    name, (rows, columns) = node.name, weight.shape
+    bits = _BITS[_type(weight.codes)]
+    repeats = columns // block // weight.groups
+    scale = weight.scale
+    if repeats > 1 or len(_dims(scale)) == 1:
+        shapes = {"column": (rows, -1, 1), "repeated": (1, 1, repeats), "by_block": (rows, -1)}
+        for (part, shape), op in zip(shapes.items(), ("Reshape", "Expand", "Reshape"), strict=True):
+            target = _constant(node, f"{name}.scale_{part}_shape", _ints(*shape))
+            scale = emit(op, [scale, target], f"{name}.scale_{part}", before=node)
+            # Half ones are widened later by what their type says.
+            scale.type = ir.TensorType(_type(weight.scale))
+    inputs = [x, _offset_binary(node, weight.codes, (rows, columns // block, block * bits // 8)), scale]
+    if weight.zero is not None:
+        inputs.append(_zeros(node, weight.zero, rows, weight.groups, repeats, f"{name}.zeros"))
+    product = emit(
+        "MatMulNBits", inputs, f"{name}.blocks", before=node, domain=_CONTRIB,
+        K=columns, N=rows, bits=bits, block_size=block, accuracy_level=accuracy,
+    )  # fmt: skip
+    replace(node, product)
+
+
+def _offset_binary(before: ir.Node, codes: ir.Value, shape: Sequence[int]) -> ir.Value:
+    """The bytes of an initializer of codes as unsigned ones."""
+    tensor = codes.const_value
+    name = f"{codes.name}.bytes"
+    if isinstance(tensor, ir.ExternalTensor):
+        stored: ir.TensorProtocol = ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8, shape=ir.Shape(shape), name=name,
+            base_dir=tensor.base_dir,
         )  # fmt: skip
-        self.replace(node, product)
+    else:
+        assert tensor is not None
+        stored = ir.Tensor(np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape), name=name)
+    flip = _constant(before, f"{name}.flip", np.array(_XOR[_type(codes)], np.uint8))
+    return emit("BitwiseXor", [initializer(before, name, stored), flip], f"{name}.unsigned", before=before)
 
-    def offset_binary(self, codes: ir.Value, shape: Sequence[int]) -> ir.Value:
-        """The bytes of an initializer of codes as unsigned ones."""
-        tensor = codes.const_value
-        name = f"{codes.name}.bytes"
-        if isinstance(tensor, ir.ExternalTensor):
-            stored: ir.TensorProtocol = ir.ExternalTensor(
-                tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8, shape=ir.Shape(shape), name=name,
-                base_dir=tensor.base_dir,
-            )  # fmt: skip
-        else:
-            assert tensor is not None
-            stored = ir.Tensor(np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape), name=name)
-        flip = self.constant(f"{name}.flip", np.array(_XOR[_type(codes)], np.uint8))
-        return self.emit("BitwiseXor", [self.initializer(name, stored), flip], f"{name}.unsigned")
 
-    def zeros(self, zero: ir.Value, rows: int, groups: int, repeats: int, name: str) -> ir.Value:
-        """Zero points as MatMulNBits packs them: every row begins in a byte of its own."""
-        bits = _BITS[_type(zero)]
-        if repeats == 1 and groups * bits % 8 == 0:
-            return self.offset_binary(zero, (rows, groups * bits // 8))
-        assert zero.const_value is not None
-        numbers = zero.const_value.numpy().astype(np.int8).reshape(rows, groups).repeat(repeats, 1)
-        unsigned = (numbers + 2 ** (bits - 1)).astype(np.uint8)
-        if bits == 4:
-            unsigned = np.pad(unsigned, ((0, 0), (0, unsigned.shape[1] % 2)))
-            unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
-        return self.constant(name, unsigned)
-
-    # Nodes
-
-    def emit(
-        self, op: str, inputs: Iterable[ir.Value | None], name: str, domain: str = "", **attributes: int | list[int]
-    ) -> ir.Value:
-        listed = [ir.AttrInt64s(k, v) if isinstance(v, list) else ir.AttrInt64(k, v) for k, v in attributes.items()]
-        node = ir.Node(domain, op, list(inputs), listed, num_outputs=1, name=name)
-        node.outputs[0].name = name
-        self.graph.insert_before(self.before, node)
-        return node.outputs[0]
-
-    def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        return self.initializer(name, ir.Tensor(array, name=name))
-
-    def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        known = self.graph.initializers.get(name)
-        if known is not None:
-            return known
-        value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        self.graph.initializers[name] = value
-        return value
-
-    def replace(self, node: ir.Node, result: ir.Value) -> None:
-        """`result` in the place of the node's own, with its name."""
-        old = node.outputs[0]
-        result.shape, result.type = old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
-        result.name = old.name
+def _zeros(before: ir.Node, zero: ir.Value, rows: int, groups: int, repeats: int, name: str) -> ir.Value:
+    """Zero points as MatMulNBits packs them: every row begins in a byte of its own."""
+    bits = _BITS[_type(zero)]
+    if repeats == 1 and groups * bits % 8 == 0:
+        return _offset_binary(before, zero, (rows, groups * bits // 8))
+    assert zero.const_value is not None
+    numbers = zero.const_value.numpy().astype(np.int8).reshape(rows, groups).repeat(repeats, 1)
+    unsigned = (numbers + 2 ** (bits - 1)).astype(np.uint8)
+    if bits == 4:
+        unsigned = np.pad(unsigned, ((0, 0), (0, unsigned.shape[1] % 2)))
+        unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+    return _constant(before, name, unsigned)
 
 
 @lru_cache(maxsize=1)
@@ -208,17 +174,18 @@ def rounds_by_group() -> bool:
     x = draw.standard_normal((3, groups * size)).astype(np.float32)
     x[:, 0] = 1000
     codes = draw.integers(0, 256, (rows, groups, size // 2), dtype=np.uint8)
-    graph = ir.Graph([], [], nodes=[ir.Node("", "Identity", [ir.Value(name="x")], num_outputs=1)], name="probe")
-    rewrite = _Rewrite(graph)
+    end = ir.Node("", "Identity", [ir.Value(name="x")], num_outputs=1)
+    graph = ir.Graph([], [], nodes=[end], name="probe")
     source = ir.Value(name="x", shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.FLOAT))
     graph.inputs.append(source)
-    inputs = [source, rewrite.constant("codes", codes), rewrite.constant("scales", np.ones((rows, groups), np.float32))]
-    y = rewrite.emit(
-        "MatMulNBits", inputs, "y", _CONTRIB, K=groups * size, N=rows, bits=4, block_size=size, accuracy_level=4
-    )
+    inputs = [source, _constant(end, "codes", codes), _constant(end, "scales", np.ones((rows, groups), np.float32))]
+    y = emit(
+        "MatMulNBits", inputs, "y", before=end, domain=_CONTRIB,
+        K=groups * size, N=rows, bits=4, block_size=size, accuracy_level=4,
+    )  # fmt: skip
     y.shape, y.type = ir.Shape((3, rows)), ir.TensorType(ir.DataType.FLOAT)
     graph.outputs.append(y)
-    graph.remove(rewrite.before, safe=True)
+    graph.remove(end, safe=True)
     model = ir.Model(graph, ir_version=10)
     graph.opset_imports.update({"": 21, _CONTRIB: 1})
     options = ort.SessionOptions()
@@ -344,6 +311,10 @@ def _list(value: ir.Value | None) -> list[int] | None:
     return None if array is None or array.ndim != 1 else [int(n) for n in array]
 
 
+def _constant(beside: ir.Node, name: str, array: np.ndarray) -> ir.Value:
+    return initializer(beside, name, ir.Tensor(array, name=name))
+
+
 def _ints(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
@@ -380,54 +351,46 @@ def cache_as_bytes(model: ir.Model) -> None:
     if not any(kernel.op_name == "BitCast" for kernel in ort_state.get_all_opkernel_def()):
         raise LogitLockError("this ONNX Runtime has no BitCast, which an fp8 cache needs; install onnxruntime >= 1.31")
     model.opset_imports[""] = 26
-    rewrite = _Rewrite(model.graph)
     for node in writes:
         past, update, _ = node.inputs
         assert past is not None and update is not None
-        rewrite.before = node
-        node.replace_input_with(1, _bits(rewrite, update))
+        node.replace_input_with(1, _bits(node, update))
         for value in (past, node.outputs[0]):
             value.type = ir.TensorType(ir.DataType.UINT8)
         for reader in list(node.outputs[0].consumers()):
             assert reader.op_type == "DequantizeLinear", f"a quantized cache is read by {reader.op_type}"
             for live in list(reader.outputs[0].consumers()):
                 assert live.op_type == "Slice", f"a dequantized cache is read by {live.op_type}"
-                _read(rewrite, reader, live)
+                _read(reader, live)
 
 
-def _bits(rewrite: _Rewrite, codes: ir.Value) -> ir.Value:
+def _bits(before: ir.Node, codes: ir.Value) -> ir.Value:
     """The bytes of fp8 codes."""
-    name = codes.name
-    number = rewrite.emit("Cast", [codes], f"{name}.number", to=int(ir.DataType.FLOAT))
-    shift = rewrite.constant("fp8.exponent_shift", np.array(2.0**-8, np.float32))
-    half = rewrite.emit("Mul", [number, shift], f"{name}.shifted")
-    half = rewrite.emit("Cast", [half], f"{name}.half", to=int(ir.DataType.FLOAT16))
-    bits = rewrite.emit("BitCast", [half], f"{name}.half_bits", to=int(ir.DataType.UINT16))
-    bits = rewrite.emit("Cast", [bits], f"{name}.wide_bits", to=int(ir.DataType.UINT32))
-    scaled = [
-        rewrite.emit("Div", [bits, rewrite.constant(f"fp8.{n}", np.array(n, np.uint32))], f"{name}.over_{n}")
-        for n in (128, 256)
-    ]
+    name, put, constant = codes.name, partial(emit, before=before), partial(_constant, before)
+    number = put("Cast", [codes], f"{name}.number", to=int(ir.DataType.FLOAT))
+    shift = constant("fp8.exponent_shift", np.array(2.0**-8, np.float32))
+    half = put("Mul", [number, shift], f"{name}.shifted")
+    half = put("Cast", [half], f"{name}.half", to=int(ir.DataType.FLOAT16))
+    bits = put("BitCast", [half], f"{name}.half_bits", to=int(ir.DataType.UINT16))
+    bits = put("Cast", [bits], f"{name}.wide_bits", to=int(ir.DataType.UINT32))
+    scaled = [put("Div", [bits, constant(f"fp8.{n}", np.array(n, np.uint32))], f"{name}.over_{n}") for n in (128, 256)]
     masked = [
-        rewrite.emit("BitwiseAnd", [v, rewrite.constant(f"fp8.mask_{m}", np.array(m, np.uint32))], f"{name}.mask_{m}")
+        put("BitwiseAnd", [v, constant(f"fp8.mask_{m}", np.array(m, np.uint32))], f"{name}.mask_{m}")
         for v, m in zip(scaled, (0x7F, 0x80), strict=True)
     ]
-    return rewrite.emit(
-        "Cast", [rewrite.emit("BitwiseOr", masked, f"{name}.bits")], f"{name}.bytes", to=int(ir.DataType.UINT8)
-    )
+    return put("Cast", [put("BitwiseOr", masked, f"{name}.bits")], f"{name}.bytes", to=int(ir.DataType.UINT8))
 
 
-def _read(rewrite: _Rewrite, number: ir.Node, live: ir.Node) -> None:
+def _read(number: ir.Node, live: ir.Node) -> None:
     """code * scale of the live slots of bytes [batch, kv_heads, capacity, head_dim]; scale [kv_heads]."""
     codes, scale = number.inputs
     assert codes is not None and scale is not None
-    rewrite.before = live
-    name = live.name
+    name, put, constant = live.name, partial(emit, before=live), partial(_constant, live)
     every = np.arange(256, dtype=np.uint8).view(_FP8.numpy())
     dtype = _type(scale)
-    table = rewrite.constant(f"fp8.values_{dtype.name.lower()}", every.astype(np.float32).astype(dtype.numpy()))
-    index = rewrite.emit("Slice", [codes, *live.inputs[1:]], f"{name}.bytes")
-    index = rewrite.emit("Cast", [index], f"{name}.index", to=int(ir.DataType.INT32))
-    values = rewrite.emit("Gather", [table, index], f"{name}.values", axis=0)
-    column = rewrite.emit("Reshape", [scale, rewrite.constant("fp8.by_head", _ints(-1, 1, 1))], f"{name}.by_head")
-    rewrite.replace(live, rewrite.emit("Mul", [values, column], f"{name}.scaled"))
+    table = constant(f"fp8.values_{dtype.name.lower()}", every.astype(np.float32).astype(dtype.numpy()))
+    index = put("Slice", [codes, *live.inputs[1:]], f"{name}.bytes")
+    index = put("Cast", [index], f"{name}.index", to=int(ir.DataType.INT32))
+    values = put("Gather", [table, index], f"{name}.values", axis=0)
+    column = put("Reshape", [scale, constant("fp8.by_head", _ints(-1, 1, 1))], f"{name}.by_head")
+    replace(live, put("Mul", [values, column], f"{name}.scaled"))

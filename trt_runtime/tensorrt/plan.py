@@ -42,7 +42,7 @@ class CudaStream:
 
 
 @dataclass(kw_only=True)
-class _Step:
+class _BoundStep:
     """A step of given shapes on given caches: its context, bound buffers and, once captured, its graph."""
 
     context: Any
@@ -99,7 +99,7 @@ class TensorRTPlan:
         self._step_inputs = tuple(step_inputs)
         self._outputs = tuple(n for n in names if n not in ins and n not in caches)
         self._contexts: dict[int, Any] = {}
-        self._steps: OrderedDict[Any, _Step | None] = OrderedDict()
+        self._steps: OrderedDict[Any, _BoundStep | None] = OrderedDict()
         self._scratch = torch.empty(max(1, engine.device_memory_size_v2), dtype=torch.uint8, device=device)
 
     def run(
@@ -153,7 +153,7 @@ class TensorRTPlan:
         self._check(context.set_optimization_profile_async(profile, self._stream.handle), f"choose profile {profile}")
         return context
 
-    def _bind(self, context: Any, inputs: Mapping[str, Tensor], caches: Mapping[str, Tensor]) -> _Step:
+    def _bind(self, context: Any, inputs: Mapping[str, Tensor], caches: Mapping[str, Tensor]) -> _BoundStep:
         tensors = {
             name: torch.empty(tensor.shape, dtype=self.dtypes[name], device=self._device)
             for name, tensor in inputs.items()
@@ -170,9 +170,9 @@ class TensorRTPlan:
         }
         for name, tensor in (tensors | past | dict(caches) | outputs).items():
             self._check(context.set_tensor_address(name, tensor.data_ptr()), f"bind {name}")
-        return _Step(context=context, inputs=tensors, outputs=outputs)
+        return _BoundStep(context=context, inputs=tensors, outputs=outputs)
 
-    def _execute(self, step: _Step, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _execute(self, step: _BoundStep, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, buffer in step.inputs.items():
             buffer.copy_(inputs[name], non_blocking=True)
         if step.replay is None:
@@ -181,7 +181,7 @@ class TensorRTPlan:
             step.replay()
         return step.outputs
 
-    def _enqueue(self, step: _Step) -> None:
+    def _enqueue(self, step: _BoundStep) -> None:
         from trt_runtime.tensorrt.api import LOGGER, errors_of
         from trt_runtime.tensorrt.plugins import raise_failure
 
@@ -191,7 +191,7 @@ class TensorRTPlan:
         if not fine:
             raise LogitLockError(f"TensorRT cannot run the step: {join_messages(errors_of(messages))}")
 
-    def _capturable(self, step: _Step) -> bool:
+    def _capturable(self, step: _BoundStep) -> bool:
         from trt_runtime.tensorrt.api import IS_RTX
 
         # TensorRT-RTX may still be compiling kernels for these shapes in the background.

@@ -285,8 +285,8 @@ def test_a_plan_that_cannot_be_written(built: Any, monkeypatch: pytest.MonkeyPat
         def write(self, data: bytes) -> int:
             raise OSError(28, "No space left on device")
 
-    make = tensorrt_build._Writer
-    monkeypatch.setattr(tensorrt_build, "_Writer", lambda stream: make(Full()))
+    make = tensorrt_build._PlanWriter
+    monkeypatch.setattr(tensorrt_build, "_PlanWriter", lambda stream: make(Full()))
     with pytest.raises(LogitLockError, match=r"cannot write engine\.plan: No space left on device"):
         build_plan(directory, source_of("chatglm2").spec, options=OPTIONS)
     assert not (directory / "engine.plan").exists()

@@ -252,9 +252,9 @@ def test_a_cancelled_build_leaves_no_plan(
     from export.tensorrt.build import build_plan
 
     written: list[int] = []
-    write = tensorrt_build._Writer.write
+    write = tensorrt_build._PlanWriter.write
     monkeypatch.setattr(
-        tensorrt_build._Writer, "write", lambda self, data: written.append(len(data)) or write(self, data)
+        tensorrt_build._PlanWriter, "write", lambda self, data: written.append(len(data)) or write(self, data)
     )
     source = source_of("qwen2_b1")
     bundle = export_model(source, precision="fp16", attention=attention, output=tmp_path / "out", max_seq=32)
