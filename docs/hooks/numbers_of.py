@@ -108,19 +108,10 @@ def toys() -> str:
     return table(("task", *reports), rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (facts, verified, rope_tables, toys)}
+def results() -> str:
+    """The sections of benchmarks/RESULTS.md, without its title."""
+    text = (DOCS.parent / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    return text.removeprefix("# Results\n").strip()
 
 
-def performance_page(root: Path) -> str:
-    """benchmarks/RESULTS.md, and what else scripts measured."""
-    text = (root / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
-    text = text.replace("# Results\n", "# Performance\n", 1)
-    more = f"""
-## The toys
-
-Exact match in % on held-out examples in fp32 (`python -m debug.evaluate.toys --model qwen`; recorded in each toy's
-`report.json`):
-
-{toys()}
-"""
-    return text.rstrip() + "\n" + more
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (facts, verified, rope_tables, toys, results)}

@@ -1,4 +1,4 @@
-"""What mkdocs builds beside the written pages: the CLI reference, the schemas, results, notebooks, tables of facts.
+"""What mkdocs builds beside the written pages: the CLI reference, the schemas, notebooks, tables of facts, results.
 
 They are made from the code and from files that scripts wrote, at every build, so that they cannot be out of date.
 """
@@ -25,7 +25,6 @@ _TABLE = re.compile(r"<!-- table: (\w+) -->")
 def on_files(files: Any, *, config: Any) -> Any:
     """Add the pages that are generated."""
     made: dict[str, str | bytes] = {"cli.md": cli_page(), "schemas.md": schemas_page()}
-    made["performance.md"] = numbers_of.performance_page(ROOT)
     for path in sorted((ROOT / "notebooks").glob("[0-9]_*.ipynb")):
         made |= pages(path)
     for uri, content in made.items():
