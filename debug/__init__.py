@@ -2,16 +2,19 @@
 
     from debug import diff
 
-    result = diff("engines/qwen-fp16")                   # against the fp64 reference
+    result = diff("engines/qwen-fp16")                        # against the fp64 reference
     result = diff("hf:fp16", "my.onnx", model="./my-qwen2")   # any two executors
-    assert result.aligned, result.culprits                # .verdict, .taps, .to_frame(), .to_json()
+    assert result.aligned, result.culprits                    # .verdict, .taps, .to_frame(), .to_json()
 
-    verify.py   the reference against golden cases of the upstream code      record.py   make such a case
-    compare.py  an engine against the fp64 reference, tap by tap             metrics.py  the distances
-    cli.py      the whole `logitlock` command and the verbs verify, record, diff
-    executors/  models that are not ours as engines: transformers, any ONNX decoder, golden cases; open.py opens all
-    evaluate/   what models can do: accuracy, perplexity, KL, ROUGE, speed; the verb eval
-    report/     a diff as one HTML file that works offline; results.py has to_frame() for pandas
+    sides.py     executors, models and prompts named by text, opened and compared; `diff` itself
+    executors/   models that are not ours as engines: transformers, any ONNX decoder, golden cases
+    capture/     runs of an engine with every tap recorded, in memory or as trace files
+    comparison/  errors tap by tap, noise floors, diagnosis by the catalogue of faults
+    drift.py     errors by decode step                  bisect.py   the fewest layers to keep in fp32
+    golden/      golden cases and their check           record.py   making a golden case
+    evaluate/    accuracy, perplexity, KL, ROUGE, speed; the verb eval
+    report/      results as tables and as one HTML page that works offline
+    command.py   the whole `logitlock` command          cli.py      the verbs verify, record, diff, trace, drift, bisect
 
 May import at module level: the standard library, torch, safetensors, typer, rich, onnx_ir, onnxruntime, and the
 packages refmodels, trt_runtime and export; transformers, plotly and pandas only inside functions.  Nothing imports
@@ -20,28 +23,24 @@ debug.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from refmodels.lazy import public_names
 
 if TYPE_CHECKING:
-    from debug.comparison.results import DiffResult
-
-__all__ = ["diff"]
-
-
-def diff(*sides: str, model: str | None = None, **options: Any) -> DiffResult:
-    """Compare an executor with the fp64 reference, or two executors of one model: `diff(b)` or `diff(a, b)`.
-
-    Args:
-        sides: as `logitlock diff` names them (`debug.executors.open.forms_help`).
-        model: what they were made from; None: what a side says of itself.
-        options: prompts, steps, seed, name_map, emulate_rounding, trust_remote_code (see `debug.sides.diff_sides`).
-    Raises:
-        LogitLockError: as `debug.sides.diff_sides`; not one or two sides.
-    """
-    from debug.sides import TRUTH, diff_sides
-    from refmodels.errors import LogitLockError
-
-    if len(sides) not in (1, 2):
-        raise LogitLockError(f"diff takes one or two sides, got {len(sides)}")
-    a, b = sides if len(sides) == 2 else (TRUTH, sides[0])
-    return diff_sides(a, b, model=model, **options)
+    from debug.capture.prompts import Prompts as Prompts
+    from debug.capture.prompts import left_padded as left_padded
+    from debug.comparison.metrics import kl_divergence as kl_divergence
+    from debug.comparison.metrics import top_margin as top_margin
+    from debug.comparison.results import DiffResult as DiffResult
+    from debug.golden.verify import CaseResult as CaseResult
+    from debug.golden.verify import add_up_as_recorded as add_up_as_recorded
+    from debug.golden.verify import has_recorded_order as has_recorded_order
+    from debug.golden.verify import verify_case as verify_case
+    from debug.record import record_case as record_case
+    from debug.report.report import write_report as write_report
+    from debug.report.tables import print_diff as print_diff
+    from debug.report.tables import verdict_line as verdict_line
+    from debug.sides import diff as diff
+else:
+    __all__, __getattr__, __dir__ = public_names(globals())

@@ -177,7 +177,8 @@ def diff(
     Example: logitlock diff --model ./my-qwen2 hf:fp16 engines/my-qwen2-fp16
     """
     from debug.report.tables import print_diff
-    from debug.sides import TRUTH, diff_bundle, diff_sides
+    from debug.sides import diff as compare
+    from debug.sides import diff_bundle
     from refmodels.errors import LogitLockError
 
     named = list(sides or ())
@@ -202,9 +203,8 @@ def diff(
             floats=floats,
         )
     else:
-        result = diff_sides(
-            named[0] if len(named) == 2 else TRUTH,
-            named[-1],
+        result = compare(
+            *named,
             model=model,
             prompts=texts,
             steps=steps,

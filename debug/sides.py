@@ -111,14 +111,13 @@ def diff_bundle(
         engine: see `trt_runtime.open.open_engine`.
         emulate_rounding: on ONNX Runtime: round every node of a half-precision bundle to its dtype (see
             `OnnxRuntimeEngine`).
-        cut, floats: as `diff_sides`.
+        cut, floats: as `diff`.
     Raises:
         LogitLockError: no or a damaged bundle or model, a bundle of another model or checkpoint, a prompt too short or
             too long.
     """
     text = bundle_side(bundle, engine)
-    return diff_sides(
-        TRUTH,
+    return diff(
         text,
         model=model,
         prompts=prompts,
@@ -137,10 +136,8 @@ def bundle_side(bundle: Path, engine: EngineChoice = "auto") -> str:
     return f"tensorrt:{bundle}" if tensorrt else str(bundle)
 
 
-def diff_sides(
-    a: str,
-    b: str,
-    *,
+def diff(
+    *sides: str,
     model: str | None = None,
     prompts: Sequence[str] = (),
     steps: int = 8,
@@ -151,13 +148,13 @@ def diff_sides(
     cut: bool = False,
     floats: bool = False,
 ) -> DiffResult:
-    """Compare two executors of one model: `b` is tested, `a` is what it should be like.
+    """Compare an executor with the fp64 reference, or two executors of one model: `diff(b)` or `diff(a, b)`.
 
-    Both are judged against the fp64 reference, so that the result says which of them is wrong; where `a` is the
-    reference itself, only `b` is.
+    `b` is tested, `a` is what it should be like.  Both are judged against the fp64 reference, so that the result says
+    which of them is wrong; where `a` is the reference itself, only `b` is.
 
     Args:
-        a, b: forms of `debug.executors.open.forms_help`, or trace files.
+        sides: as `logitlock diff` names them (forms of `debug.executors.open.forms_help`), or trace files.
         model: what both were made from; None: what a side says of itself.
         prompts, steps, seed, emulate_rounding: as `diff_bundle`.
         name_map: which values of an ONNX file are which taps.
@@ -165,13 +162,17 @@ def diff_sides(
         cut: also run the modules of bundles on the reference's tensors (see `debug.comparison.cut`).
         floats: judge quantized bundles by the model before quantization (see `debug.executors.before_quantization`).
     Raises:
-        LogitLockError: a side that cannot be opened, sides of different models, prompts that do not fit.
+        LogitLockError: not one or two sides, a side that cannot be opened, sides of different models, prompts that do
+            not fit.
     """
+    if len(sides) not in (1, 2):
+        raise LogitLockError(f"diff takes one or two sides, got {len(sides)}")
+    a, b = sides if len(sides) == 2 else (TRUTH, sides[0])
     source = source_of(model, (b, a))
     if not floats:
         source = quantized_source(source, _bundles((b, a)))
     alone = a in (TRUTH, f"{TRUTH}:fp64", f"{TRUTH}:fp64:exact")
-    sides = [
+    opened = [
         open_side(
             text,
             source,
@@ -182,16 +183,16 @@ def diff_sides(
         )
         for text in ([b] if alone else [b, a])
     ]
-    batch, steps, tokens = _input(sides, source, prompts, steps, seed)
+    batch, steps, tokens = _input(opened, source, prompts, steps, seed)
     captures = []
-    for side in sides:
+    for side in opened:
         captures.append(side.capture(batch, steps, tokens))
         tokens = captures[0].tokens
         if cut:
             side.cut(source, batch)
         # An engine may be as large as the model; it is not needed any more.
         side.executor = None
-    results = [_judged(capture, side, source) for capture, side in zip(captures, sides, strict=True)]
+    results = [_judged(capture, side, source) for capture, side in zip(captures, opened, strict=True)]
     result = results[0]
     if not alone:
         result.other = results[1]
@@ -210,7 +211,7 @@ def trace_side(
     tokens_of: Path | None = None,
     **options: Any,
 ) -> Path:
-    """Write a trace of an executor; arguments and errors as `diff_sides`, `tokens_of` another trace to follow."""
+    """Write a trace of an executor; arguments and errors as `diff`, `tokens_of` another trace to follow."""
     source = quantized_source(source_of(model, [text]), _bundles([text]))
     side = open_side(text, source, **options)
     if side.executor is None:
@@ -233,7 +234,7 @@ def drift_side(
     reset: bool = True,
     **options: Any,
 ) -> DriftResult:
-    """`debug.drift.drift` of an executor named by text; arguments and errors as `diff_sides`."""
+    """`debug.drift.drift` of an executor named by text; arguments and errors as `diff`."""
     source = quantized_source(source_of(model, [text]), _bundles([text]))
     side = open_side(text, source, **options)
     if side.executor is None:
@@ -253,7 +254,7 @@ def open_side(
     trust_remote_code: bool = False,
     floats: bool = False,
 ) -> Side:
-    """Open one side; arguments and errors as `diff_sides`."""
+    """Open one side; arguments and errors as `diff`."""
     from debug.executors.open import numerics_of, open_executor
 
     if text.endswith(".safetensors"):
@@ -386,7 +387,7 @@ def _input(
 
 
 def model_prompts(model: str, texts: Sequence[str], *, seed: int) -> tuple[ModelSource, Prompts]:
-    """A model and prompts for it, as `diff_sides` chooses them."""
+    """A model and prompts for it, as `diff` chooses them."""
     source = resolve(model)
     return source, _prompts(source, texts, room=source.spec.max_positions, seed=seed)
 

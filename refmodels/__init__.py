@@ -7,13 +7,14 @@
     with torch.no_grad():
         logits = model.step(ids, cache)                          # ids [1, tokens] int64 -> [1, tokens, vocabulary]
 
-    spec.py        facts of an architecture       families/       Hugging Face config -> spec, names -> parameters
-    model.py       the decoder                    ops.py          its fused operations
-    cache.py       the explicit key/value cache   positions.py    RoPE, NTK, logn and ALiBi tables
-    taps.py        naming and recording tensors   weights.py      checkpoint names as data
-    checkpoint.py  resolve, stream, load          shards.py       the files of a checkpoint; hub.py: downloads
-    tokenizer.py   text to ids and back           chat.py         prompts of each family
-    toys/          trained toys, one a family
+    spec.py       facts of an architecture          families/      Hugging Face config -> spec, names -> parameters
+    model.py      the decoder                       ops.py         its fused operations
+    cache.py      the explicit key/value cache      positions.py   RoPE, NTK, logn and ALiBi tables
+    taps.py       one name for one tensor           recorder.py    recording tensors by these names
+    checkpoints/  resolve, stream and load weights  quantization/  formats and arithmetic of quantized layers
+    text/         tokenizers, chats, prompts        toys/          one trained toy per family
+    command.py    the frame of every command line   cli.py         the verb models
+    lazy.py       public names of a package
 
 May import at module level: the standard library and torch.  Everything else (safetensors, tokenizers, huggingface_hub,
 typer in cli.py ...) is imported where it is needed.  It never imports export, trt_runtime or debug.
@@ -21,40 +22,40 @@ typer in cli.py ...) is imported where it is needed.  It never imports export, t
 
 from __future__ import annotations
 
-from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoints.load import (
-    DTYPES,
-    ModelSource,
-    checkpoint_hash,
-    load,
-    load_tokenizer_for,
-    resolve,
-    stream_parameters,
-)
-from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES, spec_from_config
-from refmodels.model import Decoder
-from refmodels.recorder import Recorder, recording, tap
-from refmodels.spec import ModelSpec, Numerics, spec_from_dict
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "DTYPES",
-    "FAMILIES",
-    "Decoder",
-    "KVCache",
-    "LogitLockError",
-    "ModelSource",
-    "ModelSpec",
-    "Numerics",
-    "Recorder",
-    "StepInputs",
-    "checkpoint_hash",
-    "load",
-    "load_tokenizer_for",
-    "recording",
-    "resolve",
-    "spec_from_config",
-    "spec_from_dict",
-    "stream_parameters",
-    "tap",
-]
+from refmodels.lazy import public_names
+
+if TYPE_CHECKING:
+    from refmodels.cache import KVCache as KVCache
+    from refmodels.cache import StepInputs as StepInputs
+    from refmodels.checkpoints.load import DTYPES as DTYPES
+    from refmodels.checkpoints.load import ModelSource as ModelSource
+    from refmodels.checkpoints.load import checkpoint_hash as checkpoint_hash
+    from refmodels.checkpoints.load import empty_decoder as empty_decoder
+    from refmodels.checkpoints.load import load as load
+    from refmodels.checkpoints.load import load_tokenizer_for as load_tokenizer_for
+    from refmodels.checkpoints.load import resolve as resolve
+    from refmodels.checkpoints.load import stream_parameters as stream_parameters
+    from refmodels.checkpoints.load import tokenizer_in as tokenizer_in
+    from refmodels.errors import LogitLockError as LogitLockError
+    from refmodels.families import FAMILIES as FAMILIES
+    from refmodels.families import spec_from_config as spec_from_config
+    from refmodels.model import Decoder as Decoder
+    from refmodels.ops import cached_attention as cached_attention
+    from refmodels.ops import fused_rms_norm as fused_rms_norm
+    from refmodels.positions import build_tables as build_tables
+    from refmodels.positions import rope_table as rope_table
+    from refmodels.recorder import Recorder as Recorder
+    from refmodels.recorder import recording as recording
+    from refmodels.recorder import tap as tap
+    from refmodels.spec import ModelSpec as ModelSpec
+    from refmodels.spec import Numerics as Numerics
+    from refmodels.spec import spec_from_dict as spec_from_dict
+    from refmodels.taps import is_cache_tap as is_cache_tap
+    from refmodels.taps import tap_names as tap_names
+    from refmodels.text.prompts import stop_ids_in as stop_ids_in
+    from refmodels.text.tokenizer import Tokenizer as Tokenizer
+    from refmodels.toys import toy_path as toy_path
+else:
+    __all__, __getattr__, __dir__ = public_names(globals())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from debug.sides import diff_sides
+from debug.sides import diff
 from export.bundle import export_model
 from refmodels.errors import LogitLockError
 from tests.support import mutate
@@ -28,32 +28,32 @@ def broken(clean: Path) -> Path:
 
 
 def test_both_sides_are_judged(clean: Path, broken: Path) -> None:
-    result = diff_sides("reference:bf16", str(broken), model=MODEL, steps=2)
+    result = diff("reference:bf16", str(broken), model=MODEL, steps=2)
     assert result.verdict == "diverged" and result.first_wrong_tap == "blocks.1.attn.context"
     assert result.culprits[0].diagnosis[0].fault.startswith("wrong attention scale: doubled")
     assert result.other is not None and result.other.verdict == "aligned" and not result.aligned
     # The other way round it is side a that is wrong, and the result says so.
-    turned = diff_sides(str(broken), str(clean), model=MODEL, steps=2)
+    turned = diff(str(broken), str(clean), model=MODEL, steps=2)
     assert turned.verdict == "aligned" and turned.other is not None and turned.other.verdict == "diverged"
     assert not turned.aligned and turned.between is not None and turned.between.kl_mean > 1e-4
     rel = {tap.tap: tap.rel_l2 for tap in turned.between.taps}
     assert rel["blocks.0"] == 0.0 and rel["blocks.1.attn.context"] > 0.01
-    same = diff_sides(str(clean), str(clean), model=MODEL, steps=2)
+    same = diff(str(clean), str(clean), model=MODEL, steps=2)
     assert same.aligned and same.between is not None and same.between.kl_max == 0.0
 
 
 def test_transformers_against_a_bundle(clean: Path) -> None:
-    result = diff_sides("hf:fp16", str(clean), model=MODEL, steps=2)
+    result = diff("hf:fp16", str(clean), model=MODEL, steps=2)
     assert result.aligned and result.other is not None and "transformers" in result.other.engine.lower()
 
 
 def test_the_reference_itself_is_one_side_only(clean: Path) -> None:
-    assert diff_sides("reference", str(clean), model=MODEL, steps=1).other is None
-    assert diff_sides("reference:fp64", str(clean), model=MODEL, steps=1).other is None
+    assert diff("reference", str(clean), model=MODEL, steps=1).other is None
+    assert diff("reference:fp64", str(clean), model=MODEL, steps=1).other is None
 
 
 def test_golden_case_as_a_side() -> None:
-    result = diff_sides(str(GOLDENS / "gpt2"), "reference:fp32:upstream", steps=4)
+    result = diff(str(GOLDENS / "gpt2"), "reference:fp32:upstream", steps=4)
     assert result.aligned and result.prompts == "those of gpt2" and result.other is not None
     assert {tap.tap for tap in result.other.taps} < {tap.tap for tap in result.taps}
 
@@ -103,7 +103,7 @@ def test_bad_input(clean: Path, tmp_path: Path) -> None:
     logitlock("diff", "--model", MODEL, tmp_path / "none.safetensors").assert_bad_input("no such file")
     logitlock("trace", clean, "--model", MODEL, "--out", tmp_path / "no" / "a").assert_bad_input("cannot be written")
     with pytest.raises(LogitLockError, match="say with --model where that model is"):
-        diff_sides("reference", str(clean))
+        diff("reference", str(clean))
 
 
 def test_a_wrong_stop_id(tmp_path: Path) -> None:
@@ -137,13 +137,13 @@ def test_library_use(clean: Path, broken: Path) -> None:
 
 def test_modules_by_themselves(clean: Path, broken: Path) -> None:
     """The engine's modules on the reference's tensors: only the broken one is off, whatever comes before it."""
-    right, wrong = (diff_sides("reference", str(b), model=MODEL, steps=1, cut=True) for b in (clean, broken))
+    right, wrong = (diff("reference", str(b), model=MODEL, steps=1, cut=True) for b in (clean, broken))
     cuts = {tap.tap: tap.cut for tap in right.taps if tap.step == 0}
     assert cuts["blocks.1.mlp.out"] is not None and cuts["blocks.1.key"] is None
     unit = right.unit_roundoff
     assert all(cut < 3 * unit for cut in cuts.values() if cut is not None)
     off = {tap.tap for tap in wrong.taps if tap.cut is not None and tap.cut > 8 * unit}
     assert off == {"blocks.1.attn.context"}
-    assert all(tap.cut is None for tap in diff_sides("reference", str(clean), model=MODEL, steps=1).taps)
+    assert all(tap.cut is None for tap in diff("reference", str(clean), model=MODEL, steps=1).taps)
     found = logitlock("diff", "--model", MODEL, broken, "--steps", 1, "--cut", "--json")
     assert any(tap["cut"] for tap in json.loads(found.out)["taps"])

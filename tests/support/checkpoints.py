@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import refmodels
+from refmodels.checkpoints.weights import to_checkpoint
 from tests.support.goldens import GOLDENS
 
 LAYOUTS = ("safetensors", "sharded safetensors", "bin", "sharded bin", "legacy bin")
@@ -60,4 +61,4 @@ def _write(file: Path, tensors: dict[str, Tensor], *, legacy: bool = False) -> N
 def stored_again(decoder: refmodels.Decoder) -> dict[str, Tensor]:
     """The parameters of a loaded model under their names upstream: what its checkpoint must have held."""
     table = refmodels.FAMILIES[decoder.spec.family].weights(decoder.spec)
-    return refmodels.checkpoints.weights.to_checkpoint(table, dict(decoder.named_parameters()))
+    return to_checkpoint(table, dict(decoder.named_parameters()))

@@ -68,6 +68,6 @@ def test_parts_make_every_tap_once() -> None:
 
 def test_large_models_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     source = case_source("gpt2")
-    assert isinstance(reference_of(source, dtype=torch.float64), refmodels.model.Decoder)
+    assert isinstance(reference_of(source, dtype=torch.float64), refmodels.Decoder)
     monkeypatch.setattr(sides, "_IN_MEMORY", 1000)
     assert isinstance(reference_of(source, dtype=torch.float64), StreamedDecoder)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import refmodels
-from debug.sides import diff_sides
+from debug.sides import diff
 from export.quantization.calibrate import quantize_model
 from export.quantization.data import calibration_data
 from export.quantization.schemes import QuantizeOptions
@@ -58,7 +58,7 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["int4", "fp8-tensor"])
 def test_a_diff_with_transformers(name: str, tmp_path: Path) -> None:
     path = made(tmp_path, **OPTIONS[name])
-    result = diff_sides("reference", "hf:fp32", model=str(path), steps=2)
+    result = diff("reference", "hf:fp32", model=str(path), steps=2)
     assert result.verdict == "aligned", result.culprits
 
 

@@ -136,7 +136,7 @@ def test_every_tap_of_fused_modules(case: str) -> None:
     engine = FusedOnCpu(decoder)
     result = diff_engine(engine, load(case, dtype=torch.float64), load(case), prompts, steps=3)
     assert result.verdict == "aligned", verdict_line(result)
-    assert {e.tap for e in result.taps} == set(refmodels.taps.tap_names(decoder.spec))
+    assert {e.tap for e in result.taps} == set(refmodels.tap_names(decoder.spec))
     assert max(e.ratio for e in result.taps) < MULTIPLE / 2
 
 
@@ -441,7 +441,7 @@ def test_every_tap_on_the_gpu(model: str, batch: int, dtype: torch.dtype) -> Non
     truth, rounded = load(model, dtype=torch.float64), load(model, dtype=dtype)
     result = diff_engine(engine, truth, rounded, prompts, steps=3)
     assert result.verdict == "aligned", verdict_line(result)
-    assert {e.tap for e in result.taps} == set(refmodels.taps.tap_names(engine.spec))
+    assert {e.tap for e in result.taps} == set(refmodels.tap_names(engine.spec))
     assert result.logits.margin_flips == 0 and result.logits.nonfinite == 0
 
 

@@ -1,0 +1,44 @@
+"""Public names of a package, imported when they are asked for (PEP 562).
+
+A package says each of its names once, where type checkers and editors look for it:
+
+    if TYPE_CHECKING:
+        from refmodels.checkpoints.load import load as load
+    else:
+        __all__, __getattr__, __dir__ = public_names(globals())
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def public_names(module: dict[str, Any]) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """The `__all__`, `__getattr__` and `__dir__` of a module, read from the TYPE_CHECKING block of its source.
+
+    Args:
+        module: its `globals()`; a name that has been asked for once is put there.
+    """
+    homes = declared(Path(module["__file__"]))
+
+    def __getattr__(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module['__name__']!r} has no attribute {name!r}")
+        module[name] = value = getattr(import_module(homes[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*module, *homes})
+
+    return sorted(homes), __getattr__, __dir__
+
+
+def declared(source: Path) -> dict[str, str]:
+    """The module that each name comes from, as the TYPE_CHECKING block of a source file says it."""
+    blocks = [node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
+    imports = [node for block in blocks if ast.unparse(block.test) == "TYPE_CHECKING" for node in block.body]
+    return {a.name: f"{node.module}" for node in imports if isinstance(node, ast.ImportFrom) for a in node.names}
