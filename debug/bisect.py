@@ -8,6 +8,7 @@ whole mixed model; what is written down has been checked by exporting and runnin
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from debug.capture.prompts import Prompts
 from debug.comparison.metrics import kl_divergence
+from debug.comparison.results import to_plain
 from export.bundle import export_model
 from export.precision_plan import PrecisionPlan, linear_taps, write_plan
 from refmodels.checkpoints.load import DTYPES, ModelSource, load
@@ -54,7 +56,7 @@ class BisectResult:
     runs: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self)}
+        return {"schema": SCHEMA, **to_plain(asdict(self))}
 
 
 class _MixedLinear(nn.Module):
@@ -113,7 +115,7 @@ def bisect(
         progress: called with what is done, how much of it, and how much in all.
     Raises:
         LogitLockError: precision fp32, a budget that is not positive, or one that not even fp32 in every linear layer
-            keeps.
+            keeps; a model whose own logits are not finite.
     """
     if source.spec.quantization is not None:
         raise LogitLockError(
@@ -127,6 +129,8 @@ def bisect(
     report = progress or (lambda what, done, total: None)
     with torch.inference_mode():
         truth = _logits(TorchEngine(load(source, dtype=torch.float64)), prompts)
+        if not bool(truth.isfinite().all()):
+            raise LogitLockError(f"the logits of {source.name} hold NaN or infinity in fp64: there is no KL to them")
         high = load(source, dtype=torch.float32)
         low = load(source, dtype=DTYPES[precision])
         taps = linear_taps(source.spec)
@@ -136,7 +140,8 @@ def bisect(
             with _replaced(high, {tap: _MixedLinear(wide[tap], DTYPES[precision])}):
                 contributions[tap] = _kl(truth, _logits(TorchEngine(high), prompts))
             report("contributions", done + 1, len(taps))
-        ranked = sorted(taps, key=lambda tap: -contributions[tap])
+        # A layer whose rounding overflows costs more than any number.
+        ranked = sorted(taps, key=lambda tap: -contributions[tap] if math.isfinite(contributions[tap]) else -math.inf)
         runs = 0
 
         @cache
@@ -148,7 +153,7 @@ def bisect(
                 return _kl(truth, _logits(TorchEngine(low), prompts))
 
         kl_low, kl_high = measured(0), measured(len(ranked))
-        if kl_high > budget:
+        if not kl_high <= budget:
             raise LogitLockError(
                 f"no plan keeps within {budget:g} nats: with every linear layer in fp32 the mean KL is {kl_high:.3g}, "
                 f"because residuals, norms and attention are rounded to {precision} too; allow more, or use another "

@@ -308,7 +308,7 @@ def drift(
         _print_json(result.to_json())
     else:
         print_drift(result)
-    if not all(difference.explained for difference in result.differences):
+    if not result.explained:
         raise typer.Exit(1)
 
 
@@ -354,7 +354,7 @@ def bisect(
         _print_json(result.to_json())
     else:
         print_bisect(result, out)
-    if result.kl_engine > budget_kl:
+    if not result.kl_engine <= budget_kl:
         raise typer.Exit(1)
 
 

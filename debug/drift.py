@@ -9,6 +9,7 @@ fault of the cache, not of the modules.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from debug.capture.prompts import Prompts
 from debug.comparison.metrics import kl_divergence, top_margin
 from debug.comparison.results import TRUTH_ARITHMETIC, data_frame, to_plain
 from refmodels.cache import KVCache
+from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from trt_runtime.engine import Engine
 from trt_runtime.torch_gpu.engine import TorchEngine
@@ -78,6 +80,16 @@ class DriftResult:
     reference: str
     prompts: str
 
+    @property
+    def nonfinite(self) -> int | None:
+        """The first step in which the engine shows NaN or infinity; None: in none."""
+        return next((step.step for step in self.steps if not _finite(step)), None)
+
+    @property
+    def explained(self) -> bool:
+        """Whether all numbers are finite and rounding can have decided every difference."""
+        return self.nonfinite is None and all(difference.explained for difference in self.differences)
+
     def to_frame(self) -> pd.DataFrame:
         """One row a teacher-forced step, with the columns of `DriftStep`; errors as `DiffResult.to_frame`."""
         return data_frame([asdict(step) for step in self.steps])
@@ -108,7 +120,7 @@ def drift(
         steps: decode steps.
         reset: also repeat each step with a cache made anew (costs a prefill a step).
     Raises:
-        LogitLockError: prompts and steps longer than the engine's cache.
+        LogitLockError: prompts and steps longer than the engine's cache; a reference whose own logits are not finite.
     """
     with torch.inference_mode():
         runs = _decodings(engine, truth, rounded)
@@ -137,6 +149,10 @@ def drift(
         reference=TRUTH_ARITHMETIC,
         prompts=prompts.origin,
     )
+
+
+def _finite(step: DriftStep) -> bool:
+    return all(math.isfinite(value) for value in (step.kl, step.kl_mean, step.cache_error, step.reset_kl or 0.0))
 
 
 class _Decoding:
@@ -169,6 +185,10 @@ def _last(logits: Tensor) -> Tensor:
 
 def _step(step: int, runs: dict[str, _Decoding], logits: dict[str, Tensor], again: Tensor | None) -> DriftStep:
     truth = logits["truth"]
+    if not bool(truth.isfinite().all()):
+        raise LogitLockError(
+            f"the reference's own logits hold NaN or infinity at step {step}, in fp64; nothing compares with them"
+        )
     kl = kl_divergence(truth, logits["engine"])
     return DriftStep(
         step=step,
@@ -217,7 +237,7 @@ def _differences(
                     margin=margin,
                     error=float((logits["engine"][row] - expected).abs().max()),
                     floor_error=floor,
-                    explained=margin <= 2 * floor,
+                    explained=math.isfinite(floor) and margin <= 2 * floor,
                 )
             )
         parted |= right != ours

@@ -31,7 +31,7 @@ from refmodels.checkpoints.load import (
     resolve,
     tokenizer_in,
 )
-from refmodels.errors import LogitLockError
+from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.families import FAMILIES
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import is_cache_tap
@@ -429,8 +429,8 @@ def _wrong_stop_ids(bundle: Bundle, source: ModelSource) -> Culprit | None:
     """A bundle that ends its answers at other tokens than the model does: no tensor shows it."""
     try:
         ours, theirs = (_stop_ids(directory, source) for directory in (source.directory, bundle.directory))
-    except LogitLockError:
-        return None  # without a tokenizer there are no stop ids
+    except NoTokenizerError:
+        return None  # there are no stop ids then
     if ours == theirs:
         return None
     return Culprit(
@@ -487,6 +487,6 @@ def reference_of(source: ModelSource, *, dtype: torch.dtype, numerics: Numerics 
 def _tokenizer(source: ModelSource) -> Tokenizer | None:
     try:
         return load_tokenizer_for(source)
-    except LogitLockError:
+    except NoTokenizerError:
         # Default prompts are random ids then; a prompt that the user gave needs one and says so.
         return None

@@ -1,4 +1,4 @@
-"""The one exception that users see."""
+"""The exceptions that users see."""
 
 
 class LogitLockError(Exception):
@@ -10,3 +10,7 @@ class LogitLockError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+class NoTokenizerError(LogitLockError):
+    """A directory without any tokenizer file.  Damaged files are a `LogitLockError`, never this."""

@@ -22,7 +22,7 @@ from debug.evaluate.statistics import accuracy, loss, mean_loss
 from debug.executors.open import open_executor
 from debug.sides import source_of
 from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load_tokenizer_for
-from refmodels.errors import LogitLockError
+from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.files import read_text
 from refmodels.text.tokenizer import Tokenizer
 from trt_runtime.engine import Engine
@@ -317,6 +317,6 @@ def _agreement(scores: Sequence[PassageScore]) -> Agreement:
 def _tokenizer(source: ModelSource) -> Tokenizer | None:
     try:
         return load_tokenizer_for(source)
-    except LogitLockError:
+    except NoTokenizerError:
         # Only the speed can be measured then; whatever needs text says so.
         return None

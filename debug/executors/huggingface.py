@@ -63,14 +63,38 @@ def load_model(directory: Path, dtype: str, *, trust_remote_code: bool = False) 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, local_files_only=True, **settings
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            **settings,
         )
     except Exception as error:
         # The loader of transformers, or remote code, may raise anything.
         raise LogitLockError(f"transformers could not load {directory}: {error}") from error
     assert isinstance(model, nn.Module)
+    _check_loaded(loaded, directory)
     return model.eval()
+
+
+_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", "future_mask")
+"""Tensors of published checkpoints that hold constants; the modeling code makes them anew."""
+
+
+def _check_loaded(loaded: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a checkpoint of which transformers has made up tensors, or left some out."""
+    kinds = {"lacks the": "missing_keys", "has the unknown": "unexpected_keys", "misfits in the": "mismatched_keys"}
+    for what, key in kinds.items():
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in loaded.get(key) or ())
+        names = [name for name in names if not name.endswith(_BUFFERS)]
+        if names:
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise LogitLockError(
+                f"{directory} {what} tensor{'s' if len(names) > 1 else ''} {some}; transformers would run another "
+                "model than the one that it holds"
+            )
 
 
 def transformers_package() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
             f"{e.cosine:.4f}",
             _short(e.local),
             _short(e.floor),
-            f"{e.nonfinite} NaN" if e.nonfinite else _times(e.ratio) + (" ✗" if wrong else "  "),
+            f"{e.nonfinite} NaN/Inf" if e.nonfinite else _times(e.ratio) + (" ✗" if wrong else "  "),
             style="red" if wrong else None,
         )
     console.print(table)
@@ -133,6 +134,8 @@ def print_drift(result: DriftResult) -> None:
             _short(step.floor_cache_error),
         )
     console.print(table)
+    if result.nonfinite is not None:
+        console.print(f"NaN or infinity in the engine from step {result.nonfinite} on", style="bold red")
     if not result.differences:
         console.print(f"free-running: the same {len(result.steps)} tokens in all {result.rows} rows", style="green")
     for d in result.differences:
@@ -225,7 +228,7 @@ def _table(*columns: str) -> Table:
 
 def _short(value: float) -> str:
     """Two digits in at most six characters: 4.6e-4."""
-    if value == 0 or value != value:
+    if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}"

@@ -132,6 +132,8 @@ class CheckpointWriter:
 
     def _put(self, name: str, tensor: Tensor) -> None:
         tensor = tensor.detach().cpu().contiguous()
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(tensor.isfinite().all()):
+            raise LogitLockError(f"the tensor {name} holds NaN or infinity; a checkpoint with it would be of no use")
         if self._bytes + tensor.nbytes > _SHARD_BYTES and self._shard:
             self._flush()
         self._shard[name] = tensor

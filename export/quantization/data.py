@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from refmodels.checkpoints.load import ModelSource, load_tokenizer_for
-from refmodels.errors import LogitLockError
+from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.files import parse_json, read_text
 from refmodels.text.tokenizer import Tokenizer
 
@@ -81,7 +81,7 @@ def calibration_data(
     if not files:
         try:
             tokenizer = load_tokenizer_for(source)
-        except LogitLockError:
+        except NoTokenizerError:
             ids = torch.randint(0, source.spec.vocab_size, (samples, min(longest, 64)), generator=generator)
             return CalibrationData(rows=ids.tolist(), origin=f"random ids, seed {seed}: there is no tokenizer")
         texts = _bundled(samples, seed)

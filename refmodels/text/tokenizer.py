@@ -24,7 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from refmodels.errors import LogitLockError
+from refmodels.errors import LogitLockError, NoTokenizerError
+from refmodels.files import read_bytes
 from refmodels.json_records import read_json
 from refmodels.text.tokenizer_types import (
     ByteBpeTokenizer,
@@ -93,14 +94,14 @@ def load_tokenizer(directory: str | Path, *, family: str, generation: str | None
             "qwen.tiktoken or tokenizer.json" if family == "qwen" else "tokenizer.json, or vocab.json with merges.txt"
         )
     )
-    raise LogitLockError(f"{folder} has no tokenizer that the family {family} can use: expected {wanted}")
+    raise NoTokenizerError(f"{folder} has no tokenizer that the family {family} can use: expected {wanted}")
 
 
 def _load_tiktoken(folder: Path, generation: str | None) -> Tokenizer:
     path = folder / "qwen.tiktoken"
     tiktoken = _library("tiktoken", path)
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

@@ -246,6 +246,25 @@ def test_nothing_is_left_after_a_failure(models: Callable[[str], Path], tmp_path
         record_case(model, tmp_path / "case", steps=1)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(LogitLockError, match="unknown model_type 'llama'"):
+    with pytest.raises(LogitLockError, match=r"has the unknown tensors model.layers.0.self_attn.k_proj.bias"):
         record_case(model, tmp_path / "case", steps=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "lacks the tensor model.layers.1.mlp.up_proj.weight"),
+        (lambda w: w.update({"model.extra": torch.zeros(2)}), "has the unknown tensor model.extra"),
+    ],
+)
+def test_tensors_that_transformers_would_make_up(
+    models: Callable[[str], Path], tmp_path: Path, edit: Callable[[dict[str, torch.Tensor]], object], said: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(models("qwen2"), model)
+    weights = load_file(model / "model.safetensors")
+    edit(weights)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LogitLockError, match=said):
+        record_case(model, tmp_path / "case", steps=1)

@@ -442,7 +442,7 @@ def test_calibration_files(tmp_path: Path) -> None:
     assert max(map(len, data.rows)) == 50 and len(data.rows) > 3
     assert data.sha256 == calibration_data(source, [tmp_path / "a.jsonl", tmp_path / "b.txt"], tokens=50).sha256
     for name, content, message in (
-        ("c.jsonl", "{", "line 1 is not JSON"),
+        ("c.jsonl", "{", "line 1 is not valid JSON"),
         ("d.jsonl", '{"question": "?"}', 'line 1 must be an object with a text under "text"'),
         ("e.txt", "", "no text for calibration"),
     ):
