@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from refmodels.cache import KVCache, StepInputs
 from refmodels.errors import LogitLockError
-from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
+from refmodels.ops import Positions, cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.positions import PositionTables, build_tables
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.recorder import active_recorder, tap
 from refmodels.spec import Activation, ModelSpec, NormSpec, Numerics
+
+Past = tuple[Tensor, Tensor]
+"""Keys and values of one layer, [batch, kv_heads, capacity, head_dim] each."""
 
 
 class RmsNorm(nn.Module):
@@ -63,17 +66,43 @@ def make_linear(
 
 
 class Attention(nn.Module):
-    """The two projections around `cached_attention`, and the scales of a quantized cache, [kv_heads] each."""
+    """`cached_attention` between its two projections, and the scales of a quantized cache, [kv_heads] each."""
 
-    def __init__(self, spec: ModelSpec, path: str) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, *, numerics: Numerics) -> None:
         super().__init__()
-        a, h = spec.attention, spec.hidden_size
+        a, h, path = spec.attention, spec.hidden_size, f"blocks.{layer}.attn"
+        self.spec, self.layer = spec, layer
+        self.arithmetic = a.upstream_arithmetic if numerics == "upstream" else "exact"
         self.qkv = make_linear(spec, f"{path}.qkv", h, spec.qkv_width, bias=a.qkv_bias)
         self.out = make_linear(spec, f"{path}.out", a.heads * a.head_dim, h, bias=a.out_bias)
         self.key_scale: nn.Parameter | None = None
         self.value_scale: nn.Parameter | None = None
         if spec.cache_code is not None:
             self.key_scale, self.value_scale = (nn.Parameter(torch.ones(a.kv_heads)) for _ in range(2))
+
+    def forward(self, x: Tensor, past: Past, positions: Positions) -> tuple[Tensor, Past]:
+        """Shapes: x and result [batch, tokens, hidden].  Returns the caches as well, with the new keys and values."""
+        block = f"blocks.{self.layer}"
+        context, key, value = self.attend(tap(f"{block}.attn.qkv", self.qkv(x)), past, positions)
+        past = tap(f"{block}.key", key), tap(f"{block}.value", value)
+        return tap(f"{block}.attn.out", self.out(tap(f"{block}.attn.context", context))), past
+
+    def attend(self, qkv: Tensor, past: Past, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """`cached_attention` as this layer needs it: context, keys and values."""
+        a = self.spec.attention
+        return cached_attention(
+            qkv,
+            *past,
+            *positions,  # type: ignore[arg-type]
+            heads=a.heads,
+            kv_heads=a.kv_heads,
+            scale=self.spec.scale(self.layer),
+            rotary_interleaved=self.spec.rope is not None and self.spec.rope.interleaved,
+            window=self.spec.window(self.layer),
+            arithmetic=self.arithmetic,
+            key_scale=self.key_scale,
+            value_scale=self.value_scale,
+        )
 
 
 class Mlp(nn.Module):
@@ -103,71 +132,16 @@ class Block(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int, *, numerics: Numerics) -> None:
         super().__init__()
         self.path = f"blocks.{layer}"
-        self.spec, self.layer = spec, layer
-        self.arithmetic = spec.attention.upstream_arithmetic if numerics == "upstream" else "exact"
         self.attn_norm = make_norm(spec.hidden_size, spec.norm)
-        self.attn = Attention(spec, f"{self.path}.attn")
+        self.attn = Attention(spec, layer, numerics=numerics)
         self.mlp_norm = make_norm(spec.hidden_size, spec.norm)
         self.mlp = Mlp(spec, f"{self.path}.mlp", stepwise=numerics == "upstream")
 
-    def forward(
-        self,
-        x: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
-        cache_lengths: Tensor,
-        visible: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        query_scale: Tensor | None,
-        alibi_slopes: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, past: Past, positions: Positions) -> tuple[Tensor, Past]:
         path = self.path
-        normed = tap(f"{path}.attn_norm", self.attn_norm(x))
-        context, key, value = self.attend(
-            tap(f"{path}.attn.qkv", self.attn.qkv(normed)),
-            past_key,
-            past_value,
-            cache_lengths,
-            visible,
-            cos,
-            sin,
-            query_scale,
-            alibi_slopes,
-        )
-        key, value = tap(f"{path}.key", key), tap(f"{path}.value", value)
-        context = tap(f"{path}.attn.context", context)
-        x = tap(f"{path}.resid_mid", x + tap(f"{path}.attn.out", self.attn.out(context)))
-        normed = tap(f"{path}.mlp_norm", self.mlp_norm(x))
-        return tap(path, x + self.mlp(normed)), key, value
-
-    def attend(
-        self,
-        qkv: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
-        cache_lengths: Tensor,
-        visible: Tensor,
-        *positions: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`cached_attention` as this layer needs it; `positions` are cos, sin, query_scale and alibi_slopes."""
-        a = self.spec.attention
-        return cached_attention(
-            qkv,
-            past_key,
-            past_value,
-            cache_lengths,
-            visible,
-            *positions,
-            heads=a.heads,
-            kv_heads=a.kv_heads,
-            scale=self.spec.scale(self.layer),
-            rotary_interleaved=self.spec.rope is not None and self.spec.rope.interleaved,
-            window=self.spec.window(self.layer),
-            arithmetic=self.arithmetic,
-            key_scale=self.attn.key_scale,
-            value_scale=self.attn.value_scale,
-        )
+        attended, past = self.attn(tap(f"{path}.attn_norm", self.attn_norm(x)), past, positions)
+        x = tap(f"{path}.resid_mid", x + attended)
+        return tap(path, x + self.mlp(tap(f"{path}.mlp_norm", self.mlp_norm(x)))), past
 
 
 class Decoder(nn.Module):
@@ -258,11 +232,10 @@ class Decoder(nn.Module):
         if spec.position == "learned":
             x = x + self.position_embed(position_ids)
         x = tap("embed", x)
-        visible = attention_mask.bool()
-        positions = self.positions(position_ids, ntk_table)
+        positions = self.positions(cache_lengths, attention_mask, position_ids, ntk_table)
         keys, values = [], []
         for i, block in enumerate(self.blocks):
-            x, key, value = block(x, past_key[i], past_value[i], cache_lengths, visible, *positions)
+            x, (key, value) = block(x, (past_key[i], past_value[i]), positions)
             keys.append(key)
             values.append(value)
         return self.logits(x, logit_index), keys, values
@@ -273,17 +246,30 @@ class Decoder(nn.Module):
         return tap("logits", self.head(x))
 
     def positions(
-        self, position_ids: Tensor, ntk_table: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """What tells attention where tokens are: cos and sin [batch, tokens, rotary_dim / 2], query_scale
-        [batch, tokens] and alibi_slopes [heads], each None where the model has none."""
+        self, cache_lengths: Tensor, attention_mask: Tensor, position_ids: Tensor, ntk_table: Tensor
+    ) -> Positions:
+        """What tells attention where tokens are; tables that the model does not have are None."""
+        visible = attention_mask.bool()
         cos = sin = query_scale = None
         if self.rope_cos is not None and self.rope_sin is not None:
             rows = rope_rows(position_ids, ntk_table, self.table_positions) if self.spec.uses_ntk else position_ids
             cos, sin = F.embedding(rows, self.rope_cos), F.embedding(rows, self.rope_sin)
         if self.logn is not None:
             query_scale = F.embedding(position_ids, self.logn[:, None]).squeeze(-1)
-        return cos, sin, query_scale, self.alibi_slopes
+        return Positions(cache_lengths, visible, cos, sin, query_scale, self.alibi_slopes)
+
+    def positions_of(self, step: StepInputs) -> Positions:
+        """`positions` of a step, on this model's device."""
+        inputs = self._inputs(step)
+        names = ("cache_lengths", "attention_mask", "position_ids", "ntk_table")
+        return self.positions(*(inputs[name] for name in names))
+
+    def _inputs(self, step: StepInputs) -> dict[str, Tensor]:
+        """The step's arguments of `forward`; anything takes the place of those that this model does not read."""
+        inputs = {name: value.to(self.device) for name, value in step.tensors().items()}
+        inputs.setdefault("position_ids", inputs["input_ids"])
+        inputs.setdefault("ntk_table", inputs["cache_lengths"])
+        return inputs
 
     def step(
         self,
@@ -309,10 +295,7 @@ class Decoder(nn.Module):
         recorder = active_recorder()
         if recorder is not None:
             recorder.live_slots = step.attention_mask.shape[1]
-        inputs = {name: value.to(self.device) for name, value in step.tensors().items()}
-        inputs.setdefault("position_ids", inputs["input_ids"])
-        inputs.setdefault("ntk_table", inputs["cache_lengths"])
         logits: Tensor
-        logits, cache.key, cache.value = self(past_key=cache.key, past_value=cache.value, **inputs)
+        logits, cache.key, cache.value = self(past_key=cache.key, past_value=cache.value, **self._inputs(step))
         cache.advance(step)
         return logits

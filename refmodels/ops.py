@@ -7,7 +7,7 @@ function bodies, the plugins and their kernels all have this file to agree with.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,17 @@ def _rms_norm_body(x: Tensor, weight: Tensor, eps: float, weight_in_float: bool)
     if weight_in_float:
         return (normed * weight).to(x.dtype)
     return normed.to(x.dtype) * weight
+
+
+class Positions(NamedTuple):
+    """Where the tokens of a step are: the inputs of `cached_attention` that all layers share, described there."""
+
+    cache_lengths: Tensor
+    visible: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    query_scale: Tensor | None = None
+    alibi_slopes: Tensor | None = None
 
 
 def cached_attention(

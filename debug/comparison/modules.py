@@ -268,7 +268,7 @@ def _attention_arguments(decoder: Decoder, layer: int, part: str, forward: Forwa
         "scale": spec.scale(layer),
         "interleaved": spec.rope is not None and spec.rope.interleaved,
         "window": spec.window(layer),
-        "arithmetic": decoder.blocks[layer].arithmetic,
+        "arithmetic": attn.arithmetic,
         "key_scale": attn.key_scale,
         "value_scale": attn.value_scale,
         "causal": True,

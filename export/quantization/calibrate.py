@@ -236,23 +236,11 @@ class _BlockQuantizer:
                 elif self.cache is not None and name in (f"{path}.key", f"{path}.value"):
                     ranges.observe(name.removeprefix(f"{path}."), tensor.transpose(1, 2)[real])
 
-            inputs = {name: value.to(self.device) for name, value in step.tensors().items()}
-            ids = inputs["input_ids"]
-            positions = self.decoder.positions(
-                inputs.get("position_ids", ids), inputs.get("ntk_table", inputs["cache_lengths"])
-            )
-            a = self.spec.attention
-            shape = (len(ids), a.kv_heads, ids.shape[1], a.head_dim)
-            key, value = (torch.zeros(shape, device=self.device) for _ in range(2))
+            a, (rows, tokens) = self.spec.attention, step.input_ids.shape
+            shape = (rows, a.kv_heads, tokens, a.head_dim)
+            past = torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)
             with recording(Recorder(sink=watch)):
-                y, _, _ = block(
-                    batch.hidden.to(self.device),
-                    key,
-                    value,
-                    inputs["cache_lengths"],
-                    inputs["attention_mask"].bool(),
-                    *positions,
-                )
+                y, _ = block(batch.hidden.to(self.device), past, self.decoder.positions_of(step))
             outputs.append(y.cpu())
         return outputs
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from refmodels.model import Block, Decoder, Mlp, activate
+from refmodels.model import Block, Decoder, Mlp, Past, activate
+from refmodels.ops import Positions
 from refmodels.recorder import active_recorder
 from trt_runtime.torch_gpu.linear import Projection
 from trt_runtime.torch_gpu.quantized_linear import QuantizedProjection, paired
@@ -34,24 +35,16 @@ class FusedBlock(nn.Module):
         self.gate_up = _both(mlp) if mlp.spec.gated and mlp.spec.activation == "silu" else None
         self.chain: BlockChain | None = None
 
-    def forward(
-        self,
-        x: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
-        cache_lengths: Tensor,
-        visible: Tensor,
-        *positions: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, past: Past, positions: Positions) -> tuple[Tensor, Past]:
         block, mlp = self.block, self.block.mlp
         if active_recorder() is not None:
-            watched: tuple[Tensor, Tensor, Tensor] = block(x, past_key, past_value, cache_lengths, visible, *positions)
+            watched: tuple[Tensor, Past] = block(x, past, positions)
             return watched
         chain = self.chain if math.prod(x.shape[:-1]) == 1 else None
         qkv = _after(block.attn_norm, block.attn.qkv, x)
-        context, key, value = block.attend(qkv, past_key, past_value, cache_lengths, visible, *positions)
+        context, key, value = block.attn.attend(qkv, past, positions)
         if chain is not None:
-            return chain.run(context, x), key, value
+            return chain.run(context, x), (key, value)
         x = block.attn.out(context, x)
         if self.gate_up is not None:
             act = _after(block.mlp_norm, self.gate_up, x)
@@ -59,7 +52,7 @@ class FusedBlock(nn.Module):
             normed = block.mlp_norm(x)
             act = activate(mlp.gate(normed) if mlp.spec.gated else mlp.up(normed), mlp.spec.activation)
             act = act * mlp.up(normed) if mlp.spec.gated else act
-        return mlp.out(act, x), key, value
+        return mlp.out(act, x), (key, value)
 
     def products(self) -> list[nn.Module]:
         """In the order in which a decode step reads their weights."""
@@ -72,11 +65,11 @@ class FusedDecoder(Decoder):
     """A decoder of `FusedBlock`s, with fewer kernels before and after them too."""
 
     def positions(
-        self, position_ids: Tensor, ntk_table: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        self, cache_lengths: Tensor, attention_mask: Tensor, position_ids: Tensor, ntk_table: Tensor
+    ) -> Positions:
         tables = [table for table in (self.rope_cos, self.logn) if table is not None]
         if not tables or not position_ids.is_cuda or position_ids.shape[1] != 1 or active_recorder() is not None:
-            return super().positions(position_ids, ntk_table)
+            return super().positions(cache_lengths, attention_mask, position_ids, ntk_table)
         from trt_runtime.kernels.position_rows import position_rows
         from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
 
@@ -98,7 +91,7 @@ class FusedDecoder(Decoder):
             query_scale=query_scale,
         )
         execute([rows])
-        return cos, sin, query_scale, self.alibi_slopes
+        return Positions(cache_lengths, attention_mask.bool(), cos, sin, query_scale, self.alibi_slopes)
 
     def logits(self, x: Tensor, logit_index: Tensor) -> Tensor:
         if x.shape[1] != 1 or logit_index.shape[1] != 1 or active_recorder() is not None:
