@@ -10,6 +10,7 @@ from hypothesis import settings
 
 from debug.golden.verify import add_up_as_recorded
 
+pytest.register_assert_rewrite("tests.support")
 add_up_as_recorded()
 
 # A loaded machine must not fail a test by being slow, and CI must try the same examples every time.

@@ -12,15 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from safetensors.torch import load_file
-from torch import Tensor
 from typer.testing import CliRunner
 
 import refmodels
@@ -29,123 +25,19 @@ from export.bundle import default_output, export_model
 from export.graph.external_data import WeightWriter
 from export.graph.functions import ELEMENT_TYPES, attention_inputs, make_functions
 from export.graph.trace import build_graph
-from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoints.load import DTYPES, ModelSource
+from refmodels.checkpoints.load import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.ops import cached_attention
 from refmodels.positions import build_tables
 from refmodels.recorder import Recorder, recording
 from refmodels.taps import tap_names, tap_shape
 from tests.support.checkpoints import read_case, write_model
-from tests.support.goldens import CASES, GOLDENS, case_source, needs_opset_24
+from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, source_of
+from tests.support.graph_runs import TOLERANCE, Evaluator, Runtime, to_numpy, to_torch, worst_on_walk
+from tests.support.paths import GOLDENS
 from trt_runtime.bundle import read_bundle
 
 pytestmark = needs_opset_24
-
-TOLERANCE = 1e-5
-# One case for each feature: dynamic NTK and logn over the crossing; ALiBi; interleaved partial rope with few kv heads;
-# sliding window with grouped heads; learned positions with one kv head; learned positions with a tied head.
-FEATURES = ("qwen_ntk_cross_b1", "baichuan_13b", "chatglm2", "starcoder2_sliding", "gpt_bigcode", "gpt2")
-TOYS = ("toy:chatglm2", "toy:baichuan", "toy:qwen", "toy:gpt")
-
-
-def source_of(case: str) -> ModelSource:
-    if case in TOYS:
-        return refmodels.resolve(case.removeprefix("toy:"))
-    return case_source(case)
-
-
-def prompt_of(case: str, source: ModelSource) -> tuple[Tensor, Tensor | None]:
-    """Token ids and mask of a golden prompt; for a toy a random left-padded one."""
-    if (GOLDENS / case / "io.safetensors").is_file():
-        tensors = load_file(GOLDENS / case / "io.safetensors")
-        return tensors["input_ids"], tensors.get("attention_mask")
-    ids = torch.randint(0, source.spec.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    return ids, mask
-
-
-def to_numpy(tensor: Tensor) -> Any:
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def to_torch(array: Any) -> Tensor:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.copy().view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
-
-
-class Runtime:
-    """An exported file run by ONNX Runtime: every call returns all outputs, the cache comes back as new tensors."""
-
-    def __init__(self, bundle: Path) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        self.session = ort.InferenceSession(bundle / "model.onnx", options, providers=["CPUExecutionProvider"])
-        self.outputs = [o.name for o in self.session.get_outputs()]
-
-    def compute(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        return dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
-
-    def run(self, step: StepInputs, cache: KVCache) -> dict[str, Tensor]:
-        feeds = {name: value.numpy() for name, value in step.tensors().items()}
-        for i, (key, value) in enumerate(zip(cache.key, cache.value, strict=True)):
-            feeds |= {f"past.blocks.{i}.key": to_numpy(key), f"past.blocks.{i}.value": to_numpy(value)}
-        results = {name: to_torch(value) for name, value in self.compute(feeds).items()}
-        cache.key = [results[f"blocks.{i}.key"] for i in range(len(cache.key))]
-        cache.value = [results[f"blocks.{i}.value"] for i in range(len(cache.value))]
-        cache.advance(step)
-        return results
-
-
-class Evaluator(Runtime):
-    """The same by the ONNX reference evaluator; returns inner values of the graph as well."""
-
-    def __init__(self, bundle: Path) -> None:
-        self.evaluator = ReferenceEvaluator(str(bundle / "model.onnx"))
-
-    def compute(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        values = self.evaluator.run(None, feeds, intermediate=True)
-        assert isinstance(values, dict)
-        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-
-
-def worst_on_walk(case: str, source: ModelSource, runner: Runtime) -> float:
-    """Largest difference to the eager reference, in units of the tolerance, over logits and caches.
-
-    A prefill, decode steps, a chunk of three tokens, a ragged chunk and a decode step after it, on one cache.
-    """
-    decoder = refmodels.load(source)
-    ids, mask = prompt_of(case, source)
-    batch, tokens = ids.shape
-    cut = tokens // 2
-    steps: list[tuple[Tensor, Tensor | None]] = [(ids[:, :cut], None if mask is None else mask[:, :cut])]
-    if mask is not None and not bool(mask[:, :cut].any(1).all()):
-        steps, cut = [], 0
-    steps.append((ids[:, cut:], None if mask is None else mask[:, cut:]))
-    ragged = torch.ones(batch, 3, dtype=torch.int64)
-    ragged[0, 1:] = 0
-    steps += [(ids[:, :1], None), (ids[:, 1:2], None), (ids[:, 2:5], None), (ids[:, 5:8], ragged), (ids[:, :1], None)]
-    capacity = tokens + 12
-    caches = [decoder.new_cache(batch=batch, capacity=capacity) for _ in range(2)]
-    totals = torch.full((batch,), tokens) if mask is None else mask.sum(1)
-    worst = 0.0
-    for number, (chunk, chunk_mask) in enumerate(steps):
-        step = caches[0].next_step(chunk, chunk_mask, prompt_lengths=totals, last_logits_only=number % 3 == 2)
-        expected = decoder.run(step, caches[0])
-        got = runner.run(step, caches[1])["logits"]
-        real = step.new_mask.gather(1, step.logit_index)
-        scale = max(1.0, float(expected[real].abs().max()))
-        worst = max(worst, float((got - expected)[real].abs().max()) / scale / TOLERANCE)
-    live = caches[0].mask[:, None, :, None]
-    for mine, theirs in zip(caches[0].key + caches[0].value, caches[1].key + caches[1].value, strict=True):
-        scale = max(1.0, float((mine * live).abs().max()))
-        worst = max(worst, float(((mine - theirs) * live).abs().max()) / scale / TOLERANCE)
-    return worst
 
 
 @pytest.mark.parametrize("case", [*CASES, *TOYS])

@@ -38,8 +38,7 @@ from refmodels.quantization.linear import QuantizedLinear
 from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap
-from tests.export.test_export import FEATURES, TOYS, source_of
-from tests.support.goldens import needs_opset_24
+from tests.support.goldens import FEATURES, TOYS, needs_opset_24, source_of
 from trt_runtime.bundle import Precision, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.inspect_bundle import describe

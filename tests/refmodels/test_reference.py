@@ -17,6 +17,7 @@ from refmodels.ops import cached_attention, fused_rms_norm
 from refmodels.recorder import Recorder, recording
 from refmodels.taps import is_cache_tap, tap_names
 from tests.support.goldens import CASES, assert_reproduces_golden, case_source
+from tests.support.gpu import needs_gpu
 
 # One case for each position scheme, mask form and head layout.
 FEATURES = [
@@ -182,12 +183,8 @@ def test_exact_in_fp32_is_close_to_fp64_and_halves_are_ordered(case: str) -> Non
     assert error[torch.float32] < error[torch.float16] < error[torch.bfloat16] < 1.0
 
 
-needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
-
-
+@needs_gpu
 class TestCuda:
-    pytestmark = needs_cuda
-
     @pytest.mark.parametrize("case", FEATURES)
     def test_fp64_agrees_with_the_cpu(self, case: str) -> None:
         ids = random_ids(open_case(case), 2, 24)

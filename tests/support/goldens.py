@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import refmodels
 from refmodels.model import Decoder
@@ -14,12 +15,34 @@ from tests.support.paths import GOLDENS
 from trt_runtime.onnxruntime.before_opset_24 import has_tensor_scatter
 
 CASES = sorted(p.name for p in GOLDENS.iterdir() if (p / "config.json").is_file())
+FEATURES = ("qwen_ntk_cross_b1", "baichuan_13b", "chatglm2", "starcoder2_sliding", "gpt_bigcode", "gpt2")
+"""One case for each feature: dynamic NTK and logn over the crossing; ALiBi; interleaved partial rope with few kv heads;
+sliding window with grouped heads; learned positions with one kv head; learned positions with a tied head."""
+TOYS = ("toy:chatglm2", "toy:baichuan", "toy:qwen", "toy:gpt")
 
 
 def case_source(case: str) -> refmodels.ModelSource:
     """A golden case as a model; meta.json says what no config key does."""
     meta = json.loads((GOLDENS / case / "meta.json").read_text())
     return refmodels.resolve(GOLDENS / case, variant=meta.get("variant"))
+
+
+def source_of(case: str) -> refmodels.ModelSource:
+    """A golden case or one of `TOYS`."""
+    if case in TOYS:
+        return refmodels.resolve(case.removeprefix("toy:"))
+    return case_source(case)
+
+
+def prompt_of(case: str, source: refmodels.ModelSource) -> tuple[Tensor, Tensor | None]:
+    """Token ids and mask of a golden prompt; for a toy a random left-padded one."""
+    if (GOLDENS / case / "io.safetensors").is_file():
+        tensors = load_file(GOLDENS / case / "io.safetensors")
+        return tensors["input_ids"], tensors.get("attention_mask")
+    ids = torch.randint(0, source.spec.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    return ids, mask
 
 
 def assert_reproduces_golden(model: Decoder, case: str) -> None:

@@ -22,10 +22,11 @@ from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoints.load import DTYPES
 from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
-from refmodels.taps import is_cache_tap, tap_names
-from tests.export.test_export import FEATURES, TOLERANCE, TOYS, Evaluator, Runtime, prompt_of, source_of, worst_on_walk
-from tests.support.goldens import CASES, needs_opset_24
+from refmodels.taps import tap_names
+from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, source_of
+from tests.support.graph_runs import TOLERANCE, Evaluator, Runtime, worst_on_walk
 from tests.support.mutate import mutated
+from tests.support.native_plan import FUSED, check_plan
 from trt_runtime.bundle import Precision
 from trt_runtime.onnxruntime import engine as onnxruntime_engine
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
@@ -147,24 +148,6 @@ def plan_of(
     parser = trt.OnnxParser(network, LOGGER)
     assert parser.parse(model.SerializeToString(), str(bundle / "model.onnx"))
     return Counter(network.get_layer(i).type.name for i in range(network.num_layers)), result.layers.layers
-
-
-def check_plan(spec: ModelSpec, kinds: Counter[str], layers: list[Layer], *, kernels: dict[int, str]) -> None:
-    """`kernels`: what the name of the attention kernel of a profile begins with."""
-    assert kinds["ATTENTION_INPUT"] == spec.layers
-    assert kinds["KV_CACHE_UPDATE"] == 2 * spec.layers
-    for profile in (0, 1):
-        mine = [layer for layer in layers if layer.profile == profile]
-        for name in filter(is_cache_tap, tap_names(spec)):
-            written = [layer for layer in mine if name in {t.name for t in layer.outputs}]
-            assert len(written) == 1 and name in {t.name for t in written[0].inputs}, f"{name} is not updated in place"
-        if profile in kernels:
-            attention = [layer for layer in mine if layer.name.startswith(kernels[profile])]
-            assert [layer.taps for layer in attention] == [[f"blocks.{i}.attn.context"] for i in range(spec.layers)]
-            assert all(len(layer.inputs) == 4 for layer in attention), "query, key, value and mask"
-
-
-FUSED = {0: "_gemm_mha", 1: "_gemv_mha"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from export.bundle import export_model
-from tests.export.test_export import FEATURES, source_of
+from tests.support.goldens import FEATURES, source_of
 from tests.support.mutate import Fault, mutated
 from trt_runtime.bundle import AttentionMode, Precision
 

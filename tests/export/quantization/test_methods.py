@@ -29,6 +29,7 @@ from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.quantization.arithmetic import quantize_weight, weight_scale
 from refmodels.quantization.formats import LIMITS, LinearFormat, group_formats
+from tests.support.gpu import needs_gpu
 from tests.support.observed_toys import (
     FORMATS,
     INT4,
@@ -284,8 +285,7 @@ def test_a_mixed_block_keeps_what_is_not_quantized() -> None:
         MethodOptions(percentile=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 @by_format
 def test_methods_find_the_same_on_a_gpu(linear: LinearFormat) -> None:
     weight, x = made_layer(9, rows=96, columns=256, tokens=600)

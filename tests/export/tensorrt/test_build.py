@@ -21,7 +21,7 @@ from refmodels.checkpoints.load import ModelSource
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap, tap_names
-from tests.export.test_export import TOYS, source_of
+from tests.support.goldens import TOYS, source_of
 from tests.support.mutate import attribute, node
 from trt_runtime.bundle import AttentionMode, Precision
 from trt_runtime.plan_layers import Layer, PlanLayers

@@ -27,9 +27,8 @@ from export.tensorrt.options import BuildOptions, build_options
 from refmodels.checkpoints.load import empty_decoder, resolve
 from refmodels.errors import LogitLockError
 from refmodels.taps import tap_names
-from tests.export.test_export import source_of
 from tests.support.command import logitlock
-from tests.support.goldens import GOLDENS, needs_opset_24
+from tests.support.goldens import GOLDENS, needs_opset_24, source_of
 from trt_runtime.bundle import read_bundle
 from trt_runtime.generation import GenerationConfig, generate
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine

@@ -25,10 +25,9 @@ from refmodels.errors import LogitLockError
 from refmodels.ops import fused_rms_norm
 from refmodels.spec import ModelSpec
 from refmodels.taps import tap_names
-from tests.export.graph.test_native import FUSED, check_plan
-from tests.export.test_export import FEATURES, TOYS, prompt_of, source_of
 from tests.support.command import logitlock
-from tests.support.goldens import GOLDENS
+from tests.support.goldens import FEATURES, GOLDENS, TOYS, prompt_of, source_of
+from tests.support.native_plan import FUSED, check_plan
 from tests.support.paths import ROOT
 from trt_runtime.bundle import read_bundle
 from trt_runtime.plan_layers import read_layers

@@ -16,9 +16,6 @@ additions and exp2 have a relative error of up to about 2^-22 each where scores 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +24,7 @@ import torch
 from torch import Tensor
 
 from refmodels.ops import _attention_body, rotate
+from tests.support.gpu import CUDA, DEVICE, INTERPRETED, interpreted, needs_gpu, needs_kernels
 
 pytest.importorskip("triton")
 from trt_runtime.kernels import attention
@@ -34,16 +32,11 @@ from trt_runtime.kernels.attention import DecodeBlocks
 from trt_runtime.kernels.launch import AttentionShape
 from trt_runtime.kernels.position_rows import position_rows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETED
-DEVICE = "cuda" if CUDA else "cpu"
 # The interpreter knows nothing of launches that overlap, as GPUs before 9.0.
 CAPABILITY = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1] if CUDA else 80
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 2.0**-19, "fp16": 2 * 2.0**-11, "bf16": 2 * 2.0**-8}
 NAN = float("nan")
-
-runs_kernels = pytest.mark.skipif(not CUDA and not INTERPRETED, reason="needs a CUDA GPU or TRITON_INTERPRET=1")
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "chatglm2": {"heads": 8, "kv_heads": 2, "rotary": 0.5, "rotary_interleaved": True},
@@ -238,13 +231,13 @@ SMALL = [
 ]
 
 
-@runs_kernels
+@needs_kernels
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small(case: Case) -> None:
     check(case)
 
 
-@runs_kernels
+@needs_kernels
 @pytest.mark.parametrize("last_combines", [False, True])
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("splits", [2, 7])
@@ -258,7 +251,7 @@ def test_splits(splits: int, rows: int, last_combines: bool) -> None:
     )
 
 
-@runs_kernels
+@needs_kernels
 @pytest.mark.parametrize("rows", [1, 16])
 def test_row_blocks(rows: int) -> None:
     """More heads on a kv head than a block takes."""
@@ -266,14 +259,14 @@ def test_row_blocks(rows: int) -> None:
     check(Case(scheme="alibi_mqa_window", lengths=(60, 5), head_dim=16, more={"heads": 18}), decode=blocks, splits=3)
 
 
-@runs_kernels
+@needs_kernels
 def test_more_splits_than_are_combined_at_once() -> None:
     blocks = DecodeBlocks(rows=1, slots=16, warps=4, stages=1, resident=1, last_combines=True)
     # With ALiBi the later splits have the larger maxima.
     check(Case(scheme="baichuan13b", lengths=(600,), head_dim=16, more={"heads": 1}), decode=blocks, splits=36)
 
 
-@runs_kernels
+@needs_kernels
 @pytest.mark.parametrize("scheme", [("rope",), ("rope", "ntk", "logn"), ("logn",)], ids=" ".join)
 def test_position_rows(scheme: tuple[str, ...]) -> None:
     """To the bit what indexing gives."""
@@ -307,10 +300,7 @@ def test_position_rows(scheme: tuple[str, ...]) -> None:
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the GPU runs the small cases itself")
 def test_interpreted() -> None:
     tests = "test_small or splits or test_row_blocks or test_position_rows"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, __file__]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"{len(SMALL) + 14} passed" in result.stdout
+    assert f"{len(SMALL) + 14} passed" in interpreted(__file__, tests)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -340,19 +330,7 @@ def test_variants_are_all_that_launches_use(scheme: str, dtype: str, capability:
                     assert set(launch.pointers) == set(launch.arguments) & set(addresses)
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")]
-
-
-def marked(*marks: Any) -> Any:
-    def decorate(function: Any) -> Any:
-        for mark in marks:
-            function = mark(function)
-        return function
-
-    return decorate
-
-
-@marked(*gpu)
+@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(scheme: str, dtype: str) -> None:
@@ -364,7 +342,7 @@ def test_schemes(scheme: str, dtype: str) -> None:
         check(Case(lengths=(1024, 5), tokens=33, **common, spare_slots=100), seed=4)
 
 
-@marked(*gpu)
+@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 80, 96, 128, 160, 192, 256])
 def test_head_dims(head_dim: int, dtype: str) -> None:
@@ -374,7 +352,7 @@ def test_head_dims(head_dim: int, dtype: str) -> None:
         check(Case(lengths=(0, 200), tokens=200, **common), seed=6)
 
 
-@marked(*gpu)
+@needs_gpu
 @pytest.mark.parametrize("scheme", ["baichuan7b", "chatglm2"])
 def test_lengths(scheme: str) -> None:
     """1 .. 32768 slots; compiled once, so lengths are what is tested."""
@@ -387,7 +365,7 @@ def test_lengths(scheme: str) -> None:
     check(Case(lengths=(32768 - 300,), tokens=300, **common), seed=7)
 
 
-@marked(*gpu)
+@needs_gpu
 def test_large_caches() -> None:
     """Offsets beyond 2**31 elements."""
     case = Case(scheme="chatglm2", dtype="fp16", head_dim=128, lengths=(3, 40), spare_capacity=5_000_000)
@@ -395,14 +373,14 @@ def test_large_caches() -> None:
     check(replace(case, tokens=70))
 
 
-@marked(*gpu)
+@needs_gpu
 @pytest.mark.parametrize("scheme", ["chatglm2", "qwen"])
 def test_many_rows(scheme: str) -> None:
     lengths = tuple(torch.randint(0, 1500, (96,), generator=torch.Generator().manual_seed(3)).tolist())
     check(Case(scheme=scheme, dtype="bf16", head_dim=128, lengths=lengths, more={"heads": 32}), seed=8)
 
 
-@marked(*gpu)
+@needs_gpu
 @pytest.mark.parametrize("scheme", ["chatglm2", "baichuan7b"])
 def test_chunks_then_graph_replays(scheme: str) -> None:
     """Prefill in two chunks, then one captured decode step replayed while the lengths grow on the device."""

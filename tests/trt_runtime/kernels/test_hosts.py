@@ -19,17 +19,13 @@ import refmodels
 from refmodels import ops
 from refmodels.errors import LogitLockError
 from tests.support.goldens import CASES, assert_reproduces_golden, case_source
+from tests.support.gpu import needs_gpu
 from tests.support.kernel_cases import ADDRESSES, SPEC, attention_shape, changed, norm_shape, tensors
 
 pytest.importorskip("triton")
 from trt_runtime.kernels import attention, compiled, rms_norm, torch_host
 from trt_runtime.kernels.compiled import CompiledKernels, compile_kernels
 from trt_runtime.kernels.launch import AttentionShape
-
-CUDA = torch.cuda.is_available()
-
-gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-
 
 # ---- torch ----
 
@@ -162,8 +158,7 @@ def both_hosts(
     return [(expected, context), (given[1], twin[1]), (given[2], twin[2]), (normed, y)]  # type: ignore[list-item]
 
 
-@pytest.mark.gpu
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("name", ["chatglm2", "large"])
 def test_compiled_host_gives_the_bits_of_the_torch_host(name: str, graph: bool) -> None:
@@ -176,8 +171,7 @@ def test_compiled_host_gives_the_bits_of_the_torch_host(name: str, graph: bool) 
             assert torch.equal(torch_result, compiled_result), shape
 
 
-@pytest.mark.gpu
-@gpu
+@needs_gpu
 def test_ptx_of_an_older_capability() -> None:
     """A GPU newer than every cubin: the driver compiles the PTX of 8.0.  Sums in another order: not the same bits."""
     launcher = launcher_on_this_gpu(CompiledKernels.load(compile_kernels(SPEC, "fp16", capabilities=[80])))
@@ -190,8 +184,7 @@ def test_ptx_of_an_older_capability() -> None:
                 torch.testing.assert_close(torch_result, compiled_result, rtol=2.0**-9, atol=2.0**-11)
 
 
-@pytest.mark.gpu
-@gpu
+@needs_gpu
 def test_ops_on_cuda() -> None:
     """Outside `use_kernels` the op is its body to the bit; inside, captured or not, the kernels give one result."""
     shape = attention_shape(SPEC, tokens=1, slots=60)
@@ -243,8 +236,7 @@ def eager_upcast(shape: AttentionShape, arguments: Any) -> Any:
     return ops._attention_body(*tensors(shape), *arguments, "eager_upcast", in_place=True)  # type: ignore[arg-type]
 
 
-@pytest.mark.gpu
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("case", CASES)
 def test_goldens_through_the_kernels(case: str) -> None:
     """Every family and variant in fp32: Hugging Face's logits, and its greedy tokens."""

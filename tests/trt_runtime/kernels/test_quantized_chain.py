@@ -2,7 +2,7 @@
 
 The kernel runs on a GPU, and on the CPU as C++ (`cuda_on_cpu.h`), there with few blocks and small sizes.
 
-Tolerance.  As for the products of `test_quantized_kernels.py`: sums are exact but for fp32's rounding, and what is
+Tolerance.  As for the products of `test_quantized_linear.py`: sums are exact but for fp32's rounding, and what is
 rounded to fp16 afterwards is at most the sum, each part of a gated one, silu, their product and the sum with a
 residual: the norm of the error is within 4 units.  Each product is checked on what the one before it really gave.
 """
@@ -30,6 +30,7 @@ from refmodels.ops import fused_rms_norm
 from refmodels.quantization.formats import LinearFormat, group_formats
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.spec import linear_modules
+from tests.support.gpu import DEVICE, needs_hopper
 from tests.support.paths import ROOT
 from trt_runtime.kernels import packing, quantized_chain
 from trt_runtime.kernels.quantized_chain import ChainRunner, Product
@@ -39,12 +40,6 @@ from trt_runtime.torch_gpu.engine import TorchEngine
 from trt_runtime.torch_gpu.quantized_linear import PackedLinear, QuantizedProjection, pack
 
 HALF = torch.float16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-def on_hopper(function: Any) -> Any:
-    return pytest.mark.gpu(pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")(function))
 
 
 def by_row(tiles: Tensor) -> Tensor:
@@ -251,7 +246,7 @@ def check(products: Sequence[Product], runner: ChainRunner | KernelOnCpu | None 
             results.append(product.out)
 
 
-@on_hopper
+@needs_hopper
 @pytest.mark.parametrize("in_float", [False, True])
 @pytest.mark.parametrize(
     ("hidden", "width"), [(128, 128), (256, 384), (4096, 11008), (4224, 4352), (5120, 13824), (8192, 2048)]
@@ -298,13 +293,13 @@ def products_of_a_block(hidden: int, width: int, *, in_float: bool) -> list[Prod
     ]
 
 
-@on_hopper
+@needs_hopper
 @pytest.mark.parametrize(("rows", "columns"), [(16, 128), (151936, 512), (2112, 2176), (12288, 4096)])
 def test_one_product(rows: int, columns: int) -> None:
     check([Product(**packed(rows, columns, 1), input=numbers(columns, 2), out=empty(rows))])
 
 
-@on_hopper
+@needs_hopper
 def test_inputs_of_any_size() -> None:
     check_inputs_of_any_size(ChainRunner(rows=64, device=torch.device("cuda", 0)))
 
@@ -324,7 +319,7 @@ def check_inputs_of_any_size(runner: ChainRunner | KernelOnCpu) -> None:
         assert out.isnan().all()
 
 
-@on_hopper
+@needs_hopper
 def test_a_graph_of_chains_gives_the_same_every_time() -> None:
     runner = ChainRunner(rows=4096, device=torch.device("cuda", 0))
     x, y, z = numbers(1024, 1), empty(4096), empty(1024)
@@ -346,7 +341,7 @@ def test_a_graph_of_chains_gives_the_same_every_time() -> None:
         assert torch.equal(y, first[0]) and torch.equal(z, first[1])
 
 
-@on_hopper
+@needs_hopper
 @torch.no_grad()
 def test_an_engine_gives_the_logits_of_separate_products(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []

@@ -10,15 +10,15 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.support.gemm import check_gemm
 from tests.support.gluon_on_cpu import execute_on_cpu
-from tests.trt_runtime.kernels.test_quantized_linear import BRAIN, CUDA, HALF, INTERPRETED, check_gemm, gpu
+from tests.support.gpu import CUDA, INTERPRETED, needs_hopper
 from trt_runtime.kernels import quantized_gemm_hopper as hopper
 from trt_runtime.kernels.launch import Launch
 from trt_runtime.kernels.quantized_gemm_hopper import Tile
 from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
 
-HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
-needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+HALF, BRAIN = torch.float16, torch.bfloat16
 
 
 def sums_of(tile: Tile, given: dict[str, Any]) -> torch.Tensor | None:
@@ -143,7 +143,6 @@ def test_compiled_for_hopper(code: Any, gated: bool) -> None:
         assert waits == (2 if code == "int8" else 0), "one in the loop of each half"
 
 
-@gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 @pytest.mark.parametrize("code", ["int8", "fp8"])

@@ -11,10 +11,6 @@ are within k * 2^-23 of the sum of magnitudes, below a unit of fp16 for every k 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import refmodels
 from debug.capture.prompts import random_prompts
@@ -33,8 +28,6 @@ from export.quantization.data import calibration_data
 from export.quantization.schemes import QuantizeOptions
 from refmodels.quantization.arithmetic import (
     LEAST_AMAX,
-    QuantizedWeight,
-    coded_product,
     quantize_static,
     quantize_tokens,
     quantize_weight,
@@ -47,7 +40,9 @@ from tests.support.paths import GOLDENS_MODELOPT
 
 pytest.importorskip("triton")
 
-from tests.trt_runtime.torch_gpu.test_engine import FusedOnCpu, OnHost
+from tests.support.gemm import Weights, check_gemm
+from tests.support.gpu import CUDA, DEVICE, INTERPRETED, interpreted, needs_gpu, needs_kernels
+from tests.support.torch_engines import FusedOnCpu, OnHost
 from trt_runtime.kernels import packing, quantized_gemm, quantized_gemm_hopper, quantized_linear
 from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
 from trt_runtime.torch_gpu.engine import TorchEngine
@@ -60,18 +55,7 @@ from trt_runtime.torch_gpu.quantized_linear import (
     paired,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETED
-DEVICE = "cuda" if CUDA else "cpu"
 HALF, BRAIN = torch.float16, torch.bfloat16
-gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-
-
-def on_kernels(function: Any) -> Any:
-    return gpu(pytest.mark.skipif(not CUDA and not INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")(function))
-
-
 FORMATS = [
     LinearFormat(weight="int4", group=128),
     LinearFormat(weight="int4", group=64),
@@ -88,38 +72,6 @@ FORMATS = [
 
 
 SCALED = LinearFormat(weight="int4", group=32, pre_quant_scale=True)
-
-
-class Weights:
-    """One or two quantized weights [n, k], as the reference and as the kernels have them."""
-
-    def __init__(self, linear: LinearFormat, n: int, k: int, dtype: torch.dtype, *, gated: bool, seed: int = 0) -> None:
-        g = torch.Generator().manual_seed(seed)
-        self.parts: list[QuantizedWeight] = []
-        for _ in range(1 + gated):
-            # Asymmetric formats need weights that are not.
-            weight = torch.randn(n, k, generator=g) * k**-0.5 + (0 if linear.symmetric else 0.4 * k**-0.5)
-            made = quantize_weight(weight, linear)
-            scale = made.scale.to(dtype).to(DEVICE)
-            zero = made.zero.to(DEVICE) if made.zero is not None else None
-            self.parts.append(QuantizedWeight(codes=made.codes.to(DEVICE), scale=scale, zero=zero))
-        code: Code = linear.weight
-        self.arguments: dict[str, Any] = {
-            "weight": torch.cat([packing.pack(p.codes, code) for p in self.parts]),
-            "scale": torch.cat([packing.by_tile(p.scale) for p in self.parts]),
-            "offset": None
-            if linear.symmetric
-            else torch.cat([packing.offsets(p.zero, code, dtype) for p in self.parts if p.zero is not None]),
-            "n": n,
-            "k": k,
-            "dtype": ELEMENT_TYPES[dtype],
-            "code": code,
-            "group": linear.group,
-        }
-
-    def exact(self) -> Tensor:
-        """(code - zero) * scale in fp64, of all parts."""
-        return torch.cat([p.dequantized(torch.float64) for p in self.parts])
 
 
 def check_gemv(linear: LinearFormat, n: int, k: int, tokens: int, dtype: torch.dtype, **more: Any) -> None:
@@ -208,7 +160,7 @@ def test_what_is_fetched_ahead() -> None:
     assert long is not None and products[1].ahead[0][0].data_ptr() == long.data_ptr() + half
 
 
-@on_kernels
+@needs_kernels
 @pytest.mark.parametrize("linear", FORMATS, ids=str)
 def test_small_products(linear: LinearFormat) -> None:
     k = 384 if linear.group == 128 else 320
@@ -218,7 +170,7 @@ def test_small_products(linear: LinearFormat) -> None:
         check_gemv(linear, 20, 208, 1, HALF)
 
 
-@on_kernels
+@needs_kernels
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_small_projections_scale_their_input(tokens: int) -> None:
     """A pre-quant scale is the kernels' caller's to multiply by."""
@@ -231,13 +183,13 @@ def test_small_projections_scale_their_input(tokens: int) -> None:
     assert error <= 4 * torch.finfo(HALF).eps
 
 
-@on_kernels
+@needs_kernels
 def test_small_tiles_and_warps() -> None:
     for block in ((1, 1, 1), (4, 3, 2), (8, 2, 1)):
         check_gemv(FORMATS[0], 50, 1280, 1, HALF, block=block)
 
 
-@on_kernels
+@needs_kernels
 @pytest.mark.parametrize("linear", FORMATS, ids=str)
 def test_small_dequantized_weights(linear: LinearFormat) -> None:
     """Bit for bit the reference's."""
@@ -269,71 +221,20 @@ def check_codes(code: Any, rows: int, width: int, dtype: torch.dtype) -> None:
     assert torch.equal(codes.cpu(), quantize_static(x.cpu(), static.cpu(), code).view(torch.int8))
 
 
-@on_kernels
+@needs_kernels
 @pytest.mark.parametrize("code", ["int8", "fp8"])
 def test_small_codes_of_inputs(code: Any) -> None:
     check_codes(code, 5, 200, HALF)
 
 
-def one_gemm(**given: Any) -> None:
-    execute([quantized_gemm.gemm(**given)])
-
-
-def check_gemm(
-    code: Any,
-    n: int,
-    k: int,
-    tokens: int,
-    dtype: torch.dtype,
-    *,
-    gated: bool,
-    static: bool,
-    run: Callable[..., None] = one_gemm,
-) -> None:
-    linear = LinearFormat(weight=code, input=code, input_scale="tensor" if static else "token")
-    weights = Weights(linear, n, k, dtype, gated=gated)
-    g = torch.Generator().manual_seed(tokens)
-    x, bias, residual = (
-        torch.randn(*shape, generator=g).to(dtype).to(DEVICE)
-        for shape in ((tokens, k), (n * (1 + gated),), (tokens, n))
-    )
-    one = torch.tensor(0.02 if code == "int8" else 0.006, dtype=dtype, device=DEVICE)
-    codes, scales = (quantize_static(x, one, code), one) if static else quantize_tokens(x, code)
-    out = torch.full((tokens, n), float("nan"), dtype=dtype, device=DEVICE)
-    run(
-        n=n,
-        k=k,
-        tokens=tokens,
-        dtype=ELEMENT_TYPES[dtype],
-        code=code,
-        x=codes,
-        input_scale=scales.flatten() if not static else one,
-        weight=torch.cat([p.codes.view(torch.int8) for p in weights.parts]).view(weights.parts[0].codes.dtype),
-        scale=torch.cat([p.scale.flatten() for p in weights.parts]),
-        out=out,
-        bias=bias,
-        residual=residual,
-        static=static,
-        gated=gated,
-    )
-    ys = [coded_product(codes, scales, p.codes, p.scale, dtype) for p in weights.parts]
-    ys = [y + b for y, b in zip(ys, bias.split(n), strict=True)]
-    y = (F.silu(ys[0]) * ys[1] if gated else ys[0]) + residual
-    # int8: the same exact sums, rounded the same way, but for exp of silu.  fp8: Hopper keeps 14 bits of a sum.
-    differ = (out != y).double().mean()
-    assert code == "fp8" or float(differ) <= (0.02 if gated else 0), (n, k, tokens, gated, static)
-    bound = torch.finfo(dtype).eps if code == "int8" else torch.finfo(dtype).eps + 2.0**-11
-    assert float((out.double() - y.double()).norm() / y.double().norm()) <= bound
-
-
-@on_kernels
+@needs_kernels
 @pytest.mark.parametrize("code", ["int8", "fp8"])
 def test_small_products_of_codes(code: Any) -> None:
     check_gemm(code, 70, 96, 5, HALF, gated=False, static=False)
     check_gemm(code, 40, 256, 33, HALF, gated=True, static=True)
 
 
-@on_kernels
+@needs_kernels
 @pytest.mark.parametrize("kind", [torch.int32, torch.float32], ids=str)
 def test_small_finished_sums(kind: torch.dtype) -> None:
     """Of a product whose parts of k are summed apart: the rest of it, and nothing else of its arguments."""
@@ -358,10 +259,7 @@ def test_small_finished_sums(kind: torch.dtype) -> None:
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the GPU runs the small cases itself")
 def test_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_small", __file__]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"{2 * len(FORMATS) + 9} passed" in result.stdout
+    assert f"{2 * len(FORMATS) + 9} passed" in interpreted(__file__, "test_small")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -434,7 +332,6 @@ def check_every_tap(source: refmodels.ModelSource, dtype: torch.dtype, lengths: 
     assert result.verdict == "aligned", verdict_line(result)
 
 
-@gpu
 @needs_gpu
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
@@ -446,7 +343,6 @@ def test_every_tap_of_quantized_models_on_the_gpu(
     check_every_tap(quantized(case, name, tmp_path), dtype, (20, 13, 9)[:batch])
 
 
-@gpu
 @needs_gpu
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("golden", ["int4_awq", "int8_sq"])
@@ -455,7 +351,6 @@ def test_every_tap_of_checkpoints_with_pre_quant_scales_on_the_gpu(golden: str, 
     check_every_tap(source, HALF, (6, 5, 3)[:batch])
 
 
-@gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 @pytest.mark.parametrize("linear", FORMATS, ids=str)
@@ -468,7 +363,6 @@ def test_products_on_the_gpu(linear: LinearFormat, dtype: torch.dtype) -> None:
     assert torch.equal(out, weights.parts[0].dequantized())
 
 
-@gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 @pytest.mark.parametrize("code", ["int8", "fp8"])

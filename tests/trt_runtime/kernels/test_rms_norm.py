@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -23,30 +20,17 @@ import torch
 from torch import Tensor
 
 from refmodels.ops import _rms_norm_body
+from tests.support.gpu import CUDA, DEVICE, INTERPRETED, interpreted, needs_gpu, needs_kernels
 
 pytest.importorskip("triton")
 
 from trt_runtime.kernels import rms_norm, torch_host
 from trt_runtime.kernels.launch import NormShape
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETED
-DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 PAD = 64
 EPS = 1e-6
-
-runs_kernels = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not CUDA and not INTERPRETED, reason="needs a CUDA GPU or TRITON_INTERPRET=1"),
-]
-
-
-def on_kernels(function: Any) -> Any:
-    for mark in runs_kernels:
-        function = mark(function)
-    return function
 
 
 def float_error(shape: NormShape) -> float:
@@ -137,7 +121,7 @@ SMALL = [
 ]
 
 
-@on_kernels
+@needs_kernels
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_small(shape: NormShape) -> None:
     x, weight = inputs(shape, seed=11)
@@ -148,7 +132,7 @@ def test_small(shape: NormShape) -> None:
         assert_quantized(y, codes, scales, shape)
 
 
-@on_kernels
+@needs_kernels
 @pytest.mark.parametrize("quantized", ["int8", "fp8"])
 def test_small_halves_round_to_even(quantized: str) -> None:
     """Rows of ones give y = weight, and its largest element makes the scale 1: every value between two codes."""
@@ -167,7 +151,7 @@ def test_small_halves_round_to_even(quantized: str) -> None:
     assert_quantized(y, coded, scales, shape)
 
 
-@on_kernels
+@needs_kernels
 @pytest.mark.parametrize("quantized", [None, "int8", "fp8"])
 def test_small_rows_of_zeros_nan_and_infinity(quantized: str | None) -> None:
     shape = shape_of(rows=6, quantized=quantized)
@@ -194,7 +178,7 @@ def test_small_rows_of_zeros_nan_and_infinity(quantized: str | None) -> None:
         assert (codes[clean].view(kind).float().abs().amax(1)[[0, 2, 3]] == limit).all()
 
 
-@on_kernels
+@needs_kernels
 def test_small_public_calls() -> None:
     x, weight = inputs(shape_of(rows=12), seed=13)
     stack = x.view(3, 4, 100)
@@ -216,17 +200,13 @@ def test_small_public_calls() -> None:
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the GPU runs the small cases itself")
 def test_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_small", __file__]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"{len(SMALL) + 6} passed" in result.stdout
+    assert f"{len(SMALL) + 6} passed" in interpreted(__file__, "test_small")
 
 
 WIDTHS = [1, 7, 128, 1000, 2048, 4095, 4096, 5120, 5121, 8192, 13696, 16384, 32768]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths(width: int, dtype: str) -> None:
@@ -240,8 +220,7 @@ def test_widths(width: int, dtype: str) -> None:
         assert_bits_of_body(y, x, weight, shape)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize("quantized", ["int8", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [100, 4096, 5120])
@@ -254,8 +233,7 @@ def test_quantized(width: int, dtype: str, quantized: str) -> None:
         assert_quantized(y, codes, scales, shape)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@needs_gpu
 def test_what_the_kernel_ahead_writes_is_seen() -> None:
     """A chain in a graph, where each launch starts while the one ahead runs, on fewer blocks than fill the GPU."""
     shape = shape_of(rows=200, width=4096, dtype="bf16")

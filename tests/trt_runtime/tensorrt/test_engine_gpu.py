@@ -15,6 +15,7 @@ import torch
 import refmodels
 from export.bundle import export_model
 from refmodels.errors import LogitLockError
+from tests.support.gpu import needs_gpu
 from tests.support.tensorrt_report import measure
 from trt_runtime.bundle import EngineInfo, Precision, Profile, read_bundle
 from trt_runtime.tensorrt import engine as tensorrt_engine
@@ -63,8 +64,7 @@ def load(directory: Path, name: str, built: EngineInfo) -> TorchPlan:
     return TorchPlan(read_bundle(directory), tensorrt_engine.current_device(), taps="taps" in name)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize(("family", "precision"), CASES)
 def test_engines_on_a_gpu(family: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_engine, "load_plan", load)

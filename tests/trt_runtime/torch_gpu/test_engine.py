@@ -16,20 +16,20 @@ import refmodels
 from debug.capture.prompts import random_prompts
 from debug.comparison.compare import MULTIPLE, diff_engine, lower_bound
 from debug.report.tables import verdict_line
-from refmodels.cache import KVCache, StepInputs
+from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.model import Decoder
-from refmodels.recorder import Recorder, recording
 from tests.support.goldens import CASES, case_source
+from tests.support.gpu import needs_gpu
 from tests.support.paths import ROOT
+from tests.support.torch_engines import FusedOnCpu, OnHost
 from trt_runtime import generation
-from trt_runtime.engine import Engine
 from trt_runtime.generation import GenerationConfig, GenerationResult, generate
 from trt_runtime.sampling import Sampling, greedy
 from trt_runtime.torch_gpu import cuda_graph as static_decode
 from trt_runtime.torch_gpu.convert import fused_decoder
-from trt_runtime.torch_gpu.cuda_graph import Inputs, StaticDecode, bucket
+from trt_runtime.torch_gpu.cuda_graph import Inputs, bucket
 from trt_runtime.torch_gpu.engine import TorchEngine
 from trt_runtime.torch_gpu.fused import FusedBlock
 
@@ -38,54 +38,10 @@ TOYS = {f"{family} toy": family for family in sorted(FAMILIES)}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # One case for each position scheme, mask form, head layout and kind of MLP.
 VARIED = ["chatglm2", "baichuan_13b", "baichuan2_7b", "qwen_ntk", "gpt2", "gpt_bigcode", "starcoder2_sliding", "qwen2"]
-gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def load(model: str, **options: Any) -> Decoder:
     return refmodels.load(case_source(model) if model in CASES else refmodels.resolve(TOYS[model]), **options)
-
-
-class FusedOnCpu(TorchEngine):
-    """What kernels=True makes, on the CPU: fused modules and static steps, without kernels and graphs."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__(decoder)
-        self.static = self._static = StaticDecode(fused_decoder(decoder))
-
-    def _run(self, step: StepInputs, cache: KVCache, recorder: Recorder | None, ids: Tensor | None) -> Tensor:
-        with torch.no_grad(), recording(recorder):
-            if recorder is None and step.input_ids.shape[1] == 1:
-                return self.static.run(step, cache, ids)
-            return self._model.run(step, cache)
-
-
-class OnHost(Engine):
-    """An engine on a GPU whose caches, logits and taps are seen on the CPU, where the diff's references run."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.spec, self.max_positions, self.dtype = engine.spec, engine.max_positions, engine.dtype
-        self.device, self.tap_names, self.arithmetic = torch.device("cpu"), engine.tap_names, engine.arithmetic
-        self.inner: dict[int, KVCache] = {}
-
-    def new_cache(self, *, batch: int, capacity: int) -> KVCache:
-        cache = super().new_cache(batch=batch, capacity=capacity)
-        self.inner[id(cache)] = self.engine.new_cache(batch=batch, capacity=capacity)
-        return cache
-
-    def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
-        inner, taps = self.inner[id(cache)], Recorder()
-        logits = self.engine.run(step, inner, recorder=None if recorder is None else taps).cpu()
-        for ours, theirs in ((cache.key, inner.key), (cache.value, inner.value)):
-            for mine, other in zip(ours, theirs, strict=True):
-                mine.copy_(other)
-        cache.advance(step)
-        if recorder is not None:
-            recorder.live_slots = step.attention_mask.shape[1]
-            for name, tensor in taps.tensors.items():
-                recorder(name, tensor.cpu())
-        return logits
 
 
 def ragged(vocab_size: int, lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
@@ -337,7 +293,6 @@ def kernel_engine(model: str, dtype: torch.dtype) -> TorchEngine:
     return TorchEngine(load(model, dtype=dtype, device="cuda"), kernels=True)
 
 
-@gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(1, 64), (7, 128), (96, 2048), (1000, 4096), (4096, 11008), (5, 13696)])
@@ -369,7 +324,6 @@ def test_gemv_on_the_gpu(n: int, k: int, gated: bool, dtype: torch.dtype) -> Non
         assert float((out.double() - y).norm()) <= 4 * torch.finfo(dtype).eps * max(1.0, float(y.norm()))
 
 
-@gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=str)
 @pytest.mark.parametrize("vocab", [11, 16384, 65024, 151936])
@@ -383,7 +337,6 @@ def test_greedy_on_the_gpu(vocab: int, dtype: torch.dtype) -> None:
     assert greedy(logits.cuda())[1].tolist() == [0, 0, 0, 1, 1]
 
 
-@gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("toy", TOYS)
@@ -419,7 +372,6 @@ def as_likely(rounded: Decoder, truth: Decoder, prompt: list[int], mine: list[in
     assert abs(float(logits[1][mine[same]] - logits[1][other[same]])) <= 4 * noise
 
 
-@gpu
 @needs_gpu
 @pytest.mark.parametrize("case", CASES)
 def test_golden_cases_on_the_gpu_in_fp32(case: str) -> None:
@@ -430,7 +382,6 @@ def test_golden_cases_on_the_gpu_in_fp32(case: str) -> None:
         assert tokens(generate(engine, None, rows, config)) == tokens(generate(reference, None, rows, config))
 
 
-@gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("batch", [1, 3])
@@ -445,7 +396,6 @@ def test_every_tap_on_the_gpu(model: str, batch: int, dtype: torch.dtype) -> Non
     assert result.logits.margin_flips == 0 and result.logits.nonfinite == 0
 
 
-@gpu
 @needs_gpu
 def test_graphs_of_two_caches_alternately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_decode, "BUCKET", 16)
@@ -469,7 +419,6 @@ def test_graphs_of_two_caches_alternately(monkeypatch: pytest.MonkeyPatch) -> No
     assert [len(engine._static._steps[pair[0]]) for pair in pairs] == [3, 2]
 
 
-@gpu
 @needs_gpu
 def test_logits_outlive_the_next_step() -> None:
     engine = kernel_engine("chatglm2", torch.float16)
