@@ -25,10 +25,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 def verify(
     cases: Annotated[list[Path], typer.Argument(metavar="CASE_DIR...", help="Directories of golden cases.")],
     atol: Annotated[
-        float | None, typer.Option(help="Largest allowed difference of every tensor, instead of the default.")
+        float | None, typer.Option(help="Largest allowed difference in any tensor, instead of the default tolerances.")
     ] = None,
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"], typer.Option(help="bf16 and fp16 compare with io_<dtype>.safetensors.")
+        Literal["fp32", "bf16", "fp16"],
+        typer.Option(help="Dtype to compare in; bf16 and fp16 compare with io_<dtype>.safetensors."),
     ] = "fp32",
     json_output: Json = False,
 ) -> None:
@@ -56,19 +57,23 @@ def verify(
 
 
 def record(
-    hf: Annotated[Path, typer.Option("--hf", metavar="DIR", help="Local directory in Hugging Face layout.")],
-    out: Annotated[Path, typer.Option("--out", metavar="CASE_DIR", help="Directory to make; missing or empty.")],
+    hf: Annotated[
+        Path, typer.Option("--hf", metavar="DIR", help="Model to record: a local directory in Hugging Face layout.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="CASE_DIR", help="Directory to create; it must be missing or empty.")
+    ],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text, through the model's own tokenizer; may be repeated.")
+        list[str] | None, typer.Option(help="Prompt text, encoded with the model's own tokenizer; repeatable.")
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help="Tokens of each random prompt; shorter ones are padded on the left.")
+        str, typer.Option(help="Number of tokens of each random prompt; shorter prompts are padded on the left.")
     ] = "20,13",
-    steps: Annotated[int, typer.Option(min=1, help="Greedy decode steps.")] = 12,
-    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Number of greedy decode steps.")] = 12,
+    seed: Annotated[int, typer.Option(help="Random seed for the prompts.")] = 0,
     half: Annotated[
         list[Half] | None,
-        typer.Option(help="Also record the prefill in this dtype; may be repeated."),
+        typer.Option(help="Also record the prefill in this dtype; repeatable."),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's directory.")
@@ -110,19 +115,20 @@ def record(
 Model = Annotated[
     str | None,
     typer.Option(
-        help="What the sides were made from: family name, Hugging Face directory or hub id.",
-        show_default="what a side says of itself",
+        help="Model that the executors were made from: a family name, a Hugging Face directory or a hub id.",
+        show_default="as recorded in the executor",
     ),
 ]
-Prompt = Annotated[list[str] | None, typer.Option(help="Text of at least 8 tokens; may be repeated.")]
-PromptFile = Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt a line.")]
-Seed = Annotated[int, typer.Option(help="Of the random prompts for models without a tokenizer.")]
+Prompt = Annotated[list[str] | None, typer.Option(help="Prompt text of at least 8 tokens; repeatable.")]
+PromptFile = Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt per line.")]
+Seed = Annotated[int, typer.Option(help="Random seed for the prompts of models without a tokenizer.")]
 Rounding = Annotated[bool, typer.Option(help="Round every node of a half-precision graph to its dtype on the CPU.")]
 NameMap = Annotated[
     Path | None,
     typer.Option(
         "--map",
-        help="JSON: which values of an ONNX file are which taps; if there is no such file, it is proposed there.",
+        help="JSON file that maps values of an ONNX file to taps; if the file does not exist, a proposal "
+        "is written to it.",
     ),
 ]
 RemoteCode = Annotated[
@@ -133,30 +139,39 @@ RemoteCode = Annotated[
 def diff(
     sides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="A B", help="What to compare: B is tested; A, if given, is what it should be like."),
+        typer.Argument(metavar="A B", help="Executors to compare: B is tested; A, if given, is what B should match."),
     ] = None,
-    bundle: Annotated[Path | None, typer.Option(metavar="DIR", help="Bundle to test: the same as B.")] = None,
+    bundle: Annotated[Path | None, typer.Option(metavar="DIR", help="Bundle to test, instead of B.")] = None,
     model: Model = None,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps, fed B's own greedy tokens.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Number of decode steps, which are fed B's own greedy tokens.")] = 8,
     seed: Seed = 0,
     engine: Annotated[
         Literal["auto", "tensorrt", "onnxruntime"],
-        typer.Option(help="Of --bundle: auto is TensorRT where the bundle has a plan and this machine can run it."),
+        typer.Option(
+            help="Engine of --bundle: auto chooses TensorRT if the bundle has a plan that this machine can "
+            "run, else ONNX Runtime."
+        ),
     ] = "auto",
     emulate_rounding: Rounding = True,
     name_map: NameMap = None,
     trust_remote_code: RemoteCode = False,
     cut: Annotated[
-        bool, typer.Option("--cut", help="Also run a bundle's modules on the reference's tensors (in --json).")
+        bool, typer.Option("--cut", help="Also run the bundle's modules on the reference's tensors (shown by --json).")
     ] = False,
     floats: Annotated[
         bool,
-        typer.Option("--floats", help="Judge a quantized bundle by the model before: what its codes cost."),
+        typer.Option(
+            "--floats",
+            help="Compare a quantized bundle with the model before quantization, to show the error that "
+            "quantization adds.",
+        ),
     ] = False,
     every_tap: Annotated[bool, typer.Option("--every-tap", help="Show all taps, not only the worst.")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a report that works offline.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a report that works offline to this file.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Compare an engine with the fp64 reference, tensor by tensor, or two executors of any kind.
@@ -227,11 +242,13 @@ def diff(
 
 def trace(
     side: Annotated[str, typer.Argument(help="An executor, named as for diff.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The trace to make (.safetensors).")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Trace file to write (.safetensors).")],
     model: Model = None,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
-    steps: Annotated[int, typer.Option(min=0, help="Decode steps, fed its own greedy tokens.")] = 8,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Number of decode steps, which are fed the executor's own greedy tokens.")
+    ] = 8,
     tokens_of: Annotated[
         Path | None, typer.Option(metavar="TRACE", help="Run on the prompts and tokens of another trace.")
     ] = None,
@@ -274,8 +291,10 @@ def drift(
     model: Model = None,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps.")] = 32,
-    reset: Annotated[bool, typer.Option(help="Also prefill anew at each step, to tell the cache's part.")] = True,
+    steps: Annotated[int, typer.Option(min=1, help="Number of decode steps.")] = 32,
+    reset: Annotated[
+        bool, typer.Option(help="Also prefill anew at each step, to separate the cache's part of the error.")
+    ] = True,
     seed: Seed = 0,
     emulate_rounding: Rounding = True,
     name_map: NameMap = None,
@@ -313,10 +332,15 @@ def drift(
 
 
 def bisect(
-    model: Annotated[str, typer.Option(help="Family name, Hugging Face directory or hub id.", show_default=False)],
-    budget_kl: Annotated[float, typer.Option(help="Mean KL to the fp64 reference that is allowed, in nats.")] = 1e-3,
-    precision: Annotated[Literal["fp16", "bf16"], typer.Option(help="Of everything that is not kept.")] = "fp16",
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The plan to write.")] = Path("precision-plan.json"),
+    model: Annotated[
+        str,
+        typer.Option(help="Model to bisect: a family name, a Hugging Face directory or a hub id.", show_default=False),
+    ],
+    budget_kl: Annotated[float, typer.Option(help="Largest allowed mean KL to the fp64 reference, in nats.")] = 1e-3,
+    precision: Annotated[
+        Literal["fp16", "bf16"], typer.Option(help="Precision of the layers that are not kept in fp32.")
+    ] = "fp16",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Precision plan to write.")] = Path("precision-plan.json"),
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     seed: Seed = 0,

@@ -30,36 +30,56 @@ from trt_runtime.torch_gpu.engine import TorchEngine, kernels_serve
 
 def generate(
     model: Annotated[
-        str | None, typer.Option(help="Reference: family name (the bundled toy), Hugging Face directory, or hub id.")
+        str | None,
+        typer.Option(
+            help="Generate with the reference of this model: a family name (the bundled toy), a Hugging Face "
+            "directory, or a hub id."
+        ),
     ] = None,
-    bundle: Annotated[Path | None, typer.Option(help="Engine: directory of an exported bundle.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeat it for a batch.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Generate with the engine in this bundle directory.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeat the option for a batch.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="UTF-8 file with one prompt a line; empty lines are skipped; - is stdin.")
+        Path | None, typer.Option(help="UTF-8 file with one prompt per line; empty lines are skipped; - reads stdin.")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Put each prompt into the model's chat format.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a prompt.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above 0 draws.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw among the k most likely tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among the tokens that make up this probability.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End at this text, which is cut off; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k most likely tokens; 0 means all tokens.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the most likely tokens whose probabilities add up to this value.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Penalty on tokens that have occurred before; a value above 1 makes them less likely.")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text, which is cut off; repeatable.")] = None,
     stop_id: Annotated[
-        list[int] | None, typer.Option(help="End at this token id, besides the model's own; repeatable.")
+        list[int] | None,
+        typer.Option(help="Stop at this token id, in addition to the model's own stop ids; repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    stream: Annotated[bool, typer.Option(help="Print text as it comes (one prompt only).")] = True,
-    dtype: Annotated[str | None, typer.Option(help="With --model: fp64, fp32 (default), fp16 or bf16.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
+    stream: Annotated[bool, typer.Option(help="Print the text while it is generated (one prompt only).")] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --model: dtype of the reference, one of fp64, fp32 (default), fp16, bf16.")
+    ] = None,
     device: Annotated[
-        str | None, typer.Option(help="With --model: cpu (default), or cuda, with kernels if Triton is there.")
+        str | None,
+        typer.Option(
+            help="With --model: device of the reference, cpu (default) or cuda; cuda uses our kernels if "
+            "Triton is installed."
+        ),
     ] = None,
     emulate_rounding: Annotated[
         bool, typer.Option("--emulate-rounding", help="With --bundle: round every tensor to fp16 or bf16 on the CPU.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="With --bundle: CPU threads.", show_default="all")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="With --bundle: number of CPU threads.", show_default="all")
+    ] = None,
     engine: Annotated[
         EngineChoice,
-        typer.Option(help="With --bundle: auto is TensorRT where the bundle has a plan and this machine can run it."),
+        typer.Option(
+            help="With --bundle: engine to use; auto chooses TensorRT if the bundle has a plan that this "
+            "machine can run, else ONNX Runtime."
+        ),
     ] = "auto",
     json_output: JsonFlag = False,
 ) -> None:

@@ -16,80 +16,105 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 def evaluate(
     sides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SIDE...", help="What to evaluate, side by side; forms below."),
+        typer.Argument(metavar="SIDE...", help="Executors to evaluate, side by side; the forms are below."),
     ] = None,
     bundle: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Bundle to evaluate: one more side, on TensorRT if that runs here."),
+        typer.Option(
+            metavar="DIR", help="Bundle to evaluate as one more executor, on TensorRT if this machine can run its plan."
+        ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="SIDE", help="Compare with this side: KL, top-1, and accuracy lost on the same examples."),
+        typer.Option(
+            metavar="SIDE",
+            help="Executor to compare with: KL, top-1 agreement, and accuracy lost on the same examples.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="What the sides were made from, before any quantization: family name, directory or hub id.",
-            show_default="what a side says of itself",
+            help="Model, before any quantization, that the executors were made from: a family name, a "
+            "directory or a hub id.",
+            show_default="as recorded in the executor",
         ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TASK|FILE.jsonl",
-            help='A toy\'s task, or lines of {"prompt": …, "answer": …}; may be repeated.',
+            help='Task of a toy, or a file with one {"prompt": …, "answer": …} per line; repeatable.',
             show_default="all of a toy",
         ),
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="UTF-8 text for perplexity; may be repeated.")
+        list[Path] | None, typer.Option(metavar="FILE", help="UTF-8 text file for perplexity; repeatable.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Examples a task.")] = 200,
-    seed: Annotated[int, typer.Option(help="Which examples of a toy's tasks.")] = 1,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of examples per task.")] = 200,
+    seed: Annotated[int, typer.Option(help="Random seed for the choice of examples of a toy's tasks.")] = 1,
     window: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of text a forward.", show_default="the model's positions, up to 1024"),
+        typer.Option(
+            min=2,
+            help="Window for perplexity, in tokens per forward pass.",
+            show_default="the model's positions, up to 1024",
+        ),
     ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Tokens from one window to the next: each token is scored once, with window - stride before it.",
+            help="Distance from one window to the next, in tokens: each token is scored once, with window - "
+            "stride tokens before it.",
             show_default="half the window",
         ),
     ] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="BATCHxPROMPTxNEW", help="What to time, in tokens; may be repeated.", show_default="1x128x32"
+            metavar="BATCHxPROMPTxNEW",
+            help="Workload to time: batch size, prompt tokens and new tokens; repeatable.",
+            show_default="1x128x32",
         ),
     ] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time prefill and decode.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time, but for what is timed.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Maximum number of rows per batch, except when timing.")] = 64,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompts of files into the model's chat format.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer to a prompt of a file.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of new tokens per answer, for tasks from a file.")
+    ] = 128,
     max_loss: Annotated[
         float | None,
-        typer.Option(metavar="POINTS", help="Exit code 1 if a side loses more points of accuracy (mean of the tasks)."),
+        typer.Option(
+            metavar="POINTS",
+            help="Exit with code 1 if an executor loses more points of accuracy than this (mean of the tasks).",
+        ),
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(metavar="NATS", help="Exit code 1 if a side's mean KL is larger.")
+        float | None,
+        typer.Option(
+            metavar="NATS", help="Exit with code 1 if the mean KL of an executor is larger than this, in nats."
+        ),
     ] = None,
     emulate_rounding: Annotated[
-        bool, typer.Option(help="Round every node of a half-precision graph to its dtype on the CPU (never timed).")
+        bool,
+        typer.Option(help="Round every node of a half-precision graph to its dtype on the CPU (never when timing)."),
     ] = True,
     name_map: Annotated[
-        Path | None, typer.Option("--map", help="JSON: which values of an ONNX file are which taps (see diff).")
+        Path | None, typer.Option("--map", help="JSON file that maps values of an ONNX file to taps (see diff).")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python code in a Hugging Face directory.")
     ] = False,
     device: Annotated[
-        str | None, typer.Option(help="Of reference, kernels and hf: cpu or cuda.", show_default="cpu")
+        str | None,
+        typer.Option(help="Device for the reference, kernels and hf executors: cpu or cuda.", show_default="cpu"),
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the tables as Markdown.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the tables as Markdown to this file.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Measure what models can do, and what an engine loses against another one.
