@@ -35,4 +35,4 @@ notebooks: $(VENV)/installed
 	$(BIN)/python notebooks/execute.py
 
 clean:
-	rm -rf $(VENV) .venv-torch-tensorrt engines build/site
+	rm -rf $(VENV) .venv-torch-tensorrt .venv-tensorrt-bindings engines build/site

@@ -151,8 +151,8 @@ def mutations(data: dict[str, Any]) -> Iterator[str]:
     mutants = data["mutants"]
     yield "## Planted faults"
     yield (
-        f"Every fault of `tests/mutations.py` at a random layer of an exported graph: {len(mutants)} mutants, the "
-        f"right tap first in {data['rates']['tap']:.1%}, the right fault first in {data['rates']['name']:.1%}. "
+        f"Every fault of `tests/support/mutations.py` at a random layer of an exported graph: {len(mutants)} mutants, "
+        f"the right tap first in {data['rates']['tap']:.1%}, the right fault first in {data['rates']['name']:.1%}. "
         f"`python benchmarks/diff_mutations.py --seed {data['seed']}`."
     )
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}

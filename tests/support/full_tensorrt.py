@@ -33,16 +33,14 @@ class Unavailable(Exception):
     """The bindings cannot be had here; the text says why."""
 
 
-def install(directory: Path, version: str, *, python: str | None = None) -> Path:
-    """Install the bindings of `version` (a pip specifier such as "==11.0.*") into a directory, once.
+def install(directory: Path, version: str, *, python: str | None = None) -> None:
+    """Install the bindings of `version` (a pip specifier such as "==11.0.*") into a directory.
 
     Args:
         python: for another Python on 64-bit x86 Linux, as "3.12"; None: this one.
     Raises:
         Unavailable: no compiler, or pip does not get the wheel.
     """
-    if (directory / "tensorrt" / "__init__.py").is_file():
-        return directory
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise Unavailable("there is no C compiler for the stub libraries")
@@ -58,11 +56,10 @@ def install(directory: Path, version: str, *, python: str | None = None) -> Path
         options = ["-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{library}", "-o", str(directory / library)]
         subprocess.run([compiler, *options], input=stub, text=True, check=True)
     package = directory / "tensorrt"
-    package.mkdir()
+    package.mkdir(exist_ok=True)
     # As in the real package: the module `tensorrt` is the bindings under another name.
     code = "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
     (package / "__init__.py").write_text(code)
-    return directory
 
 
 def environment(directory: Path) -> dict[str, str]:
@@ -76,5 +73,5 @@ def environment(directory: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    # python tests/support/full_tensorrt.py DIRECTORY [PYTHON]: for a machine that cannot reach the index.
-    print(install(Path(sys.argv[1]), ">=11.0", python=(sys.argv[2:] or [None])[0]))
+    # python -m tests.support.full_tensorrt DIRECTORY [PYTHON]: for a machine that cannot reach the index.
+    install(Path(sys.argv[1]), ">=11.0", python=(sys.argv[2:] or [None])[0])

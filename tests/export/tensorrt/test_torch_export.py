@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -28,6 +27,7 @@ from refmodels.taps import tap_names
 from tests.support.command import logitlock
 from tests.support.goldens import FEATURES, GOLDENS, TOYS, prompt_of, source_of
 from tests.support.native_plan import FUSED, check_plan
+from tests.support.once import made_once, shared_root
 from tests.support.paths import ROOT
 from trt_runtime.bundle import read_bundle
 from trt_runtime.plan_layers import read_layers
@@ -102,24 +102,24 @@ def test_the_exported_program_is_the_reference(case: str) -> None:
 def site() -> Path:
     """Torch-TensorRT beside the virtual environment: its pins would replace the TensorRT in it."""
     version = torch.__version__.partition("+")[0]
-    target = ROOT / ".venv-torch-tensorrt" / version
-    if not target.is_dir():
-        target.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as draft:
-            packages = [f"torch-tensorrt-rtx=={version}", "dllist"]
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=1", "--timeout=20", "--no-deps"]
-            done = subprocess.run([*pip, "--target", draft, *packages], capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"Torch-TensorRT cannot be installed: {done.stderr.strip().rpartition(chr(10))[2]}")
-            Path(draft).rename(target)
-            Path(draft).mkdir()
-    return target
+
+    def install(draft: Path) -> None:
+        packages = [f"torch-tensorrt-rtx=={version}", "dllist"]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=1", "--timeout=20", "--no-deps"]
+        done = subprocess.run([*pip, "--target", draft, *packages], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"Torch-TensorRT cannot be installed: {done.stderr.strip().rpartition(chr(10))[2]}")
+
+    return made_once(ROOT / ".venv-torch-tensorrt" / version, install)
 
 
 @pytest.fixture(scope="session")
 def converted(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a bundle for every job, and what the worker saw of its network."""
-    directory = tmp_path_factory.mktemp("torch_tensorrt")
+    return made_once(shared_root(tmp_path_factory) / "torch_tensorrt", lambda draft: convert(site, draft))
+
+
+def convert(site: Path, directory: Path) -> None:
     jobs = []
     for case, precision, taps in JOBS:
         output = directory / case
@@ -140,7 +140,6 @@ def converted(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(worker, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    return directory
 
 
 @pytest.mark.parametrize(("case", "precision", "taps"), JOBS, ids=NAMES)

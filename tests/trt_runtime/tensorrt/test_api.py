@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 
 from tests.support.full_tensorrt import Unavailable, environment, install
+from tests.support.once import made_once
 from tests.support.paths import ROOT
 
-FILES = sorted(f for package in ("trt_runtime", "export") for f in (ROOT / package).rglob("*.py"))
-FILES += [ROOT / "tests" / "test_plugins.py", ROOT / "tests" / "test_tensorrt_gpu.py"]
+PLUGIN_TESTS = Path(__file__).with_name("plugins")
+# What runs on both packages.
+FILES = [file for folder in (ROOT / "trt_runtime", ROOT / "export", PLUGIN_TESTS) for file in folder.rglob("*.py")]
+FILES += Path(__file__).parent.glob("*_gpu.py")
 # The oldest that we support, and the newest.
 FULL_VERSIONS = {"oldest": "==11.0.*", "newest": ">=11.0"}
 RTX_ONLY = {"ComputeCapability", "is_stream_capturable", "num_compute_capabilities", "set_compute_capability"}
@@ -55,9 +58,9 @@ def dump(package: str, env: dict[str, str] | None = None) -> dict[str, list[str]
 
 @pytest.fixture(scope="module", params=FULL_VERSIONS)
 def full(request: pytest.FixtureRequest) -> Path:
-    directory = request.config.cache.mkdir(f"tensorrt-bindings-{request.param}")  # type: ignore[union-attr]
+    directory = ROOT / ".venv-tensorrt-bindings" / request.param
     try:
-        return install(Path(directory), FULL_VERSIONS[request.param])
+        return made_once(directory, lambda draft: install(draft, FULL_VERSIONS[request.param]))
     except Unavailable as error:
         pytest.skip(str(error))
 
@@ -105,7 +108,7 @@ def missing(chain: str, members: dict[str, list[str]]) -> bool:
 
 
 def parsed() -> dict[Path, ast.Module]:
-    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES if file.is_file()}
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
     return {file: tree for file, tree in trees.items() if uses_tensorrt(tree)}
 
 
@@ -143,7 +146,7 @@ def test_methods_of_one_package_only_are_the_listed_ones(full: Path, rtx: dict[s
 
 def test_plugins_work_with_full_tensorrts_bindings(full: Path) -> None:
     """All tests of the plugins that need no builder."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_plugins.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN_TESTS)]
     done = subprocess.run(command, env=environment(full), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     counts = dict(reversed(part.split()[:2]) for part in done.stdout.splitlines()[-1].split(", "))

@@ -3,7 +3,7 @@
     python -m pytest -m gpu tests/trt_runtime/tensorrt/test_on_any_gpu.py
 
 The page goes to the file that LOGITLOCK_REPORT names, or tensorrt_report.md here; its path is printed.  Its parts run
-without a GPU in test_tensorrt_engine.py, where a plan is played by ONNX Runtime.
+without a GPU in test_engine.py, where a plan is played by ONNX Runtime.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ CUDA graph.  What is left out is TensorRT's own call.
 It runs where TensorRT's Python bindings can be imported, with or without its libraries.  On a machine that has neither
 (and no network), prepare the bindings elsewhere for its Python and bring them:
 
-    python tests/support/full_tensorrt.py .bindings 3.12
+    python -m tests.support.full_tensorrt .bindings 3.12
     LOGITLOCK_TENSORRT=tensorrt LD_LIBRARY_PATH=.bindings PYTHONPATH=.bindings:. pytest -m gpu
     tests/trt_runtime/tensorrt/test_plugins_gpu.py
 
