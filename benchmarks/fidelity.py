@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 import refmodels
-from debug.evaluate import evaluate
 from debug.evaluate.results import SideResult
+from debug.evaluate.run import evaluate_model
 from export.bundle import export_model
 from export.quantization.schemes import QuantizeOptions
 from refmodels.errors import LogitLockError
@@ -34,7 +34,7 @@ from refmodels.quantization.arithmetic import quantize_tokens, quantize_weight
 from refmodels.quantization.formats import EightBit, LinearFormat
 from refmodels.recorder import Recorder
 from refmodels.toys import TOYS
-from refmodels.toys.tasks import TASKS, examples
+from refmodels.toys.tasks import TASKS, toy_examples
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 OUTPUT = Path(__file__).parent / "results" / "fidelity.json"
@@ -77,7 +77,7 @@ def measure(toy: str, names: list[str], *, limit: int, compared: int, batch_size
             except LogitLockError as error:
                 failed[name] = {"error": str(error)}
             print(f"{toy}: {name} exported, {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        result = evaluate(
+        result = evaluate_model(
             [str(path) for path in bundles.values()],
             model=toy,
             against=str(baseline),
@@ -88,7 +88,9 @@ def measure(toy: str, names: list[str], *, limit: int, compared: int, batch_size
             progress=lambda what, done, total: _log(what.replace(made, ""), done, total, began),
         )
         sums = measure_sums(toy, baseline, bundles, batch_size=batch_size)
-        check = evaluate([str(baseline)], model=toy, against="reference", limit=10, shapes=(), batch_size=batch_size)
+        check = evaluate_model(
+            [str(baseline)], model=toy, against="reference", limit=10, shapes=(), batch_size=batch_size
+        )
     assert result.against is not None and check.sides[0].agreement is not None
     found = {name: _row(side) for name, side in zip(bundles, result.sides, strict=True)}
     return {
@@ -103,7 +105,7 @@ def measure(toy: str, names: list[str], *, limit: int, compared: int, batch_size
 
 def measure_sums(toy: str, baseline: Path, bundles: dict[str, Path], *, batch_size: int) -> dict[str, Any]:
     """Addition again with more examples: the task in which most answers change."""
-    result = evaluate(
+    result = evaluate_model(
         [str(path) for path in bundles.values()],
         model=toy,
         against=str(baseline),
@@ -133,9 +135,9 @@ def rounding_errors() -> dict[str, float]:
 def input_errors(toy: str, *, count: int = 4) -> dict[str, float]:
     """Relative error of the inputs of a toy's linear layers, one scale a token: root of the mean square over tokens."""
     source = refmodels.resolve(toy)
-    tokenizer, engine = refmodels.load_tokenizer_for(source), TorchEngine(refmodels.load(source))
+    tokenizer, engine = refmodels.load_tokenizer(source), TorchEngine(refmodels.load(source))
     squares: dict[EightBit, list[torch.Tensor]] = {"int8": [], "fp8": []}
-    for example in (e for task in TASKS for e in examples(task, split="held_out", count=count, seed=1)):
+    for example in (e for task in TASKS for e in toy_examples(task, split="held_out", count=count, seed=1)):
         ids = torch.tensor([tokenizer.encode(example.prompt + example.answer)])
         recorder = Recorder()
         engine.prefill(ids, engine.new_cache(batch=1, capacity=ids.shape[1]), recorder=recorder)

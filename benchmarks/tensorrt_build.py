@@ -103,7 +103,7 @@ def measure(bundle: Path, how: str) -> dict[str, Any]:
     from trt_runtime.bundle import read_bundle
 
     spec = read_bundle(bundle, verify_hashes=False).spec
-    plugins.register()
+    plugins.register_plugins()
     memory = Memory()
     memory.read()
     baseline = dict(memory.peaks)

@@ -28,11 +28,19 @@ from typing import TYPE_CHECKING
 from refmodels.lazy import public_names
 
 if TYPE_CHECKING:
+    from debug.bisect import BisectResult as BisectResult
+    from debug.bisect import find_precision_plan as find_precision_plan
     from debug.capture.prompts import Prompts as Prompts
     from debug.capture.prompts import left_padded as left_padded
     from debug.comparison.metrics import kl_divergence as kl_divergence
     from debug.comparison.metrics import top_margin as top_margin
     from debug.comparison.results import DiffResult as DiffResult
+    from debug.drift import DriftResult as DriftResult
+    from debug.drift import measure_drift as measure_drift
+    from debug.evaluate.results import EvaluationResult as EvaluationResult
+    from debug.evaluate.run import evaluate_model as evaluate_model
+    from debug.evaluate.toys import toy_accuracies as toy_accuracies
+    from debug.evaluate.toys import without_long_context as without_long_context
     from debug.golden.verify import CaseResult as CaseResult
     from debug.golden.verify import add_up_as_recorded as add_up_as_recorded
     from debug.golden.verify import has_recorded_order as has_recorded_order

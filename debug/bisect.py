@@ -97,7 +97,7 @@ def _set(decoder: Decoder, path: str, module: nn.Module) -> None:
     setattr(decoder.get_submodule(owner), leaf, module)
 
 
-def bisect(
+def find_precision_plan(
     source: ModelSource,
     *,
     precision: Precision,

@@ -357,7 +357,7 @@ def bisect(
     from rich.console import Console
     from rich.progress import Progress
 
-    from debug.bisect import bisect as find
+    from debug.bisect import find_precision_plan
     from debug.report.tables import print_bisect
     from debug.sides import model_prompts
     from export.precision_plan import write_plan
@@ -366,7 +366,7 @@ def bisect(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=json_output or not console.is_terminal) as bar:
         task = bar.add_task("bisect", total=None)
-        result = find(
+        result = find_precision_plan(
             source,
             precision=precision,
             budget=budget_kl,

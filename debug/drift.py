@@ -108,7 +108,7 @@ class DriftResult:
         }
 
 
-def drift(
+def measure_drift(
     engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, *, steps: int, reset: bool = True
 ) -> DriftResult:
     """Decode `steps` tokens with the engine and the reference.

@@ -19,13 +19,13 @@ from debug.comparison.cut import cut_errors
 from debug.comparison.logits import LogitComparison
 from debug.comparison.metrics import token_errors
 from debug.comparison.results import Between, Culprit, Diagnosis, DiffResult, TapDistance
-from debug.drift import DriftResult, drift
+from debug.drift import DriftResult, measure_drift
 from debug.executors.before_quantization import check_floats, folded_model, quantized_source
 from refmodels.checkpoints.load import (
     ModelSource,
     checkpoint_hash,
     load,
-    load_tokenizer_for,
+    load_tokenizer,
     moved,
     parameter_shapes,
     resolve,
@@ -234,7 +234,7 @@ def drift_side(
     reset: bool = True,
     **options: Any,
 ) -> DriftResult:
-    """`debug.drift.drift` of an executor named by text; arguments and errors as `diff`."""
+    """`measure_drift` of an executor named by text; arguments and errors as `diff`."""
     source = quantized_source(source_of(model, [text]), _bundles([text]))
     side = open_side(text, source, **options)
     if side.executor is None:
@@ -242,7 +242,7 @@ def drift_side(
     batch, steps, _ = _input([side], source, prompts, steps, seed)
     truth = load(source, dtype=torch.float64)
     rounded = load(source, dtype=side.executor.dtype, numerics=side.numerics)
-    return drift(side.executor, truth, rounded, batch, steps=steps, reset=reset)
+    return measure_drift(side.executor, truth, rounded, batch, steps=steps, reset=reset)
 
 
 def open_side(
@@ -395,7 +395,7 @@ def model_prompts(model: str, texts: Sequence[str], *, seed: int) -> tuple[Model
 def _prompts(source: ModelSource, texts: Sequence[str], *, room: int, seed: int) -> Prompts:
     """The given texts, or default prompts of at most `room` tokens."""
     if texts:
-        return text_prompts(texts, load_tokenizer_for(source), least=LEAST_TOKENS)
+        return text_prompts(texts, load_tokenizer(source), least=LEAST_TOKENS)
     return default_prompts(source.spec, _tokenizer(source), room=room, seed=seed)
 
 
@@ -486,7 +486,7 @@ def reference_of(source: ModelSource, *, dtype: torch.dtype, numerics: Numerics 
 
 def _tokenizer(source: ModelSource) -> Tokenizer | None:
     try:
-        return load_tokenizer_for(source)
+        return load_tokenizer(source)
     except NoTokenizerError:
         # Default prompts are random ids then; a prompt that the user gave needs one and says so.
         return None

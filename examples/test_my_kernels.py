@@ -24,7 +24,7 @@ def run(dtype: torch.dtype, substitutes: dict[str, torch.Tensor] | None = None):
     """The model in a dtype, and every tensor of a forward by its tap; substitutes replace what flows on."""
     source = refmodels.resolve("qwen")
     model = refmodels.load(source, dtype=dtype)
-    ids = torch.tensor([refmodels.load_tokenizer_for(source).encode(PROMPT)])
+    ids = torch.tensor([refmodels.load_tokenizer(source).encode(PROMPT)])
     recorder = refmodels.Recorder(substitutes=substitutes)
     with torch.no_grad(), refmodels.recording(recorder):
         model.step(ids, model.new_cache(batch=1, capacity=64))

@@ -25,6 +25,7 @@ from refmodels.lazy import public_names
 
 if TYPE_CHECKING:
     from export.bundle import export_model as export_model
+    from export.graph.trace import trace_decoder as trace_decoder
     from export.quantization.calibrate import quantize_model as quantize_model
     from export.quantization.schemes import QuantizeOptions as QuantizeOptions
 else:

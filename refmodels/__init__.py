@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from refmodels.checkpoints.load import checkpoint_hash as checkpoint_hash
     from refmodels.checkpoints.load import empty_decoder as empty_decoder
     from refmodels.checkpoints.load import load as load
-    from refmodels.checkpoints.load import load_tokenizer_for as load_tokenizer_for
+    from refmodels.checkpoints.load import load_tokenizer as load_tokenizer
     from refmodels.checkpoints.load import resolve as resolve
     from refmodels.checkpoints.load import stream_parameters as stream_parameters
     from refmodels.checkpoints.load import tokenizer_in as tokenizer_in
@@ -57,5 +57,6 @@ if TYPE_CHECKING:
     from refmodels.text.prompts import stop_ids_in as stop_ids_in
     from refmodels.text.tokenizer import Tokenizer as Tokenizer
     from refmodels.toys import toy_path as toy_path
+    from refmodels.toys.tasks import toy_examples as toy_examples
 else:
     __all__, __getattr__, __dir__ = public_names(globals())

@@ -29,12 +29,21 @@ if TYPE_CHECKING:
     from trt_runtime.generation import GenerationConfig as GenerationConfig
     from trt_runtime.generation import GenerationResult as GenerationResult
     from trt_runtime.generation import generate as generate
+    from trt_runtime.kernels.compiled import CompiledKernels as CompiledKernels
     from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine as OnnxRuntimeEngine
     from trt_runtime.open import open_engine as open_engine
     from trt_runtime.plan_layers import PlanLayers as PlanLayers
     from trt_runtime.plan_layers import read_layers as read_layers
     from trt_runtime.sampling import Sampling as Sampling
+    from trt_runtime.tensorrt.api import trt as trt
     from trt_runtime.tensorrt.engine import TensorRTEngine as TensorRTEngine
+    from trt_runtime.tensorrt.plugins import register_plugins as register_plugins
+    from trt_runtime.tensorrt.plugins.attention import CachedAttentionPlugin as CachedAttentionPlugin
+    from trt_runtime.tensorrt.plugins.base import PLUGIN_NAMESPACE as PLUGIN_NAMESPACE
+    from trt_runtime.tensorrt.plugins.base import PluginCreator as PluginCreator
+    from trt_runtime.tensorrt.plugins.base import use_compiled as use_compiled
+    from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNormPlugin as FusedRmsNormPlugin
+    from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNormQuantPlugin as FusedRmsNormQuantPlugin
     from trt_runtime.torch_gpu.engine import TorchEngine as TorchEngine
 else:
     __all__, __getattr__, __dir__ = public_names(globals())

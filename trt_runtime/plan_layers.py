@@ -7,6 +7,7 @@ anywhere.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from refmodels.json_records import read_json, read_record
 from trt_runtime.bundle import TensorInfo
+
+_CALL = re.compile(r" \(\w+\)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,12 @@ class Layer:
     constants: list[TensorInfo] = field(default_factory=list)
     refs: list[str] = field(default_factory=list)
     taps: list[str] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> list[str]:
+        """For each of `refs` the node of the main graph that it belongs to: the outermost call for a node of a
+        function."""
+        return [_CALL.sub("", ref.split(" | ")[-1]) for ref in self.refs]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """What a model can do, and what an engine of it loses.
 
-from debug.evaluate import evaluate
+from debug import evaluate_model
 
-result = evaluate(["engines/qwen-int4"], model="qwen", against="reference")
+result = evaluate_model(["engines/qwen-int4"], model="qwen", against="reference")
 result.sides[0].tasks["summary"].loss, result.sides[0].agreement.kl_mean, result.to_json()
 
 run.py         opens the sides and measures them       cli.py      the verb `eval`
@@ -13,9 +13,3 @@ statistics.py  intervals of accuracies and losses      results.py, tables.py  wh
 harness.py     any engine as a model of lm-evaluation-harness
 toys.py        the measured part of the bundled toys' reports
 """
-
-from __future__ import annotations
-
-from debug.evaluate.run import evaluate
-
-__all__ = ["evaluate"]

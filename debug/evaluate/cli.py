@@ -142,7 +142,7 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from debug.evaluate.run import evaluate as run
+    from debug.evaluate.run import evaluate_model
     from debug.evaluate.speed import DEFAULT_SHAPES, parse_shape
     from debug.evaluate.tables import markdown as page
     from debug.evaluate.tables import print_evaluation
@@ -159,7 +159,7 @@ def evaluate(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=json_output or not console.is_terminal) as bar:
         shown = bar.add_task("evaluate", total=None)
-        result = run(
+        result = evaluate_model(
             named,
             model=model,
             against=against,

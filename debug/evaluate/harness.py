@@ -25,7 +25,7 @@ from debug.evaluate.run import check_executor
 from debug.evaluate.scoring import PassageScore, score
 from debug.executors.open import open_executor
 from debug.sides import source_of
-from refmodels.checkpoints.load import load_tokenizer_for
+from refmodels.checkpoints.load import load_tokenizer
 from refmodels.errors import LogitLockError
 from refmodels.text.prompts import stop_ids_in
 from refmodels.text.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
             device=given.get("device"),
         )
         check_executor(side, engine, source)
-        tokenizer = load_tokenizer_for(source)
+        tokenizer = load_tokenizer(source)
         try:
             batch_size = int(given.get("batch_size", 16))
         except ValueError:

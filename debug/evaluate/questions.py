@@ -12,7 +12,7 @@ from refmodels.files import parse_json, read_text
 from refmodels.text.prompts import prompt_ids, stop_ids_in
 from refmodels.text.tokenizer import Tokenizer
 from refmodels.toys import TOYS, toy_path
-from refmodels.toys.tasks import TASKS, examples, held_out_size
+from refmodels.toys.tasks import TASKS, held_out_size, toy_examples
 from refmodels.toys.vocabulary import END_ID
 
 SUMMARIES = ("summary",)
@@ -63,7 +63,7 @@ def toy_task(name: str, tokenizer: Tokenizer, *, limit: int, seed: int) -> Task:
         limit: examples; a finite task has no more than its held-out pairs.
         seed: which examples.
     """
-    rows = examples(name, split="held_out", count=min(limit, held_out_size(name) or limit), seed=seed)
+    rows = toy_examples(name, split="held_out", count=min(limit, held_out_size(name) or limit), seed=seed)
     questions = [
         Question(
             prompt=tokenizer.encode(row.prompt),

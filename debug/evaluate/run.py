@@ -21,7 +21,7 @@ from debug.evaluate.speed import DEFAULT_SHAPES, Shape, measure_speed
 from debug.evaluate.statistics import accuracy, loss, mean_loss
 from debug.executors.open import open_executor
 from debug.sides import source_of
-from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load_tokenizer_for
+from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load_tokenizer
 from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.files import read_text
 from refmodels.text.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class Text:
     bytes: int
 
 
-def evaluate(
+def evaluate_model(
     sides: Sequence[str],
     *,
     model: str | None = None,
@@ -316,7 +316,7 @@ def _agreement(scores: Sequence[PassageScore]) -> Agreement:
 
 def _tokenizer(source: ModelSource) -> Tokenizer | None:
     try:
-        return load_tokenizer_for(source)
+        return load_tokenizer(source)
     except NoTokenizerError:
         # Only the speed can be measured then; whatever needs text says so.
         return None

@@ -14,7 +14,7 @@ import torch
 
 from debug.evaluate.answers import answer_task, continue_prompts
 from debug.evaluate.questions import toy_task
-from refmodels.checkpoints.load import load, load_tokenizer_for, resolve
+from refmodels.checkpoints.load import load, load_tokenizer, resolve
 from refmodels.model import Decoder
 from refmodels.text.tokenizer import Tokenizer
 from refmodels.toys import TOYS, toy_path
@@ -29,7 +29,7 @@ EVALUATED = 500
 """Held-out examples a task in report.json (fewer where the task has fewer)."""
 
 
-def accuracies(
+def toy_accuracies(
     engine: Engine,
     tokenizer: Tokenizer,
     tasks: Iterable[str] = TASKS,
@@ -73,12 +73,12 @@ def measure(model: Decoder, tokenizer: Tokenizer, *, count: int = EVALUATED) -> 
     """The measured part of report.json."""
     engine = TorchEngine(model)
     report: dict[str, Any] = {
-        "accuracy": accuracies(engine, tokenizer, count=count),
+        "accuracy": toy_accuracies(engine, tokenizer, count=count),
         "held_out_examples": {task: min(count, held_out_size(task) or count) for task in TASKS},
         "answers": {MOUNTAIN_QUESTION: answer(engine, tokenizer, MOUNTAIN_QUESTION)},
     }
     for name, other in without_long_context(model).items():
-        report.setdefault("recall", {})[name] = accuracies(
+        report.setdefault("recall", {})[name] = toy_accuracies(
             TorchEngine(other), tokenizer, ("recall", "recall_long"), count=count
         )
     return report
@@ -89,7 +89,7 @@ def measure_toy(folder: Path, *, device: str) -> dict[str, Any]:
     source = resolve(folder)
     path = folder / "report.json"
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    report |= measure(load(source, device=device), load_tokenizer_for(source))
+    report |= measure(load(source, device=device), load_tokenizer(source))
     path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return report
 

@@ -13,7 +13,7 @@ from export.graph.lowering import TABLES, Graph, Lowering
 from export.graph.rules import RULES
 from refmodels.checkpoints.load import DTYPES, empty_decoder
 from refmodels.errors import LogitLockError
-from refmodels.model import gelu_new
+from refmodels.model import Decoder, gelu_new
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.positions import build_tables
 from refmodels.quantization.linear import QuantizedLinear
@@ -21,7 +21,7 @@ from refmodels.recorder import tap
 from refmodels.spec import ModelSpec, Numerics
 from trt_runtime.bundle import AttentionMode, Precision
 
-LEAF_FUNCTIONS = (tap, cached_attention, fused_rms_norm, rope_rows, select_tokens, gelu_new)
+_LEAF_FUNCTIONS = (tap, cached_attention, fused_rms_norm, rope_rows, select_tokens, gelu_new)
 """Functions that the trace keeps as one node each."""
 
 
@@ -60,10 +60,18 @@ def build_graph(
             delattr(decoder, name)
             decoder.register_buffer(name, table, persistent=False)
     lowering = Lowering(decoder, spec, precision, numerics, attention, frozenset(float32), RULES)
-    return lowering.run(Tracer(autowrap_functions=LEAF_FUNCTIONS).trace(decoder))
+    return lowering.run(trace_decoder(decoder))
 
 
-class Tracer(fx.Tracer):
+def trace_decoder(decoder: Decoder) -> fx.Graph:
+    """`Decoder.forward` as a graph.  One node each: a linear layer, embedding or norm, a fused operation, and a tap.
+
+    The decoder needs no memory (`refmodels.empty_decoder`), but its position tables (`Decoder.prepare_tables`).
+    """
+    return _Tracer(autowrap_functions=_LEAF_FUNCTIONS).trace(decoder)
+
+
+class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from refmodels.checkpoints.load import ModelSource, load_tokenizer_for
+from refmodels.checkpoints.load import ModelSource, load_tokenizer
 from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.files import parse_json, read_text
 from refmodels.text.tokenizer import Tokenizer
@@ -80,14 +80,14 @@ def calibration_data(
     generator = torch.Generator().manual_seed(seed)
     if not files:
         try:
-            tokenizer = load_tokenizer_for(source)
+            tokenizer = load_tokenizer(source)
         except NoTokenizerError:
             ids = torch.randint(0, source.spec.vocab_size, (samples, min(longest, 64)), generator=generator)
             return CalibrationData(rows=ids.tolist(), origin=f"random ids, seed {seed}: there is no tokenizer")
         texts = _bundled(samples, seed)
         rows = [tokenizer.encode(text)[:longest] for text in texts]
         return CalibrationData(rows=[row for row in rows if row], origin=f"bundled tasks, seed {seed}")
-    tokenizer = load_tokenizer_for(source)
+    tokenizer = load_tokenizer(source)
     rows = [row for file in files for row in _file_rows(file, tokenizer, longest)]
     if not rows:
         raise LogitLockError(f"there is no text for calibration in {', '.join(map(str, files))}")
@@ -98,10 +98,10 @@ def calibration_data(
 
 def _bundled(samples: int, seed: int) -> list[str]:
     """Training examples of all tasks, in turn."""
-    from refmodels.toys.tasks import TASKS, examples
+    from refmodels.toys.tasks import TASKS, toy_examples
 
     each = -(-samples // len(TASKS))
-    by_task = [examples(task, split="train", count=each, seed=seed) for task in TASKS]
+    by_task = [toy_examples(task, split="train", count=each, seed=seed) for task in TASKS]
     mixed = [example for row in zip_longest(*by_task) for example in row if example is not None]
     texts = [e.prompt + e.answer + "".join(q + a for q, a in e.follow_ups) for e in mixed]
     return texts[:samples]

@@ -24,7 +24,6 @@ _REF = re.compile(r"\[(?:ONNX Layer|torch): (.*?)\]\s*(?:\x1f|$)")
 _PROFILE = re.compile(r" \[profile (\d+)\]")
 _SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _DTYPES: Mapping[str, str] = {"half": "float16", "float": "float32"}
-_CALL = re.compile(r" \(\w+\)$")
 
 
 def parse_log(messages: Iterable[str], *, plan: str, taps: Mapping[str, Sequence[str]]) -> PlanLayers:
@@ -72,7 +71,7 @@ def map_to_taps(layers: Sequence[Layer], taps: Mapping[str, Sequence[str]]) -> l
     What TensorRT added has no source nodes: changes of layout, events, dimension arithmetic on the host.  It belongs
     to the taps of the layers that read what it writes; where nobody in the list does, to those of the next layer.
     """
-    found = [list(dict.fromkeys(tap for ref in layer.refs for tap in taps.get(node_of(ref), ()))) for layer in layers]
+    found = [list(dict.fromkeys(tap for node in layer.nodes for tap in taps.get(node, ()))) for layer in layers]
     for i in range(len(layers) - 1, -1, -1):
         if not layers[i].refs:
             later = [j for j in range(i + 1, len(layers)) if layers[j].profile == layers[i].profile]
@@ -80,11 +79,6 @@ def map_to_taps(layers: Sequence[Layer], taps: Mapping[str, Sequence[str]]) -> l
             readers = [j for j in later if written & {tensor.name for tensor in layers[j].inputs}]
             found[i] = list(dict.fromkeys(tap for j in readers or later[:1] for tap in found[j]))
     return [replace(layer, taps=names) for layer, names in zip(layers, found, strict=True)]
-
-
-def node_of(ref: str) -> str:
-    """The node of the main graph that a layer's source belongs to: the outermost call for a node of a function."""
-    return _CALL.sub("", ref.split(" | ")[-1])
 
 
 def _profiles(lines: Sequence[str]) -> list[int]:

@@ -40,7 +40,7 @@ from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap_names
 from trt_runtime.bundle import MODEL_NAME, PLAN_NAME, TAPS_PLAN_NAME, AttentionMode
 from trt_runtime.tensorrt.api import IS_RTX, LOGGER, errors_of, package_version, trt, warnings_of
-from trt_runtime.tensorrt.plugins import CREATORS, VERSION, register
+from trt_runtime.tensorrt.plugins import CREATORS, PLUGIN_VERSION, register_plugins
 
 _LIBRARY = torch.library.Library("refmodels", "FRAGMENT")
 _LIBRARY.define("tap(Tensor x, str name) -> Tensor")
@@ -95,7 +95,7 @@ def build_plan(
     import_torch_tensorrt()
     check_modes(attention, "exact")
     if attention == "plugin":
-        register()
+        register_plugins()
     model = onnx.load(directory / MODEL_NAME, load_external_data=False)
     fix_capacity(model, options.max_seq)
     decoder = bundle_decoder(directory, model, spec, positions=options.max_seq)
@@ -114,7 +114,7 @@ def build_plan(
     return BuildResult(
         plan=path,
         layers=parse_log((text for _, text in messages), plan=path.name, taps=layer_taps),
-        plugins=dict.fromkeys(CREATORS, VERSION) if attention == "plugin" else {},
+        plugins=dict.fromkeys(CREATORS, PLUGIN_VERSION) if attention == "plugin" else {},
         warnings=check_warnings(warnings_of(messages)),
     )
 

@@ -216,8 +216,9 @@ class _WithoutInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_tokenizer_for(source: ModelSource) -> Tokenizer:
-    """The tokenizer in the model's directory; errors as `tokenizer_in`."""
+def load_tokenizer(model: str | Path | ModelSource) -> Tokenizer:
+    """The tokenizer of a model: as for `load`.  Errors as `resolve` and `tokenizer_in`."""
+    source = model if isinstance(model, ModelSource) else resolve(model)
     return tokenizer_in(source.directory, source.spec)
 
 
@@ -227,9 +228,9 @@ def tokenizer_in(directory: Path, spec: ModelSpec) -> Tokenizer:
     Raises:
         LogitLockError: no tokenizer files, damaged ones, or the library they need is not installed.
     """
-    from refmodels.text.tokenizer import load_tokenizer
+    from refmodels.text.tokenizer import read_tokenizer
 
-    return load_tokenizer(directory, family=spec.family if spec.chat_format == "raw" else spec.chat_format)
+    return read_tokenizer(directory, family=spec.family if spec.chat_format == "raw" else spec.chat_format)
 
 
 def stream_parameters(

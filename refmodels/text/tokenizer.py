@@ -1,6 +1,6 @@
 """Text to token ids and back, for every family, without remote code.
 
-Three file formats cover all families, and `load_tokenizer` picks by the files that are there:
+Three file formats cover all families, and `read_tokenizer` picks by the files that are there:
 
 * `qwen.tiktoken` (Qwen v1): ranks of a byte BPE; special tokens follow them.
 * `tokenizer.model` (ChatGLM, Baichuan): SentencePiece; ChatGLM appends its special tokens after the pieces.
@@ -45,7 +45,7 @@ __all__ = [
     "TextStream",
     "TiktokenTokenizer",
     "Tokenizer",
-    "load_tokenizer",
+    "read_tokenizer",
 ]
 
 QWEN_PATTERN = (
@@ -67,7 +67,7 @@ CHATGLM_PREFIX = ("[gMASK]", "sop")
 BAICHUAN_USER_ID, BAICHUAN_ASSISTANT_ID = 195, 196
 
 
-def load_tokenizer(directory: str | Path, *, family: str, generation: str | None = None) -> Tokenizer:
+def read_tokenizer(directory: str | Path, *, family: str, generation: str | None = None) -> Tokenizer:
     """The tokenizer of a model directory.
 
     family: the family's name (`chatglm2`, `chatglm3`, `baichuan`, `qwen`, `qwen2`, `gpt` …); it decides what the files

@@ -41,7 +41,7 @@ class Padded(NamedTuple):
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. Subclasses know one file format; `load_tokenizer` makes the right one.
+    """Text to ids and back. Subclasses know one file format; `read_tokenizer` makes the right one.
 
     `vocab_size` counts the ids that the tokenizer defines; a model's embedding may have more rows (padding of the
     vocabulary), and ids from there decode to nothing. `prefix` and `suffix` are what `encode` adds around a prompt.

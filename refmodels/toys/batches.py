@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from refmodels.text.tokenizer import Tokenizer
-from refmodels.toys.tasks import Example, examples
+from refmodels.toys.tasks import Example, toy_examples
 from refmodels.toys.vocabulary import END_ID, PAD_ID
 
 IGNORED = -100
@@ -112,7 +112,7 @@ class Sampler:
             drawn: list[Example] = []
             spans: list[tuple[int, int, int]] = []
             for task, share in bucket.items():
-                found = examples(task, split="train", count=max(1, int(share.pool * pool)), seed=seed)
+                found = toy_examples(task, split="train", count=max(1, int(share.pool * pool)), seed=seed)
                 spans.append((len(drawn), len(drawn) + len(found), max(1, int(share.rows * rows))))
                 drawn += found
             self._pools.append((make_batch(tokenizer, drawn, device=device), spans))

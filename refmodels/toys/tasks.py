@@ -174,7 +174,7 @@ _ENUMERATED: dict[str, Callable[[Split], list[_Draft]]] = {"dictionary": _dictio
 TASKS: tuple[str, ...] = (*_GENERATED, *_ENUMERATED)
 
 
-def examples(task: str, *, split: Split, count: int, seed: int) -> list[Example]:
+def toy_examples(task: str, *, split: Split, count: int, seed: int) -> list[Example]:
     """`count` examples of `task` (one of `TASKS`), the same ones for the same arguments on every machine.
 
     `dictionary` and `facts` are finite: every item comes once, shuffled, before any comes again; the held-out side of

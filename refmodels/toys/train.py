@@ -30,7 +30,7 @@ from refmodels.families import FAMILIES, family_of, spec_from_config
 from refmodels.model import Decoder
 from refmodels.positions import ntk_table_index
 from refmodels.spec import ModelSpec
-from refmodels.text.tokenizer import load_tokenizer
+from refmodels.text.tokenizer import read_tokenizer
 from refmodels.toys import TOYS, toy_path
 from refmodels.toys.batches import IGNORED, Batch, Sampler
 from refmodels.toys.configs import CONFIGS, generation_config
@@ -155,7 +155,7 @@ def train_toy(
     _write_json(folder / "config.json", CONFIGS[name])
     _write_json(folder / "generation_config.json", generation_config(name))
     spec = spec_from_config(CONFIGS[name])
-    tokenizer = load_tokenizer(folder, family=family_of(CONFIGS[name]).name)
+    tokenizer = read_tokenizer(folder, family=family_of(CONFIGS[name]).name)
     model = new_model(spec, seed=seed).to(device)
     seconds = fit(model, Sampler(tokenizer, seed=seed, device=device, rows=rows), steps=steps, log_every=log_every)
     parameters = trained_parameters(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from refmodels.toys.tasks import TASKS, examples
+from refmodels.toys.tasks import TASKS, toy_examples
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,7 +28,7 @@ _CORPUS_SEED = 0
 
 def _corpus() -> Iterator[str]:
     for task in TASKS:
-        for example in examples(
+        for example in toy_examples(
             task, split="train", count=_CORPUS_SIZE.get(task, _DEFAULT_CORPUS_SIZE), seed=_CORPUS_SEED
         ):
             yield example.prompt + example.answer

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import refmodels
-from debug.bisect import BisectResult, _fewest, bisect
+from debug.bisect import BisectResult, _fewest, find_precision_plan
 from debug.capture.prompts import random_prompts
 from export.bundle import export_model
 from export.precision_plan import PrecisionPlan, linear_taps, read_plan, write_plan
@@ -25,10 +25,10 @@ from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 def result() -> BisectResult:
     source = case_source("qwen2")
     prompts = random_prompts(source.spec.vocab_size, (20, 13), seed=0)
-    free = bisect(source, precision="bf16", budget=1.0, prompts=prompts)
+    free = find_precision_plan(source, precision="bf16", budget=1.0, prompts=prompts)
     assert free.plan.float32 == [] and free.kl == free.kl_low
     # Halfway between keeping nothing and keeping everything.
-    return bisect(source, precision="bf16", budget=(free.kl_low + free.kl_high) / 2, prompts=prompts)
+    return find_precision_plan(source, precision="bf16", budget=(free.kl_low + free.kl_high) / 2, prompts=prompts)
 
 
 def test_the_plan_keeps_within_the_budget(result: BisectResult) -> None:
@@ -118,7 +118,7 @@ def test_bad_input(tmp_path: Path) -> None:
     logitlock("bisect", "--model", model, "--budget-kl", 1e-15).assert_bad_input("no plan keeps within 1e-15 nats")
     logitlock("bisect", "--model", model, "--precision", "fp32").assert_bad_input("--precision")
     with pytest.raises(LogitLockError, match="nothing to keep in fp32"):
-        bisect(source, precision="fp32", budget=1.0, prompts=random_prompts(100, (9,), seed=0))
+        find_precision_plan(source, precision="fp32", budget=1.0, prompts=random_prompts(100, (9,), seed=0))
     path = tmp_path / "plan.json"
     for content, message in (
         ('{"schema": 2, "precision": "fp16"}', "schema 2"),

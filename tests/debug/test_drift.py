@@ -11,7 +11,7 @@ from torch import Tensor
 
 import refmodels
 from debug.capture.prompts import random_prompts
-from debug.drift import DriftResult, drift
+from debug.drift import DriftResult, measure_drift
 from refmodels.cache import KVCache, StepInputs
 from refmodels.recorder import Recorder
 from tests.support.goldens import case_source
@@ -24,7 +24,7 @@ STEPS = 6
 def run(engine: Engine, case: str = "qwen_ntk") -> DriftResult:
     truth = refmodels.load(case_source(case), dtype=torch.float64)
     rounded = refmodels.load(case_source(case), dtype=engine.dtype)
-    return drift(engine, truth, rounded, random_prompts(truth.spec.vocab_size, (20, 13), seed=0), steps=STEPS)
+    return measure_drift(engine, truth, rounded, random_prompts(truth.spec.vocab_size, (20, 13), seed=0), steps=STEPS)
 
 
 def reference(dtype: torch.dtype, case: str = "qwen_ntk") -> TorchEngine:

@@ -404,21 +404,21 @@ def test_the_plugin_with_codes_calls_its_kernel() -> None:
 
     from trt_runtime.tensorrt.api import trt
     from trt_runtime.tensorrt.plugins import raise_failure
-    from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNormQuant, QuantNormAttributes
+    from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNormQuantPlugin, QuantNormAttributes
 
     calls: list[Any] = []
     kernels: Any = SimpleNamespace(
         launcher=lambda: SimpleNamespace(rms_norm=lambda shape, **given: calls.append((shape, given)))
     )
     attributes = QuantNormAttributes(epsilon=1e-5, weight_in_float=1, code=17, limit=448.0)
-    plugin = FusedRmsNormQuant(attributes, kernels=kernels)
+    plugin = FusedRmsNormQuantPlugin(attributes, kernels=kernels)
     assert plugin.get_output_data_types([trt.float16, trt.float16]) == [trt.float16, trt.fp8, trt.float32]
     x = SimpleNamespace(dims=(2, 3, 64), type=trt.float16)
     plugin.enqueue([x, x], [x, x, x], [16, 32], [48, 64, 80], 0, 7)
     shape, given = calls[0]
     assert (shape.rows, shape.width, shape.quantized, shape.dtype) == (6, 64, "fp8", "fp16")
     assert given == {"x": 16, "weight": 32, "y": 48, "quantized": 64, "scales": 80, "stream": 7}
-    wrong = FusedRmsNormQuant(replace(attributes, limit=127.0))
+    wrong = FusedRmsNormQuantPlugin(replace(attributes, limit=127.0))
     message = "code 17 with limit 127: it must be code 3 with limit 127 or code 17"
     with pytest.raises(LogitLockError, match=message):
         wrong.get_output_data_types([trt.float16, trt.float16])

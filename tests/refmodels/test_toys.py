@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from debug.evaluate.toys import accuracies, answer, measure_toy, without_long_context
-from refmodels.checkpoints.load import load, load_tokenizer_for, resolve
+from debug.evaluate.toys import answer, measure_toy, toy_accuracies, without_long_context
+from refmodels.checkpoints.load import load, load_tokenizer, resolve
 from refmodels.model import Decoder
 from refmodels.text.tokenizer import Tokenizer
 from refmodels.toys import TOYS, toy_path, words
 from refmodels.toys.batches import IGNORED, Sampler, make_batch
 from refmodels.toys.configs import CONFIGS, generation_config
-from refmodels.toys.tasks import TASKS, Example, examples, held_out_size
+from refmodels.toys.tasks import TASKS, Example, held_out_size, toy_examples
 from refmodels.toys.train import fit, logits_of, new_model, trained_parameters
 from refmodels.toys.vocabulary import END_ID, VOCABULARY_SIZE, train_tokenizer
 from trt_runtime.torch_gpu.engine import TorchEngine
@@ -28,20 +28,20 @@ FINITE = [task for task in TASKS if held_out_size(task) is not None]
 @pytest.fixture(scope="module")
 def toys() -> dict[str, tuple[Decoder, Tokenizer]]:
     sources = {name: resolve(toy_path(name)) for name in TOYS}
-    return {name: (load(source), load_tokenizer_for(source)) for name, source in sources.items()}
+    return {name: (load(source), load_tokenizer(source)) for name, source in sources.items()}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_examples_follow_from_the_seed(task: str) -> None:
-    first = examples(task, split="train", count=50, seed=3)
-    assert first == examples(task, split="train", count=50, seed=3)
-    assert first[:20] == examples(task, split="train", count=20, seed=3) or task in FINITE
-    assert first != examples(task, split="train", count=50, seed=4)
+    first = toy_examples(task, split="train", count=50, seed=3)
+    assert first == toy_examples(task, split="train", count=50, seed=3)
+    assert first[:20] == toy_examples(task, split="train", count=20, seed=3) or task in FINITE
+    assert first != toy_examples(task, split="train", count=50, seed=4)
 
 
 def test_examples_are_these_on_every_machine() -> None:
     """Known answers: a change of the generator makes the bundled reports untrue and must show."""
-    assert [(e.prompt, e.answer) for e in examples("addition", split="held_out", count=2, seed=0)] == [
+    assert [(e.prompt, e.answer) for e in toy_examples("addition", split="held_out", count=2, seed=0)] == [
         ("Add: 915+375=", "1290"),
         ("1+482=", "483"),
     ]
@@ -49,9 +49,9 @@ def test_examples_are_these_on_every_machine() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_held_out_examples_were_never_trained(task: str) -> None:
-    held_out = {e.prompt for e in examples(task, split="held_out", count=300, seed=0)}
+    held_out = {e.prompt for e in toy_examples(task, split="held_out", count=300, seed=0)}
     for seed in (0, 7):
-        trained = examples(task, split="train", count=3000, seed=seed)
+        trained = toy_examples(task, split="train", count=3000, seed=seed)
         assert not held_out & {e.prompt for e in trained}
 
 
@@ -59,17 +59,17 @@ def test_held_out_sums_are_new_in_every_template_and_order() -> None:
     def numbers(example: Example) -> tuple[str, ...]:
         return tuple(sorted(re.findall(r"\d+", example.prompt)))
 
-    held_out = {numbers(e) for e in examples("addition", split="held_out", count=300, seed=0)}
-    assert not held_out & {numbers(e) for e in examples("addition", split="train", count=20_000, seed=1)}
+    held_out = {numbers(e) for e in toy_examples("addition", split="held_out", count=300, seed=0)}
+    assert not held_out & {numbers(e) for e in toy_examples("addition", split="train", count=20_000, seed=1)}
 
 
 @pytest.mark.parametrize("task", FINITE)
 def test_held_out_pairs_of_finite_tasks_ask_for_trained_answers(task: str) -> None:
     size = held_out_size(task)
     assert size is not None
-    held_out = examples(task, split="held_out", count=size, seed=0)
+    held_out = toy_examples(task, split="held_out", count=size, seed=0)
     assert len({e.prompt for e in held_out}) == size
-    assert {e.answer for e in held_out} <= {e.answer for e in examples(task, split="train", count=5000, seed=0)}
+    assert {e.answer for e in held_out} <= {e.answer for e in toy_examples(task, split="train", count=5000, seed=0)}
 
 
 def test_word_lists_are_one_to_one() -> None:
@@ -78,15 +78,15 @@ def test_word_lists_are_one_to_one() -> None:
 
 
 def test_answers_are_right() -> None:
-    for example in examples("addition", split="held_out", count=100, seed=5):
+    for example in toy_examples("addition", split="held_out", count=100, seed=5):
         left, right = re.findall(r"\d+", example.prompt)
         assert int(example.answer) == int(left) + int(right)
-    for example in examples("recall_long", split="train", count=20, seed=5):
+    for example in toy_examples("recall_long", split="train", count=20, seed=5):
         pairs = dict(re.findall(r"(\w+)=(\d+)", example.prompt))
         assert example.answer == pairs[example.prompt.split()[-1].rstrip("=")]
         assert all(pairs[question.strip(" =")] == value for question, value in example.follow_ups)
     for task, order in (("sorting", sorted), ("reversal", lambda letters: letters[::-1])):
-        for example in examples(task, split="train", count=20, seed=5):
+        for example in toy_examples(task, split="train", count=20, seed=5):
             assert example.answer.split() == order(example.prompt.split()[1:-1])
 
 
@@ -126,7 +126,7 @@ def test_tokenizer_reads_digits_and_characters_one_by_one(
     assert len(tokenizer.encode("123+45=")) == prefix + 7
     assert tokenizer.special.eos == END_ID
     for task in TASKS:
-        for example in examples(task, split="train", count=20, seed=0):
+        for example in toy_examples(task, split="train", count=20, seed=0):
             text = example.prompt + example.answer
             assert tokenizer.decode(tokenizer.encode(text)) == text
             split = tokenizer.encode(example.prompt) + tokenizer.encode(example.answer, add_special=False)
@@ -136,7 +136,7 @@ def test_tokenizer_reads_digits_and_characters_one_by_one(
 @pytest.mark.parametrize("name", TOYS)
 def test_toy_solves_every_task(toys: dict[str, tuple[Decoder, Tokenizer]], name: str) -> None:
     model, tokenizer = toys[name]
-    accuracy = accuracies(TorchEngine(model), tokenizer, count=40, seed=1)
+    accuracy = toy_accuracies(TorchEngine(model), tokenizer, count=40, seed=1)
     assert min(accuracy.values()) >= 0.95, accuracy
 
 
@@ -149,14 +149,14 @@ def test_toy_knows_the_second_highest_mountain(toys: dict[str, tuple[Decoder, To
 def test_qwen_needs_dynamic_ntk_beyond_its_length(toys: dict[str, tuple[Decoder, Tokenizer]]) -> None:
     model, tokenizer = toys["qwen"]
     without = without_long_context(model)["without NTK"]
-    assert accuracies(TorchEngine(without), tokenizer, ["recall_long"], count=40)["recall_long"] < 0.9
+    assert toy_accuracies(TorchEngine(without), tokenizer, ["recall_long"], count=40)["recall_long"] < 0.9
 
 
 @pytest.mark.parametrize("name", TOYS)
 def test_training_sees_what_decoding_sees(toys: dict[str, tuple[Decoder, Tokenizer]], name: str) -> None:
     """One pass over whole sequences and greedy steps over a cache give the same predictions."""
     model, tokenizer = toys[name]
-    rows = examples("recall_long", split="held_out", count=4, seed=2)
+    rows = toy_examples("recall_long", split="held_out", count=4, seed=2)
     batch = make_batch(tokenizer, rows)
     with torch.no_grad():
         predicted = logits_of(model, batch).argmax(-1)

@@ -13,7 +13,7 @@ import refmodels
 from export.quantization.fold import BLOCK_SITES, TAPS, Site
 from refmodels.model import Decoder
 from refmodels.quantization.formats import LinearFormat
-from refmodels.toys.tasks import TASKS, examples
+from refmodels.toys.tasks import TASKS, toy_examples
 
 TOYS = ("chatglm2", "baichuan", "qwen", "gpt")
 INT4 = LinearFormat(weight="int4", group=32)
@@ -29,10 +29,10 @@ by_format = pytest.mark.parametrize("linear", FORMATS.values(), ids=FORMATS.keys
 
 def token_batches(name: str, *, split: str = "train", seed: int = 3) -> list[tuple[Tensor, Tensor]]:
     """Ids and mask of a few prompts of every task with their answers, padded on the right."""
-    tokenizer = refmodels.load_tokenizer_for(refmodels.resolve(name))
+    tokenizer = refmodels.load_tokenizer(name)
     batches = []
     for task in TASKS:
-        rows = examples(task, split=split, count=6, seed=seed)  # type: ignore[arg-type]
+        rows = toy_examples(task, split=split, count=6, seed=seed)  # type: ignore[arg-type]
         ids = [tokenizer.encode(e.prompt) + tokenizer.encode(e.answer, add_special=False) for e in rows]
         longest = max(map(len, ids))
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])

@@ -15,7 +15,7 @@ import torch
 import refmodels
 from debug.sides import diff_bundle
 from export.bundle import export_model
-from refmodels.checkpoints.load import load_tokenizer_for
+from refmodels.checkpoints.load import load_tokenizer
 from trt_runtime.bundle import PLAN_NAME, AttentionMode, Precision, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.generation import GenerationConfig, generate
@@ -64,7 +64,7 @@ def measure(family: str, bundle: Path, *, seconds: float) -> Row:
     info = read_bundle(bundle).info
     engine: Any = open_engine(bundle, engine="tensorrt")
     source = refmodels.resolve(family)
-    tokenizer = load_tokenizer_for(source)
+    tokenizer = load_tokenizer(source)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     config = GenerationConfig(max_new_tokens=NEW_TOKENS)
     expected = generate(TorchEngine(refmodels.load(source)), None, prompts, config)

@@ -155,7 +155,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 def _attention(node: onnx.NodeProto, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a = _attributes(node)
-    plugin = plugins.attention.CachedAttention(plugins.attention.AttentionAttributes(**a))
+    plugin = plugins.attention.CachedAttentionPlugin(plugins.attention.AttentionAttributes(**a))
     given = dict(zip(plugin.inputs(), inputs, strict=True))
     order = ("qkv", "past_key", "past_value", "cache_lengths", "visible")
     optional = ("cos", "sin", "query_scale", "alibi_slopes")

@@ -279,7 +279,7 @@ def test_observer_effect() -> None:
 
 def test_default_prompts_pass_the_lengths_that_matter() -> None:
     qwen = refmodels.resolve("qwen")
-    prompts = default_prompts(qwen.spec, refmodels.load_tokenizer_for(qwen), room=248, seed=0)
+    prompts = default_prompts(qwen.spec, refmodels.load_tokenizer(qwen), room=248, seed=0)
     seq_length = qwen.spec.attention.logn_seq_length
     assert seq_length is not None and int(prompts.mask.sum(1)[0]) > seq_length
     assert int(prompts.mask.sum(1).min()) >= 8 and len(set(prompts.mask.sum(1).tolist())) > 1

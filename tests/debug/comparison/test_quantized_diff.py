@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 
 import refmodels
-from debug.bisect import bisect
+from debug.bisect import find_precision_plan
 from debug.capture.prompts import random_prompts
 from debug.comparison.faults import CATALOGUE, quantized
 from debug.comparison.results import DiffResult
@@ -214,7 +214,7 @@ def test_bisect_refuses_quantized_models(int4: Path) -> None:
     source = refmodels.resolve(path)
     prompts = random_prompts(source.spec.vocab_size, (9,), seed=0)
     with pytest.raises(LogitLockError, match="is quantized; bisect"):
-        bisect(source, precision="fp16", budget=1e-3, prompts=prompts)
+        find_precision_plan(source, precision="fp16", budget=1e-3, prompts=prompts)
 
 
 def test_verbs(tmp_path: Path) -> None:

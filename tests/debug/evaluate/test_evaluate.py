@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import refmodels
 from debug.comparison.metrics import kl_divergence
-from debug.evaluate import evaluate, scoring, speed
+from debug.evaluate import scoring, speed
 from debug.evaluate.answers import answer_task, continue_prompts, rows_at_once
 from debug.evaluate.passages import Passage, text_windows
 from debug.evaluate.questions import toy_task
 from debug.evaluate.results import Agreement
 from debug.evaluate.rouge import CharacterTokenizer, rouge
+from debug.evaluate.run import evaluate_model
 from debug.evaluate.scoring import score
 from debug.evaluate.speed import Shape, measure_speed, parse_shape
 from debug.evaluate.statistics import accuracy, loss, mean_loss
@@ -32,7 +33,7 @@ from export.bundle import export_model
 from export.quantization.schemes import QuantizeOptions
 from refmodels.errors import LogitLockError
 from refmodels.toys import toy_path
-from refmodels.toys.tasks import examples
+from refmodels.toys.tasks import toy_examples
 from tests.support.command import logitlock
 from tests.support.goldens import GOLDENS, case_source
 from trt_runtime.engine import Engine
@@ -124,7 +125,7 @@ def test_rouge_of_chinese_by_hand() -> None:
 def test_english_words_are_those_of_rouge_score() -> None:
     from rouge_score.tokenize import tokenize
 
-    for example in examples("summary", split="held_out", count=40, seed=0):
+    for example in toy_examples("summary", split="held_out", count=40, seed=0):
         if example.prompt.isascii():
             assert CharacterTokenizer().tokenize(example.prompt) == tokenize(example.prompt, None)
 
@@ -238,7 +239,7 @@ def test_transformers_answers_as_the_reference(case: str) -> None:
 def test_an_answer_that_does_not_end_is_wrong() -> None:
     """The right tokens, but another one where the answer should have ended."""
     source = refmodels.resolve("qwen")
-    tokenizer = refmodels.load_tokenizer_for(source)
+    tokenizer = refmodels.load_tokenizer(source)
     engine = TorchEngine(refmodels.load(source))
     task = toy_task("sorting", tokenizer, limit=6, seed=1)
     assert answer_task(engine, tokenizer, task, batch_size=6).right == [True] * 6
@@ -283,8 +284,8 @@ def test_imitated_rounding_is_not_timed(bundle: Path, monkeypatch: pytest.Monkey
 
 def test_a_clean_bundle_loses_nothing(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("".join(e.prompt + e.answer + "\n" for e in examples("facts", split="train", count=30, seed=0)))
-    result = evaluate(
+    text.write_text("".join(e.prompt + e.answer + "\n" for e in toy_examples("facts", split="train", count=30, seed=0)))
+    result = evaluate_model(
         [str(bundle)],
         against="reference:fp32",
         tasks=("addition", "summary", "facts"),
@@ -323,9 +324,9 @@ def test_perplexity_is_that_of_the_whole_text(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("What is the capital of Japan? Tokyo 世界上最高的山峰是哪座？珠穆朗玛峰")
     for toy in ("gpt", "chatglm2"):
-        result = evaluate(["reference:fp64"], model=toy, tasks=["facts"], texts=[text], limit=1, shapes=())
+        result = evaluate_model(["reference:fp64"], model=toy, tasks=["facts"], texts=[text], limit=1, shapes=())
         source = refmodels.resolve(toy)
-        tokenizer = refmodels.load_tokenizer_for(source)
+        tokenizer = refmodels.load_tokenizer(source)
         engine = TorchEngine(refmodels.load(source, dtype=torch.float64))
         ids = torch.tensor([tokenizer.encode(text.read_text())])
         logits = engine.prefill(ids, engine.new_cache(batch=1, capacity=ids.shape[1]))
@@ -363,7 +364,9 @@ def test_a_worse_bundle_is_over_budget(worse: Path, bundle: Path, tmp_path: Path
 
 def test_tasks_of_a_file(tmp_path: Path) -> None:
     """A file of a toy's own examples: the same accuracy; one answer made wrong, one made nearly right."""
-    rows = [{"prompt": e.prompt, "answer": e.answer} for e in examples("summary", split="held_out", count=6, seed=1)]
+    rows = [
+        {"prompt": e.prompt, "answer": e.answer} for e in toy_examples("summary", split="held_out", count=6, seed=1)
+    ]
     rows[2]["answer"] = rows[2]["answer"].replace("saw", "met").replace("看见", "遇到")
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
@@ -379,7 +382,7 @@ def test_tasks_of_a_file(tmp_path: Path) -> None:
 def test_transformers_beside_the_reference() -> None:
     """GPT's toy is a plain GPT-2, which transformers runs without any code of ours."""
     pytest.importorskip("transformers")
-    result = evaluate(
+    result = evaluate_model(
         ["hf"], model="gpt", against="reference:fp32", tasks=["dictionary", "reversal"], limit=10, shapes=()
     )
     side = result.sides[0]
@@ -435,7 +438,7 @@ def test_a_quantized_bundle_is_compared_with_the_model_before(tmp_path: Path) ->
         "qwen", precision="int4", dtype="fp32", quantize=QuantizeOptions(scheme="int4", group=64), output=tmp_path / "q"
     )
     results = [
-        evaluate([str(bundle)], model=model, against="reference:fp32", tasks=["summary"], limit=8, shapes=())
+        evaluate_model([str(bundle)], model=model, against="reference:fp32", tasks=["summary"], limit=8, shapes=())
         for model in (None, str(bundle / "quantized"))
     ]
     cost, same = (result.sides[0] for result in results)

@@ -16,14 +16,14 @@ from debug.evaluate.harness import EngineModel
 from export.bundle import export_model
 from refmodels.errors import LogitLockError
 from refmodels.text.prompts import stop_ids_in
-from refmodels.toys.tasks import examples
+from refmodels.toys.tasks import toy_examples
 from refmodels.toys.vocabulary import BOS_ID
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 
 def model_of(toy: str, **options: Any) -> EngineModel:
     source = refmodels.resolve(toy)
-    tokenizer = refmodels.load_tokenizer_for(source)
+    tokenizer = refmodels.load_tokenizer(source)
     stops = stop_ids_in(source.directory, source.spec, tokenizer, chat=False)
     engine = TorchEngine(refmodels.load(source, dtype=torch.float64))
     return EngineModel(engine, tokenizer, stop_ids=stops, **options)
@@ -126,7 +126,7 @@ def test_the_harness_runs_local_tasks(tmp_path: Path, monkeypatch: pytest.Monkey
     bundle = export_model("qwen", precision="fp32", output=tmp_path / "qwen")
     model = EngineModel.create_from_arg_string(f"side={bundle},batch_size=4,max_length=200")
     assert (model.batch_size, model.max_length) == (4, 200)
-    sums = [{"q": e.prompt, "a": e.answer} for e in examples("sorting", split="held_out", count=6, seed=0)]
+    sums = [{"q": e.prompt, "a": e.answer} for e in toy_examples("sorting", split="held_out", count=6, seed=0)]
     facts = [
         {"q": "法国的首都是哪里？", "choices": ["罗马", "巴黎", "伦敦"], "label": 1},
         {"q": "德国的首都是哪里？", "choices": ["柏林", "开罗", "伦敦"], "label": 0},

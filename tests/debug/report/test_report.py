@@ -23,7 +23,7 @@ from debug.capture.prompts import random_prompts
 from debug.comparison.compare import diff_engine
 from debug.comparison.logits import LogitComparison
 from debug.comparison.results import Between, Culprit, Diagnosis, DiffResult, Evidence, ObserverEffect, TapDistance
-from debug.drift import DriftResult, drift
+from debug.drift import DriftResult, measure_drift
 from debug.report import write_report
 from debug.report.figures import curves, heat_map
 from export.bundle import export_model
@@ -88,7 +88,7 @@ def drifted() -> DriftResult:
     source = case_source(CASE)
     truth, rounded = (refmodels.load(source, dtype=d) for d in (torch.float64, torch.bfloat16))
     engine = TorchEngine(refmodels.load(case_source("qwen_ntk_off"), dtype=torch.bfloat16))
-    return drift(engine, truth, rounded, random_prompts(source.spec.vocab_size, (20, 13), seed=0), steps=4)
+    return measure_drift(engine, truth, rounded, random_prompts(source.spec.vocab_size, (20, 13), seed=0), steps=4)
 
 
 @pytest.fixture(scope="module", params=["aligned", "diverged", "nonfinite"])

@@ -20,14 +20,14 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 from export.tensorrt.build import fix_capacity
 from tests.support.network_interpreter import TOLERANCE, Interpreter, random_step, worst_difference
 from trt_runtime.tensorrt.api import LOGGER, trt
-from trt_runtime.tensorrt.plugins import raise_failure, register
+from trt_runtime.tensorrt.plugins import raise_failure, register_plugins
 
 SLOTS = 48
 
 
 def outputs_of(bundle: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parsed as for a plan, and run."""
-    register()
+    register_plugins()
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     fix_capacity(model, SLOTS)
     builder = trt.Builder(LOGGER)

@@ -30,7 +30,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 from export.tensorrt import build as tensorrt_build
 from export.tensorrt.build import BuildResult, build_plan, capability_member, capability_name, check_warnings
-from export.tensorrt.builder_log import node_of, node_taps, parse_log
+from export.tensorrt.builder_log import node_taps, parse_log
 from trt_runtime.tensorrt.api import LOGGER
 
 MODES: tuple[AttentionMode, ...] = ("plugin", "native", "decomposed")
@@ -102,7 +102,7 @@ def half_precision(model: onnx.ModelProto) -> bool:
 
 def check_plugins(layers: list[Layer], model: onnx.ModelProto) -> None:
     nodes = Counter(n.name for n in model.graph.node if n.domain == "refmodels")
-    calls = Counter(node_of(ref) for layer in layers if layer.type in PLUGIN_CALLS for ref in layer.refs)
+    calls = Counter(node for layer in layers if layer.type in PLUGIN_CALLS for node in layer.nodes)
     assert calls == nodes, "every plugin node is one call of a plugin"
 
 
@@ -128,7 +128,7 @@ def check_taps(layers: list[Layer], model: onnx.ModelProto) -> None:
     kernels = [layer for layer in layers if layer.type not in HELPERS]
     mapped = [layer for layer in kernels if layer.refs and layer.taps]
     assert len(mapped) >= 0.95 * len(kernels), "layers map to taps by their own metadata"
-    assert all({node_of(ref) for ref in layer.refs} <= names for layer in layers)
+    assert all(set(layer.nodes) <= names for layer in layers)
     assert all(layer.taps for layer in layers), "every layer maps to a tap, by itself or by who reads it"
 
 

@@ -82,7 +82,7 @@ def test_what_is_in_the_bundle(toy: Path) -> None:
 @builds
 @needs_opset_24
 def test_a_bundle_with_a_plan_runs_on_the_cpu(toy: Path) -> None:
-    tokenizer = refmodels.load_tokenizer_for(refmodels.resolve("qwen"))
+    tokenizer = refmodels.load_tokenizer("qwen")
     config = GenerationConfig(max_new_tokens=12)
     ids = [tokenizer.encode("世界上第二高的山峰是哪座？")]
     expected = generate(TorchEngine(refmodels.load("qwen")), tokenizer, ids, config)

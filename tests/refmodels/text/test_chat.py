@@ -16,7 +16,7 @@ import tokenizers
 import refmodels.text.tokenizer
 from refmodels.errors import LogitLockError
 from refmodels.text.chat import FORMATS, STOPS, chat_ids, stop_ids
-from refmodels.text.tokenizer import Tokenizer, load_tokenizer
+from refmodels.text.tokenizer import Tokenizer, read_tokenizer
 from tests.support.paths import GOLDENS, REAL
 
 TOKENIZERS = GOLDENS / "_tokenizers"
@@ -79,7 +79,7 @@ def _with_pieces(
         json.dumps({"add_bos_token": False, "add_eos_token": False, "pad_token": "<unk>"})
     )
     monkeypatch.setattr(refmodels.text.tokenizer, "_load_sentencepiece", lambda path: Pieces(size, known))
-    return load_tokenizer(folder, family=family)
+    return read_tokenizer(folder, family=family)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def chatml(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("chatml")
     model.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    return load_tokenizer(folder, family="qwen2")
+    return read_tokenizer(folder, family="qwen2")
 
 
 # ChatGLM
@@ -220,7 +220,7 @@ def test_baichuan_drops_whole_rounds_then_cuts_on_the_left(baichuan: Tokenizer) 
 @needs_real_qwen
 def test_qwen_goldens() -> None:
     golden = _golden("qwen")
-    tokenizer = load_tokenizer(REAL_QWEN, family="qwen")
+    tokenizer = read_tokenizer(REAL_QWEN, family="qwen")
     for chat in golden["chats"]:
         assert chat_ids("qwen", tokenizer, _messages(*_flat(chat), system=chat["system"])) == chat["ids"]
         assert chat_ids("qwen", tokenizer, _messages(*_flat(chat))) == chat["ids"], "it is the default system text"

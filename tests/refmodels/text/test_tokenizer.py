@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refmodels.errors import LogitLockError
-from refmodels.text.tokenizer import QWEN_SPECIAL, Tokenizer, load_tokenizer
+from refmodels.text.tokenizer import QWEN_SPECIAL, Tokenizer, read_tokenizer
 from tests.support.paths import GOLDENS, REAL
 
 TOKENIZERS = GOLDENS / "_tokenizers"
@@ -99,7 +99,7 @@ def every_format(tmp_path: Path, pieces: Path, byte_bpe: tokenizers.Tokenizer) -
     _tiktoken_folder(tmp_path / "qwen")
     _with_pieces(tmp_path / "chatglm2", pieces)
     _with_pieces(tmp_path / "baichuan", pieces)
-    return {name: load_tokenizer(tmp_path / name, family=name) for name in ("qwen", "chatglm2", "baichuan", "gpt")}
+    return {name: read_tokenizer(tmp_path / name, family=name) for name in ("qwen", "chatglm2", "baichuan", "gpt")}
 
 
 # Qwen v1
@@ -108,7 +108,7 @@ def every_format(tmp_path: Path, pieces: Path, byte_bpe: tokenizers.Tokenizer) -
 @pytest.mark.skipif(not REAL_QWEN.is_dir(), reason="the real Qwen vocabulary lies only in ../shared and is not shipped")
 def test_real_qwen_vocabulary_gives_the_golden_ids_and_texts() -> None:
     golden = json.loads((TOKENIZERS / "qwen.json").read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(REAL_QWEN, family="qwen")
+    tokenizer = read_tokenizer(REAL_QWEN, family="qwen")
     assert tokenizer.vocab_size == golden["special"]["n_vocab"]
     assert tokenizer.special.eos == golden["special"]["eod_id"]
     assert tokenizer.token_id("<|im_start|>") == golden["special"]["im_start_id"]
@@ -121,12 +121,12 @@ def test_real_qwen_vocabulary_gives_the_golden_ids_and_texts() -> None:
 
 
 def test_qwen_normalizes_to_nfc_before_the_merges(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(_tiktoken_folder(tmp_path), family="qwen")
+    tokenizer = read_tokenizer(_tiktoken_folder(tmp_path), family="qwen")
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9") == [260]
 
 
 def test_qwen_control_tokens_are_read_from_plain_text_only_when_asked(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(_tiktoken_folder(tmp_path), family="qwen")
+    tokenizer = read_tokenizer(_tiktoken_folder(tmp_path), family="qwen")
     end = tokenizer.token_id("<|im_end|>")
     assert end == 264
     assert tokenizer.encode("hello<|im_end|>") == [259, end]
@@ -138,18 +138,18 @@ def test_qwen_control_tokens_are_read_from_plain_text_only_when_asked(tmp_path: 
 
 def test_qwen_generations_differ_in_names_and_in_parsing(tmp_path: Path) -> None:
     folder = _tiktoken_folder(tmp_path)
-    december = load_tokenizer(folder, family="qwen")
+    december = read_tokenizer(folder, family="qwen")
     _write_json(folder / "config.json", {"padded_vocab_size": 151936, "n_embd": 64})
-    august = load_tokenizer(folder, family="qwen")
+    august = read_tokenizer(folder, family="qwen")
     assert all(len(names) == 208 for names in QWEN_SPECIAL.values())
     assert december.vocab_size == august.vocab_size == 262 + 208
     assert december.token_id("<|extra_204|>") == august.token_id("<extra_199>") == 262 + 207
     assert december.token_id("<|extra_0|>") == august.token_id("<R>") == 265
     assert december.token_id("<R>") is None
     assert august.token_id("<|im_end|>") not in august.encode("<|im_end|>")
-    assert load_tokenizer(folder, family="qwen", generation="dec2023").token_id("<|extra_0|>") == 265
+    assert read_tokenizer(folder, family="qwen", generation="dec2023").token_id("<|extra_0|>") == 265
     with pytest.raises(LogitLockError, match="dec2023, aug2023"):
-        load_tokenizer(folder, family="qwen", generation="2024")
+        read_tokenizer(folder, family="qwen", generation="2024")
 
 
 @pytest.mark.parametrize(
@@ -167,24 +167,24 @@ def test_a_damaged_rank_file_is_one_clear_error(tmp_path: Path, damage: Any, say
     path = _tiktoken_folder(tmp_path) / "qwen.tiktoken"
     path.write_bytes(b"\n".join(damage(path.read_bytes().splitlines())))
     with pytest.raises(LogitLockError, match=says):
-        load_tokenizer(tmp_path, family="qwen")
+        read_tokenizer(tmp_path, family="qwen")
 
 
 def test_a_rank_file_cut_at_a_line_is_caught_by_the_declared_eos(tmp_path: Path) -> None:
     folder = _tiktoken_folder(tmp_path)
     _write_json(folder / "generation_config.json", {"eos_token_id": 262})
-    assert load_tokenizer(folder, family="qwen").special.eos == 262
+    assert read_tokenizer(folder, family="qwen").special.eos == 262
     path = folder / "qwen.tiktoken"
     path.write_bytes(b"\n".join(path.read_bytes().splitlines()[:-1]))
     with pytest.raises(LogitLockError, match="eos_token_id 262"):
-        load_tokenizer(folder, family="qwen")
+        read_tokenizer(folder, family="qwen")
 
 
 # SentencePiece
 
 
 def test_chatglm_appends_its_control_tokens_and_starts_a_prompt_with_two(tmp_path: Path, pieces: Path) -> None:
-    tokenizer = load_tokenizer(_with_pieces(tmp_path, pieces), family="chatglm2")
+    tokenizer = read_tokenizer(_with_pieces(tmp_path, pieces), family="chatglm2")
     size = sentencepiece.SentencePieceProcessor(model_file=str(pieces)).vocab_size()
     names = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
     assert [tokenizer.token_id(name) for name in names] == list(range(size, size + 5))
@@ -199,18 +199,18 @@ def test_chatglm_appends_its_control_tokens_and_starts_a_prompt_with_two(tmp_pat
 
 def test_chatglm3_has_four_more(tmp_path: Path, pieces: Path) -> None:
     folder = _with_pieces(tmp_path, pieces)
-    named = load_tokenizer(folder, family="chatglm3")
+    named = read_tokenizer(folder, family="chatglm3")
     size = named.vocab_size - 9
     roles = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
     assert [named.token_id(role) for role in roles] == list(range(size + 5, size + 9))
-    assert load_tokenizer(folder, family="chatglm2").token_id("<|user|>") is None
+    assert read_tokenizer(folder, family="chatglm2").token_id("<|user|>") is None
     _write_json(folder / "config.json", {"_name_or_path": "THUDM/chatglm3-6b"})
-    assert load_tokenizer(folder, family="chatglm2").token_id("<|user|>") == size + 6
+    assert read_tokenizer(folder, family="chatglm2").token_id("<|user|>") == size + 6
 
 
 def test_baichuan_follows_its_tokenizer_config(tmp_path: Path, pieces: Path) -> None:
     folder = _with_pieces(tmp_path, pieces, settings={"add_bos_token": False, "pad_token": {"content": "<unk>"}})
-    tokenizer = load_tokenizer(folder, family="baichuan")
+    tokenizer = read_tokenizer(folder, family="baichuan")
     body = tokenizer.encode("hello", add_special=False)
     assert tokenizer.encode("hello") == body
     special = tokenizer.special
@@ -218,14 +218,14 @@ def test_baichuan_follows_its_tokenizer_config(tmp_path: Path, pieces: Path) -> 
     assert (special.user, special.assistant) == (195, 196)
     _write_json(folder / "tokenizer_config.json", {"add_eos_token": True})
     _write_json(folder / "generation_config.json", {"user_token_id": 7, "assistant_token_id": 8})
-    with_defaults = load_tokenizer(folder, family="baichuan")
+    with_defaults = read_tokenizer(folder, family="baichuan")
     assert with_defaults.encode("hello") == [1, *body, 2], "upstream's code adds bos unless its config says no"
     assert with_defaults.special.pad is None
     assert (with_defaults.special.user, with_defaults.special.assistant) == (7, 8)
 
 
 def test_sentencepiece_never_reads_control_tokens_from_text(tmp_path: Path, pieces: Path) -> None:
-    tokenizer = load_tokenizer(_with_pieces(tmp_path, pieces), family="chatglm2")
+    tokenizer = read_tokenizer(_with_pieces(tmp_path, pieces), family="chatglm2")
     ids = tokenizer.encode("[gMASK]sop</s><s><unk>", add_special=False)
     assert not tokenizer.hidden_ids & set(ids)
     assert tokenizer.decode(ids) == "[gMASK]sop</s><s><unk>"
@@ -247,7 +247,7 @@ def test_bare_vocabulary_and_merges_equal_the_json_file(tmp_path: Path, byte_bpe
     declared = {"added_tokens_decoder": added, "eos_token": "<|end|>", "pad_token": {"content": "<pad>"}}
     for folder in ("json", "bare"):
         _write_json(tmp_path / folder / "tokenizer_config.json", declared)
-    whole, bare = (load_tokenizer(tmp_path / folder, family="gpt") for folder in ("json", "bare"))
+    whole, bare = (read_tokenizer(tmp_path / folder, family="gpt") for folder in ("json", "bare"))
     assert whole.special == bare.special
     assert (whole.special.eos, whole.special.pad, whole.special.bos) == (0, 1, None)
     assert whole.vocab_size == bare.vocab_size == byte_bpe.get_vocab_size()
@@ -264,12 +264,12 @@ def test_an_added_token_with_another_id_than_declared_is_an_error(
     byte_bpe.model.save(str(tmp_path))
     _write_json(tmp_path / "added_tokens.json", {"<new>": 5000})
     with pytest.raises(LogitLockError, match="'<new>' as id 5000"):
-        load_tokenizer(tmp_path, family="gpt")
+        read_tokenizer(tmp_path, family="gpt")
 
 
 def test_an_added_token_with_a_space_keeps_it(tmp_path: Path, byte_bpe: tokenizers.Tokenizer) -> None:
     byte_bpe.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path, family="gpt")
+    tokenizer = read_tokenizer(tmp_path, family="gpt")
     ids = tokenizer.encode("a<two words>b")
     assert len(ids) == 3
     assert tokenizer.decode(ids, skip_special=False) == "a<two words>b"
@@ -278,7 +278,7 @@ def test_an_added_token_with_a_space_keeps_it(tmp_path: Path, byte_bpe: tokenize
 
 def test_qwen2_vocabulary_splits_digits_and_normalizes(tmp_path: Path, byte_bpe: tokenizers.Tokenizer) -> None:
     byte_bpe.model.save(str(tmp_path))
-    qwen2, gpt = (load_tokenizer(tmp_path, family=family) for family in ("qwen2", "gpt"))
+    qwen2, gpt = (read_tokenizer(tmp_path, family=family) for family in ("qwen2", "gpt"))
     digits = [gpt.token_id(digit) for digit in "1234567890"]
     assert qwen2.encode("1234567890") == digits != gpt.encode("1234567890")
     assert qwen2.encode("e\u0301") == qwen2.encode("\u00e9") == gpt.encode("\u00e9") != gpt.encode("e\u0301")
@@ -288,15 +288,15 @@ def test_the_prefix_comes_from_the_template_or_from_the_family(tmp_path: Path, b
     path = tmp_path / "tokenizer.json"
     byte_bpe.save(str(path))
     mask, sop = byte_bpe.token_to_id("[gMASK]"), byte_bpe.token_to_id("sop")
-    assert load_tokenizer(tmp_path, family="gpt").prefix == ()
-    assert load_tokenizer(tmp_path, family="chatglm2").prefix == (mask, sop)
+    assert read_tokenizer(tmp_path, family="gpt").prefix == ()
+    assert read_tokenizer(tmp_path, family="chatglm2").prefix == (mask, sop)
     framed = tokenizers.Tokenizer.from_file(str(path))
     framed.post_processor = tokenizers.processors.TemplateProcessing(
         single="[gMASK] sop $A <|end|>", special_tokens=[("[gMASK]", mask), ("sop", sop), ("<|end|>", 0)]
     )
     framed.save(str(path))
     for family in ("gpt", "chatglm2"):
-        tokenizer = load_tokenizer(tmp_path, family=family)
+        tokenizer = read_tokenizer(tmp_path, family=family)
         assert (tokenizer.prefix, tokenizer.suffix) == ((mask, sop), (0,))
         assert tokenizer.encode("hello") == framed.encode("hello").ids
         assert tokenizer.encode("hello", add_special=False) == byte_bpe.encode("hello").ids
@@ -306,7 +306,7 @@ def test_the_prefix_comes_from_the_template_or_from_the_family(tmp_path: Path, b
 @given(data=st.data())
 def test_byte_bpe_decodes_any_ids_as_the_library_does(tmp_path: Path, byte_bpe: Any, data: st.DataObject) -> None:
     byte_bpe.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path, family="gpt")
+    tokenizer = read_tokenizer(tmp_path, family="gpt")
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12))
     for skip in (True, False):
         assert tokenizer.decode(ids, skip_special=skip) == byte_bpe.decode(ids, skip_special_tokens=skip)
@@ -391,9 +391,9 @@ def test_a_lone_surrogate_is_a_clear_error(every_format: dict[str, Tokenizer]) -
 )
 def test_a_directory_without_tokenizer_names_the_file_it_wants(tmp_path: Path, family: str, wanted: str) -> None:
     with pytest.raises(LogitLockError, match=f"family {family} can use: expected .*{wanted}"):
-        load_tokenizer(tmp_path, family=family)
+        read_tokenizer(tmp_path, family=family)
     with pytest.raises(LogitLockError, match="not a directory"):
-        load_tokenizer(tmp_path / "nowhere", family=family)
+        read_tokenizer(tmp_path / "nowhere", family=family)
 
 
 @pytest.mark.parametrize("keep", [0, 10, -3])
@@ -401,30 +401,30 @@ def test_a_cut_piece_file_is_a_clear_error(tmp_path: Path, pieces: Path, keep: i
     (tmp_path / "tokenizer.model").write_bytes(pieces.read_bytes()[:keep])
     for family in ("chatglm2", "baichuan"):
         with pytest.raises(LogitLockError, match="not a SentencePiece model"):
-            load_tokenizer(tmp_path, family=family)
+            read_tokenizer(tmp_path, family=family)
 
 
 def test_damaged_json_files_are_clear_errors(tmp_path: Path, byte_bpe: tokenizers.Tokenizer) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{")
     with pytest.raises(LogitLockError, match=r"tokenizer\.json is not a tokenizer"):
-        load_tokenizer(tmp_path, family="gpt")
+        read_tokenizer(tmp_path, family="gpt")
     other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     other.save(str(path))
     with pytest.raises(LogitLockError, match="WordLevel"):
-        load_tokenizer(tmp_path, family="gpt")
+        read_tokenizer(tmp_path, family="gpt")
     byte_bpe.save(str(path))
     for content, says in (("{", "not valid JSON"), ("[]", "must hold a JSON object")):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(LogitLockError, match=says):
-            load_tokenizer(tmp_path, family="gpt")
+            read_tokenizer(tmp_path, family="gpt")
 
 
 def test_vocabulary_without_merges_is_a_clear_error(tmp_path: Path, byte_bpe: tokenizers.Tokenizer) -> None:
     byte_bpe.model.save(str(tmp_path))
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(LogitLockError, match=r"merges\.txt is missing"):
-        load_tokenizer(tmp_path, family="gpt")
+        read_tokenizer(tmp_path, family="gpt")
 
 
 @pytest.mark.parametrize(
@@ -446,4 +446,4 @@ def test_a_missing_library_is_named_with_its_pip_command(
         byte_bpe.save(str(tmp_path / "tokenizer.json"))
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(LogitLockError, match=f"pip install {library}"):
-        load_tokenizer(tmp_path, family=family)
+        read_tokenizer(tmp_path, family=family)

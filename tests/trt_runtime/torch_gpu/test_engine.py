@@ -343,7 +343,7 @@ def test_greedy_on_the_gpu(vocab: int, dtype: torch.dtype) -> None:
 def test_toys_say_on_the_gpu_what_the_reference_says(toy: str, dtype: torch.dtype) -> None:
     """Greedy tokens of ragged batches, of one row, and in chunks; in half precision but where two are as likely."""
     engine, reference = kernel_engine(toy, dtype), TorchEngine(load(toy, dtype=dtype))
-    tokenizer = refmodels.load_tokenizer_for(refmodels.resolve(TOYS[toy]))
+    tokenizer = refmodels.load_tokenizer(TOYS[toy])
     texts = ["世界上第二高的山峰是哪座？", "27 + 48 = ", "Translate: mountain, water, sky"]
     prompts = [tokenizer.encode(text) for text in texts]
     for batch, chunk in ((prompts, None), (prompts[:1], None), (prompts[2:], None), (prompts, 5)):

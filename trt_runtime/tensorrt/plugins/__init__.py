@@ -1,8 +1,8 @@
 """TensorRT plugins for the custom nodes of a bundle: `FusedRmsNorm`, `FusedRmsNormQuant` and `CachedAttention`.
 
 They are Python IPluginV3, for full TensorRT and TensorRT-RTX alike, found by their creators in namespace "refmodels",
-version "1", when a graph is parsed and when a plan is loaded.  `register` once; then parse, or load a plan inside
-`use_compiled`.  The kernels are those of `trt_runtime/kernels`, from the bundle's `kernels.bin`.
+version "1", when a graph is parsed and when a plan is loaded.  `register_plugins` once; then parse, or load a plan
+inside `use_compiled`.  The kernels are those of `trt_runtime/kernels`, from the bundle's `kernels.bin`.
 """
 
 from __future__ import annotations
@@ -13,31 +13,38 @@ import onnx
 
 from refmodels.errors import LogitLockError
 from trt_runtime.tensorrt.api import LOGGER, errors_of, trt
-from trt_runtime.tensorrt.plugins.attention import CachedAttention
-from trt_runtime.tensorrt.plugins.base import NAMESPACE, VERSION, Creator, raise_failure, use_compiled
-from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNorm, FusedRmsNormQuant
+from trt_runtime.tensorrt.plugins.attention import CachedAttentionPlugin
+from trt_runtime.tensorrt.plugins.base import (
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    PluginCreator,
+    raise_failure,
+    use_compiled,
+)
+from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNormPlugin, FusedRmsNormQuantPlugin
 
 __all__ = [
     "CREATORS",
-    "NAMESPACE",
-    "VERSION",
+    "PLUGIN_NAMESPACE",
+    "PLUGIN_VERSION",
     "check_nodes",
     "check_plugins",
     "raise_failure",
-    "register",
+    "register_plugins",
     "use_compiled",
 ]
 
-CREATORS: dict[str, Creator] = {
-    plugin.NAME: Creator(plugin) for plugin in (FusedRmsNorm, FusedRmsNormQuant, CachedAttention)
+CREATORS: dict[str, PluginCreator] = {
+    plugin.NAME: PluginCreator(plugin)
+    for plugin in (FusedRmsNormPlugin, FusedRmsNormQuantPlugin, CachedAttentionPlugin)
 }
 """By plugin name.  They live as long as the process: TensorRT keeps their addresses."""
 
-_PLACE = {"plugin_namespace": NAMESPACE, "plugin_version": "1"}
+_PLACE = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": "1"}
 """Attributes that say which plugin a node means, and TensorRT's reading where one is absent: its domain, version 1."""
 
 
-def register() -> None:
+def register_plugins() -> None:
     """Make our creators known to TensorRT; again is fine.
 
     Raises:
@@ -45,13 +52,14 @@ def register() -> None:
     """
     registry = trt.get_plugin_registry()
     for name, creator in CREATORS.items():
-        if registry.get_creator(name, VERSION, NAMESPACE) is not None:
+        if registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None:
             continue
         with LOGGER.collect() as messages:
-            taken = registry.register_creator(creator, NAMESPACE)
+            taken = registry.register_creator(creator, PLUGIN_NAMESPACE)
         if not taken:
             raise LogitLockError(
-                f"TensorRT does not take the plugin {NAMESPACE}::{name} {VERSION}: {'; '.join(errors_of(messages))}"
+                f"TensorRT does not take the plugin {PLUGIN_NAMESPACE}::{name} {PLUGIN_VERSION}: "
+                f"{'; '.join(errors_of(messages))}"
             )
 
 
@@ -61,9 +69,9 @@ def check_plugins(versions: dict[str, str]) -> None:
     Raises:
         LogitLockError: one has none.
     """
-    register()
+    register_plugins()
     for name, version in versions.items():
-        _creator(name, version, NAMESPACE, "the plan")
+        _creator(name, version, PLUGIN_NAMESPACE, "the plan")
 
 
 def check_nodes(model: onnx.ModelProto) -> None:
@@ -77,12 +85,12 @@ def check_nodes(model: onnx.ModelProto) -> None:
         LogitLockError: a node without a creator of its name, version and namespace, or with an attribute which the
             creator does not advertise.
     """
-    register()
+    register_plugins()
     bodies = {(function.domain, function.name) for function in model.functions}
     for node in model.graph.node:
         values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in _PLACE}
         has_body = (node.domain, node.op_type) in bodies
-        if "plugin_namespace" not in values and (node.domain != NAMESPACE or has_body):
+        if "plugin_namespace" not in values and (node.domain != PLUGIN_NAMESPACE or has_body):
             continue
         place = {name: bytes(values.get(name, default.encode())).decode() for name, default in _PLACE.items()}
         where = f"the node {node.name}"

@@ -35,7 +35,7 @@ class AttentionAttributes:
     has_alibi: int
 
 
-class CachedAttention(Plugin):
+class CachedAttentionPlugin(Plugin):
     """Inputs as `export.graph.functions.attention_inputs`, outputs context, key and value.
 
     qkv, the caches and context have one dtype (fp32, fp16, bf16); cache_lengths is int64, visible bool; cos, sin and

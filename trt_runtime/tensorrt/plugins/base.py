@@ -21,8 +21,8 @@ from refmodels.errors import LogitLockError
 from trt_runtime.kernels.launch import ElementType
 from trt_runtime.tensorrt.api import trt
 
-NAMESPACE = "refmodels"
-VERSION = "1"
+PLUGIN_NAMESPACE = "refmodels"
+PLUGIN_VERSION = "1"
 ELEMENTS: dict[Any, ElementType] = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
 
 _failures: list[Exception] = []
@@ -104,7 +104,7 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.I
         # TensorRT frees a plugin that it owns, and the bindings free it again with the Python object, when a build is
         # cancelled: two frees of one block.  So the object, some hundred bytes, is never given back.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
-        self.plugin_name, self.plugin_version, self.plugin_namespace = self.NAME, VERSION, NAMESPACE
+        self.plugin_name, self.plugin_version, self.plugin_namespace = self.NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE
         self.num_outputs = self.OUTPUTS
         self.timing_cache_id = ""
         self.attributes, self.layer, self.kernels = attributes, layer, kernels
@@ -205,13 +205,13 @@ class Fields:
         self._kept = (arrays, fields)
 
 
-class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+class PluginCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
     """Makes one kind of plugin from a node's attributes (build) or a plan's fields (load)."""
 
     def __init__(self, plugin: type[Plugin]) -> None:
         trt.IPluginCreatorV3One.__init__(self)
         self.plugin = plugin
-        self.name, self.plugin_version, self.plugin_namespace = plugin.NAME, VERSION, NAMESPACE
+        self.name, self.plugin_version, self.plugin_namespace = plugin.NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE
         self.title = plugin.NAME
         self._advertised = Fields({name: kind() for name, kind in attribute_types(plugin.Attributes).items()})
         self.field_names = self._advertised.collection

@@ -21,7 +21,7 @@ class NormAttributes:
     weight_in_float: int
 
 
-class FusedRmsNorm(Plugin):
+class FusedRmsNormPlugin(Plugin):
     """x [..., width] and weight [width] of one dtype (fp32, fp16, bf16) -> y like x."""
 
     NAME = "FusedRmsNorm"
@@ -73,7 +73,7 @@ _CODES: dict[int, tuple[Literal["int8", "fp8"], Any, float]] = {
 }
 
 
-class FusedRmsNormQuant(FusedRmsNorm):
+class FusedRmsNormQuantPlugin(FusedRmsNormPlugin):
     """As `FusedRmsNorm`; outputs y, its codes by token (int8 or fp8, like x), and their scales [..., 1] in fp32."""
 
     NAME = "FusedRmsNormQuant"

@@ -28,7 +28,7 @@ except LogitLockError as error:
 from tests.support.plugin_graphs import BATCH, CAPACITY, CASES, TOKENS, graph_of, nodes
 from trt_runtime.tensorrt import plugins
 from trt_runtime.tensorrt.plugins import base
-from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNorm
+from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNormPlugin
 
 # Full TensorRT builds on a GPU only.  The other tests of this folder also run on its bindings without its libraries
 # (tests/trt_runtime/tensorrt/test_api.py).
@@ -41,7 +41,7 @@ def build(model: onnx.ModelProto, *, alias: bool = True) -> tuple[list[str], byt
     Raises:
         RuntimeError: with TensorRT's errors.
     """
-    plugins.register()
+    plugins.register_plugins()
     with LOGGER.collect() as messages:
         builder = trt.Builder(LOGGER)
         network, config = builder.create_network(0), builder.create_builder_config()
@@ -220,9 +220,10 @@ def test_a_bad_node_says_what_is_wrong(change: Callable[[onnx.ModelProto], None]
 
 
 def test_a_graph_as_exported_passes_and_registering_again_is_fine() -> None:
-    plugins.register()
-    plugins.register()
-    registered = [c.name for c in trt.get_plugin_registry().all_creators if c.plugin_namespace == plugins.NAMESPACE]
+    plugins.register_plugins()
+    plugins.register_plugins()
+    creators = trt.get_plugin_registry().all_creators
+    registered = [c.name for c in creators if c.plugin_namespace == plugins.PLUGIN_NAMESPACE]
     assert sorted(registered) == sorted(plugins.CREATORS)
     plugins.check_nodes(graph_of("qwen_ntk", "fp16"))
 
@@ -262,34 +263,34 @@ def test_a_node_of_our_domain_needs_a_creator_or_a_body() -> None:
 
 
 def test_a_missing_creator_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    plugins.register()
+    plugins.register_plugins()
     creator = plugins.CREATORS["CachedAttention"]
     registry = trt.get_plugin_registry()
     assert registry.deregister_creator(creator)
     try:
-        monkeypatch.setattr(plugins, "register", lambda: None)
+        monkeypatch.setattr(plugins, "register_plugins", lambda: None)
         with pytest.raises(LogitLockError, match="needs the TensorRT plugin refmodels::CachedAttention version 1"):
             plugins.check_nodes(graph_of("gpt_bigcode", "fp16"))
         with pytest.raises(LogitLockError, match="the plan needs the TensorRT plugin refmodels::CachedAttention"):
             plugins.check_plugins({"CachedAttention": "1"})
     finally:
         monkeypatch.undo()
-        plugins.register()
+        plugins.register_plugins()
     plugins.check_plugins({"CachedAttention": "1", "FusedRmsNorm": "1"})
     with pytest.raises(LogitLockError, match=r"the plan needs .*FusedRmsNorm version 3"):
         plugins.check_plugins({"FusedRmsNorm": "3"})
 
 
 def test_a_creator_of_ones_own_comes_first() -> None:
-    plugins.register()
+    plugins.register_plugins()
     registry, ours = trt.get_plugin_registry(), plugins.CREATORS["FusedRmsNorm"]
-    theirs = base.Creator(FusedRmsNorm)
+    theirs = base.PluginCreator(FusedRmsNormPlugin)
     assert registry.deregister_creator(ours)
     try:
-        assert registry.register_creator(theirs, plugins.NAMESPACE)
-        plugins.register()
-        assert registry.get_creator("FusedRmsNorm", "1", plugins.NAMESPACE) is theirs
+        assert registry.register_creator(theirs, plugins.PLUGIN_NAMESPACE)
+        plugins.register_plugins()
+        assert registry.get_creator("FusedRmsNorm", "1", plugins.PLUGIN_NAMESPACE) is theirs
     finally:
         registry.deregister_creator(theirs)
-        plugins.register()
-    assert registry.get_creator("FusedRmsNorm", "1", plugins.NAMESPACE) is ours
+        plugins.register_plugins()
+    assert registry.get_creator("FusedRmsNorm", "1", plugins.PLUGIN_NAMESPACE) is ours

@@ -24,8 +24,8 @@ except LogitLockError as error:
 from tests.support.plugin_graphs import CASES, graph_of, nodes
 from trt_runtime.tensorrt import plugins
 from trt_runtime.tensorrt.plugins import attention, base
-from trt_runtime.tensorrt.plugins.attention import AttentionAttributes, CachedAttention
-from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNorm, NormAttributes
+from trt_runtime.tensorrt.plugins.attention import AttentionAttributes, CachedAttentionPlugin
+from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNormPlugin, NormAttributes
 
 ATTENTION = AttentionAttributes(
     heads=4, kv_heads=2, scale=0.3, rotary_dim=8, rotary_interleaved=1, window=5, has_query_scale=1, has_alibi=1
@@ -39,11 +39,11 @@ NORM = NormAttributes(epsilon=1e-6, weight_in_float=1)
 @pytest.mark.parametrize(
     ("kind", "attributes"),
     [
-        (FusedRmsNorm, NORM),
-        (FusedRmsNorm, NormAttributes(epsilon=0.5, weight_in_float=0)),
-        (CachedAttention, ATTENTION),
+        (FusedRmsNormPlugin, NORM),
+        (FusedRmsNormPlugin, NormAttributes(epsilon=0.5, weight_in_float=0)),
+        (CachedAttentionPlugin, ATTENTION),
         (
-            CachedAttention,
+            CachedAttentionPlugin,
             AttentionAttributes(
                 heads=40, kv_heads=40, scale=128**-0.5, rotary_dim=0, rotary_interleaved=0, window=0,
                 has_query_scale=0, has_alibi=1,
@@ -64,7 +64,7 @@ def test_serialized_fields_make_the_same_plugin_again(kind: type[base.Plugin], a
 
 
 def test_fields_of_another_version_are_an_error() -> None:
-    plugin = FusedRmsNorm(NORM)
+    plugin = FusedRmsNormPlugin(NORM)
     fields = plugin.get_fields_to_serialize()
     fields.append(plugins.CREATORS["CachedAttention"].field_names[0])
     with pytest.raises(LogitLockError, match="has the unknown attribute heads"):
@@ -135,7 +135,7 @@ def loaded(kind: type[base.Plugin], attributes: Any, compiled: Any) -> Any:
 @pytest.mark.usefixtures("on_a_device")
 def test_attention_launches_with_its_addresses() -> None:
     kernels = FakeKernels()
-    plugin = loaded(CachedAttention, ATTENTION, kernels)
+    plugin = loaded(CachedAttentionPlugin, ATTENTION, kernels)
     input_descs, output_descs = attention_descs()
     plugin.on_shape_change(input_descs, output_descs)
     plugin.enqueue(input_descs, output_descs, list(range(10, 19)), [100, 11, 12], 7, 5)
@@ -160,7 +160,7 @@ def test_optional_inputs_that_are_absent_are_none() -> None:
     plain = AttentionAttributes(
         heads=4, kv_heads=2, scale=0.3, rotary_dim=0, rotary_interleaved=0, window=0, has_query_scale=0, has_alibi=1
     )
-    plugin = loaded(CachedAttention, plain, kernels)
+    plugin = loaded(CachedAttentionPlugin, plain, kernels)
     input_descs, output_descs = attention_descs()
     input_descs = [*input_descs[:5], input_descs[8]]
     plugin.enqueue(input_descs, output_descs, list(range(10, 16)), [100, 11, 12], 7, 5)
@@ -174,7 +174,7 @@ def test_inputs_are_those_of_the_exported_nodes(case: str) -> None:
     model = graph_of(case, "fp16")
     for node in nodes(model, "CachedAttention"):
         values = {a.name: helper.get_attribute_value(a) for a in node.attribute if not a.name.startswith("plugin_")}
-        plugin = CachedAttention(AttentionAttributes(**values))
+        plugin = CachedAttentionPlugin(AttentionAttributes(**values))
         assert plugin.inputs() == attention_inputs(case_source(case).spec)
         assert len(plugin.inputs()) == len(node.input)
 
@@ -182,7 +182,7 @@ def test_inputs_are_those_of_the_exported_nodes(case: str) -> None:
 @pytest.mark.usefixtures("on_a_device")
 def test_norm_launches_with_its_addresses() -> None:
     kernels = FakeKernels()
-    plugin = loaded(FusedRmsNorm, NORM, kernels)
+    plugin = loaded(FusedRmsNormPlugin, NORM, kernels)
     x = desc(trt.bfloat16, 2, 3, 64)
     plugin.enqueue([x, desc(trt.bfloat16, 64)], [x], [10, 11], [12], 0, 5)
     shape = NormShape(rows=6, width=64, eps=ctypes.c_float(1e-6).value, weight_in_float=True, dtype="bf16")
@@ -194,7 +194,7 @@ def test_counters_belong_to_one_context_and_never_move(monkeypatch: pytest.Monke
     import trt_runtime.kernels.attention as kernels
 
     monkeypatch.setattr(kernels, "counter_count", lambda shape: 10 * shape.batch)
-    plugin = loaded(CachedAttention, ATTENTION, FakeKernels())
+    plugin = loaded(CachedAttentionPlugin, ATTENTION, FakeKernels())
     small, large = attention_descs(batch=1), attention_descs(batch=4)
     plugin.on_shape_change(*small)
     first = plugin._counters[-1]
@@ -214,14 +214,14 @@ def test_run_time_errors_are_kept() -> None:
     input_descs, output_descs = attention_descs()
     addresses = list(range(10, 19))
     with pytest.raises(LogitLockError):
-        loaded(CachedAttention, ATTENTION, FakeKernels()).enqueue(
+        loaded(CachedAttentionPlugin, ATTENTION, FakeKernels()).enqueue(
             input_descs, output_descs, addresses, [100, 11, 13], 7, 5
         )
     with pytest.raises(LogitLockError, match="enqueue: the cache past_value is not updated in place"):
         plugins.raise_failure()
     x = desc(trt.float16, 2, 64)
     with pytest.raises(LogitLockError):
-        FusedRmsNorm(NORM).enqueue([x, desc(trt.float16, 64)], [x], [10, 11], [12], 0, 5)
+        FusedRmsNormPlugin(NORM).enqueue([x, desc(trt.float16, 64)], [x], [10, 11], [12], 0, 5)
     with pytest.raises(LogitLockError, match="no kernels were given"):
         plugins.raise_failure()
 
@@ -230,7 +230,7 @@ def test_run_time_errors_are_kept() -> None:
             raise RuntimeError("no image for sm_89")
 
     with pytest.raises(LogitLockError):
-        loaded(FusedRmsNorm, NORM, Failing()).enqueue([x, desc(trt.float16, 64)], [x], [10, 11], [12], 0, 5)
+        loaded(FusedRmsNormPlugin, NORM, Failing()).enqueue([x, desc(trt.float16, 64)], [x], [10, 11], [12], 0, 5)
     with pytest.raises(LogitLockError, match="FusedRmsNorm, enqueue: no image for sm_89"):
         plugins.raise_failure()
 
@@ -238,7 +238,7 @@ def test_run_time_errors_are_kept() -> None:
 @pytest.mark.usefixtures("on_a_device")
 def test_layers_share_one_launcher_and_kernels_are_those_of_their_plan() -> None:
     first, second = FakeKernels(), FakeKernels()
-    plugin = FusedRmsNorm(NORM)
+    plugin = FusedRmsNormPlugin(NORM)
     fields = plugin.get_fields_to_serialize()
     creator = plugins.CREATORS["FusedRmsNorm"]
     with plugins.use_compiled(first):
@@ -252,7 +252,7 @@ def test_layers_share_one_launcher_and_kernels_are_those_of_their_plan() -> None
 
 
 def test_formats() -> None:
-    plugin = CachedAttention(ATTENTION)
+    plugin = CachedAttentionPlugin(ATTENTION)
     input_descs, output_descs = attention_descs()
 
     def supported(position: int, *, kind: Any = None, layout: Any = None) -> bool:
@@ -278,7 +278,7 @@ def test_formats() -> None:
 
 
 def test_aliases() -> None:
-    plugin = CachedAttention(ATTENTION)
+    plugin = CachedAttentionPlugin(ATTENTION)
     assert [plugin.get_aliased_input(i) for i in range(3)] == [-1, 1, 2]
     assert plugin.inputs()[1:3] == ("past_key", "past_value")
     assert attention._ALIASES == {1: 1, 2: 2}
@@ -298,13 +298,13 @@ def test_kernels_for_every_shape_are_among_those_compiled(case: str, precision: 
     model = graph_of(case, precision)
     kernels = FakeKernels()
     half = {"fp32": trt.float32, "fp16": trt.float16, "bf16": trt.bfloat16}[precision]
-    for kind in (CachedAttention, FusedRmsNorm):
+    for kind in (CachedAttentionPlugin, FusedRmsNormPlugin):
         for node in nodes(model, kind.NAME):
             values = {a.name: helper.get_attribute_value(a) for a in node.attribute if not a.name.startswith("plugin_")}
             plugin = loaded(kind, kind.Attributes(**values), kernels)
             a = spec.attention
             for batch, tokens in ((1, 1), (3, 1), (1, 2), (2, 70), (1, 300)):
-                if kind is FusedRmsNorm:
+                if kind is FusedRmsNormPlugin:
                     x = desc(half, batch, tokens, spec.hidden_size)
                     plugin.enqueue([x, desc(half, spec.hidden_size)], [x], [16, 16], [16], 0, 0)
                     continue
