@@ -8,6 +8,7 @@ unknown keys, so that a bundle written by a later version fails loudly instead o
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,6 +120,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         a = self.attention
+        self._check_bounds()
         if (self.rope is not None) != (self.position == "rope"):
             raise LogitLockError(f"spec of {self.variant}: rope must be given exactly when position is 'rope'")
         if a.heads % a.kv_heads:
@@ -131,6 +133,34 @@ class ModelSpec:
             raise LogitLockError(
                 f"spec of {self.variant}: rope dim {self.rope.dim} must be even and at most head_dim {a.head_dim}"
             )
+
+    def _check_bounds(self) -> None:
+        """Refuse numbers that no model has, before anything is allocated or computed by them."""
+        a, rope = self.attention, self.rope
+        counts = {
+            "vocab_size": (self.vocab_size, 1 << 26),
+            "hidden_size": (self.hidden_size, 1 << 20),
+            "layers": (self.layers, 10_000),
+            "max_positions": (self.max_positions, 1 << 30),
+            "attention.heads": (a.heads, 1 << 16),
+            "attention.kv_heads": (a.kv_heads, 1 << 16),
+            "attention.head_dim": (a.head_dim, 1 << 16),
+            "mlp.width": (self.mlp.width, 1 << 24),
+        }
+        for name, (value, most) in counts.items():
+            if not 1 <= value <= most:
+                raise LogitLockError(f"spec of {self.variant}: {name} is {value}; it must be from 1 to {most}")
+        for name, number, zero in (
+            ("norm.eps", self.norm.eps, True),
+            ("attention.scale", abs(a.scale), False),
+            ("rope.theta", 1.0 if rope is None else rope.theta, False),
+            ("rope.position_divisor", 1.0 if rope is None else rope.position_divisor, False),
+        ):
+            if not (0 < number < math.inf or (zero and number == 0)):
+                raise LogitLockError(
+                    f"spec of {self.variant}: {name} is {number}; it must be a finite number "
+                    f"{'of at least' if zero else 'above'} 0"
+                )
 
     def scale(self, layer: int) -> float:
         """Factor on q.k in block `layer`."""

@@ -164,9 +164,9 @@ def _device(name: str) -> str:
 
 
 def _show(found: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(markup=False)
     spec = found["spec"]
-    console.print(f"[bold]{found['bundle']}[/bold]", highlight=False)
+    console.print(found["bundle"], style="bold", highlight=False)
     facts = Table(show_header=False, box=None)
     attention, rope = spec["attention"], spec["rope"]
     for name, value in (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,13 +21,14 @@ from debug.capture.prompts import Prompts
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoints.load import DTYPES
 from refmodels.errors import LogitLockError
-from refmodels.files import write_file
+from refmodels.files import check_regular, parse_json, write_file
 from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec, Numerics, spec_from_dict
-from refmodels.taps import is_cache_tap
+from refmodels.taps import is_cache_tap, tap_names, tap_width
 from trt_runtime.engine import Engine
 
 SCHEMA = 1
+_METADATA = ("model", "numerics", "spec", "dtype", "taps", "arithmetic", "prompts")
 _SPELLINGS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _INTEGERS = {torch.int64: "I64"}
 _HEADER_ROOM = 1 << 16
@@ -135,8 +136,9 @@ def read_trace(path: Path) -> Capture:
     Raises:
         LogitLockError: no such file, not a trace, another schema version, or damaged.
     """
-    if not path.is_file():
+    if not path.exists():
         raise LogitLockError(f"there is no trace at {path}: no such file")
+    check_regular(path, "trace")
     try:
         file: Any = safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
@@ -148,12 +150,16 @@ def read_trace(path: Path) -> Capture:
         raise LogitLockError(
             f"{path} has trace schema {metadata['logitlock_trace']}, this version reads schema {SCHEMA}; make it again"
         )
-    spec = spec_from_dict(json.loads(metadata["spec"]))
-    prompts = Prompts(
-        ids=file.get_tensor("prompt.ids"), mask=file.get_tensor("prompt.mask"), origin=metadata["prompts"]
-    )  # fmt: skip
-    tokens: Tensor = file.get_tensor("tokens")
-    taps = tuple(json.loads(metadata["taps"]))
+    lacking = [key for key in _METADATA if key not in metadata]
+    if lacking:
+        raise LogitLockError(f"{path} is damaged: its metadata lacks {', '.join(lacking)}; make the trace again")
+    try:
+        spec, taps = _described(metadata, path)
+        prompts, tokens = _inputs(file, spec, metadata["prompts"])
+        _check_tensors(file, spec, taps, prompts.ids.shape, tokens.shape[1])
+    except LogitLockError as error:
+        text = str(error).removeprefix(f"{path}: ")
+        raise LogitLockError(f"{path} is damaged: {text}; make the trace again") from None
     return Capture(
         spec=spec,
         dtype=DTYPES[metadata["dtype"]],
@@ -164,6 +170,64 @@ def read_trace(path: Path) -> Capture:
         forwards=list(_forwards(file, spec, prompts, tokens, taps)),
         untapped=_Untapped(file, tokens.shape[1] + 1),
     )
+
+
+def _described(metadata: Mapping[str, str], path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The spec and the taps; raises where they or the other texts are none that a trace has."""
+    for key, known in (("dtype", tuple(DTYPES)), ("numerics", get_args(Numerics))):
+        if metadata[key] not in known:
+            raise LogitLockError(f"{key} is {metadata[key]!r}; it must be one of {', '.join(known)}")
+    content, names = (parse_json(metadata[key], f"{path}: its {key}") for key in ("spec", "taps"))
+    spec = spec_from_dict(content)
+    known_taps = set(tap_names(spec))
+    if not isinstance(names, list) or not all(isinstance(n, str) and n in known_taps for n in names):
+        raise LogitLockError(f"its taps are not a list of taps of {spec.variant}")
+    return spec, tuple(names)
+
+
+def _inputs(file: Any, spec: ModelSpec, origin: str) -> tuple[Prompts, Tensor]:
+    ids, mask, tokens = (_integers(file, name) for name in ("prompt.ids", "prompt.mask", "tokens"))
+    if mask.shape != ids.shape or len(tokens) != len(ids) or 0 in ids.shape:
+        shapes = f"{list(ids.shape)}, {list(mask.shape)} and {list(tokens.shape)}"
+        raise LogitLockError(f"prompt.ids, prompt.mask and tokens have the shapes {shapes}, which do not go together")
+    for name, values in (("prompt.ids", ids), ("tokens", tokens)):
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < spec.vocab_size:
+            raise LogitLockError(f"{name} holds a token id outside the vocabulary of {spec.vocab_size} ids")
+    return Prompts(ids=ids, mask=mask, origin=origin), tokens
+
+
+def _integers(file: Any, name: str) -> Tensor:
+    if name not in set(file.keys()):
+        raise LogitLockError(f"it lacks the tensor {name}")
+    tensor: Tensor = file.get_tensor(name)
+    if tensor.ndim != 2 or tensor.dtype != torch.int64:
+        raise LogitLockError(f"{name} is {list(tensor.shape)} {tensor.dtype}; it must be two axes of int64")
+    return tensor
+
+
+def _check_tensors(file: Any, spec: ModelSpec, taps: tuple[str, ...], shape: tuple[int, ...], steps: int) -> None:
+    """Raise where a tensor is missing or has another rank, batch, length or width than its tap; nothing is read."""
+    names = set(file.keys())
+    batch, length = shape
+
+    def check(name: str, expected: tuple[int | None, ...]) -> None:
+        if name not in names:
+            raise LogitLockError(f"it lacks the tensor {name}")
+        found = tuple(file.get_slice(name).get_shape())
+        if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
+            wanted = ", ".join("?" if e is None else str(e) for e in expected)
+            raise LogitLockError(f"{name} has the shape {list(found)}; it must be [{wanted}]")
+
+    for step in range(steps + 1):
+        tokens = length if step == 0 else 1
+        check(f"{step}.untapped", (batch, tokens, spec.vocab_size))
+        for tap in taps:
+            if not is_cache_tap(tap):
+                check(f"{step}.{tap}", (batch, tokens, tap_width(spec, tap)))
+                continue
+            cache = (batch, spec.attention.kv_heads, None, spec.attention.head_dim)
+            whole = f"{step}.{tap}.all"
+            check(whole if whole in names else f"{step}.{tap}", cache)
 
 
 def trace_origin(path: Path) -> tuple[str, Numerics]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from debug.bisect import BisectResult
 from debug.comparison.results import Between, Culprit, DiffResult, TapError
@@ -19,7 +20,7 @@ _WORST_ROWS = 12
 
 def print_cases(results: Sequence[CaseResult]) -> None:
     """The worst difference of every tensor of every case, and a line that sums up."""
-    console = Console()
+    console = Console(markup=False)
     for result in results:
         failed = set(result.failed())
         console.print(f"{result.case} ({result.dtype})", style="bold")
@@ -36,7 +37,7 @@ def print_cases(results: Sequence[CaseResult]) -> None:
 
 def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
     """The observer effect if there is one, taps in the order of execution, logits, and the verdict."""
-    console = Console()
+    console = Console(markup=False)
     lengths = ", ".join(map(str, result.prompt_lengths))
     console.print(f"engine     {result.engine}", highlight=False)
     console.print(f"reference  {result.reference}", highlight=False)
@@ -119,7 +120,7 @@ def _print_other(console: Console, result: DiffResult, other: DiffResult, betwee
 
 def print_drift(result: DriftResult) -> None:
     """A row a teacher-forced step, then the first difference of each free-running row."""
-    console = Console()
+    console = Console(markup=False)
     console.print(f"engine     {result.engine}", highlight=False)
     console.print(f"reference  {result.reference}", highlight=False)
     table = _table("step", "KL", "floor", "reset cache", "top-1", "cache error", "floor")
@@ -151,7 +152,7 @@ def print_drift(result: DriftResult) -> None:
 
 def print_bisect(result: BisectResult, path: Path) -> None:
     """The most expensive layers, the plan, and the KL of nothing, everything and the plan kept."""
-    console = Console()
+    console = Console(markup=False)
     kept = set(result.plan.float32)
     table = _table("layer", "KL alone", "share", "kept")
     total = sum(result.contributions.values())
@@ -238,5 +239,5 @@ def _times(ratio: float) -> str:
     return f"{ratio:.1f}" if ratio < 1000 else _short(ratio)
 
 
-def _mark(good: bool) -> str:
-    return "[green]ok[/green]" if good else "[red]wrong[/red]"
+def _mark(good: bool) -> Text:
+    return Text("ok", style="green") if good else Text("wrong", style="red")

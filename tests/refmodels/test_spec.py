@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES, family_of, spec_from_config
 from refmodels.model import Decoder
 from refmodels.spec import spec_from_dict
-from tests.support.goldens import CASES, GOLDENS
+from tests.support.goldens import CASES, GOLDENS, case_source
 from tests.support.paths import ROOT
 
 FAMILY_FILES = ROOT / "refmodels" / "families"
@@ -128,3 +129,33 @@ def test_a_family_is_at_most_two_files_and_300_lines(family: str) -> None:
 
 def test_an_error_is_one_printable_line() -> None:
     assert str(LogitLockError("the tensor a\nb\x1b[31m of 世界")) == "the tensor a\\nb\\x1b[31m of 世界"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("layers",), 0),
+        (("layers",), 10**9),
+        (("vocab_size",), 10**12),
+        (("hidden_size",), -4),
+        (("max_positions",), 0),
+        (("norm", "eps"), -1e-6),
+        (("norm", "eps"), float("nan")),
+        (("norm", "eps"), float("inf")),
+        (("rope", "theta"), -1.0),
+        (("rope", "theta"), 0.0),
+        (("rope", "theta"), float("nan")),
+        (("rope", "position_divisor"), 0.0),
+        (("attention", "scale"), float("inf")),
+        (("attention", "kv_heads"), 0),
+    ],
+)
+def test_numbers_that_no_model_has(path: tuple[str, ...], value: float) -> None:
+    data: Any = case_source("qwen2_b1").spec.to_dict()
+    record = data
+    for key in path[:-1]:
+        record = record[key]
+    record[path[-1]] = value
+    shown = re.escape(str(abs(value) if path[-1] == "scale" else value))
+    with pytest.raises(LogitLockError, match=rf"{re.escape('.'.join(path))} is {shown}; it must be"):
+        spec_from_dict(data)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import refmodels
@@ -17,6 +19,7 @@ from refmodels.cache import KVCache, StepInputs
 from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder
 from refmodels.taps import tap_names
+from tests.support.command import logitlock
 from tests.support.goldens import case_source
 from trt_runtime.torch_gpu.engine import TorchEngine
 
@@ -119,3 +122,53 @@ def test_nothing_is_left_of_a_trace_that_failed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         write_trace(engine, random_prompts(engine.spec.vocab_size, (9,), seed=0), tmp_path / "a", steps=1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "said"),
+    [
+        ({"spec": None}, {}, "its metadata lacks spec"),
+        ({"arithmetic": None, "model": None}, {}, "its metadata lacks model, arithmetic"),
+        ({"spec": "{"}, {}, "its spec is not valid JSON"),
+        ({"spec": "[" * 5000}, {}, "its spec is nested too deep"),
+        ({"spec": "[]"}, {}, "spec must be an object"),
+        ({"dtype": "fp7"}, {}, "dtype is 'fp7'; it must be one of"),
+        ({"numerics": "x"}, {}, "numerics is 'x'"),
+        ({"taps": "5"}, {}, "its taps are not a list of taps"),
+        ({"taps": '["embed", "nonsense"]'}, {}, "its taps are not a list of taps"),
+        ({}, {"tokens": None}, "it lacks the tensor tokens"),
+        ({}, {"prompt.ids": torch.zeros(9, dtype=torch.int64)}, r"prompt.ids is \[9\]"),
+        ({}, {"prompt.ids": torch.zeros(1, 9)}, "must be two axes of int64"),
+        ({}, {"prompt.mask": torch.ones(1, 8, dtype=torch.int64)}, "do not go together"),
+        ({}, {"prompt.ids": torch.full((1, 9), 10**9)}, "outside the vocabulary"),
+        ({}, {"0.embed": None}, "it lacks the tensor 0.embed"),
+        ({}, {"1.untapped": torch.zeros(1, 2, 3)}, "1.untapped has the shape"),
+        ({}, {"0.blocks.0.key": torch.zeros(1, 9, 3)}, "0.blocks.0.key has the shape"),
+    ],
+)
+def test_damaged_traces(
+    tmp_path: Path, metadata: dict[str, str | None], tensors: dict[str, Tensor | None], said: str
+) -> None:
+    engine, path = engine_of("qwen"), tmp_path / "a.safetensors"
+    write_trace(engine, random_prompts(engine.spec.vocab_size, (9,), seed=0), path, steps=1)
+    with safe_open(path, "pt") as file:
+        stored = file.metadata() | metadata
+    content = load_file(path) | tensors
+    save_file(
+        {name: tensor for name, tensor in content.items() if tensor is not None},
+        path,
+        metadata={key: value for key, value in stored.items() if value is not None},
+    )
+    with pytest.raises(LogitLockError, match=said) as caught:
+        read_trace(path)
+    assert str(caught.value).startswith(f"{path} is damaged: ") and str(caught.value).count(str(path)) == 1
+
+
+def test_texts_of_a_trace_are_no_markup(tmp_path: Path) -> None:
+    engine, path = engine_of("qwen"), tmp_path / "a.safetensors"
+    write_trace(engine, random_prompts(engine.spec.vocab_size, (9,), seed=0), path, steps=1)
+    with safe_open(path, "pt") as file:
+        stored = file.metadata()
+    save_file(load_file(path), path, metadata=stored | {"arithmetic": "[/nope] [red]"})
+    found = logitlock("diff", path, "--model", case_source("qwen").directory)
+    assert found.code == 0 and "[/nope] [red]" in found.out
