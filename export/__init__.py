@@ -10,6 +10,7 @@
                    have the names of the taps
     quantization/  RTN, GPTQ, AWQ, SmoothQuant, calibration, and the checkpoint that they write
     tensorrt/      building plans, with TensorRT's parser or through torch.export
+    options.py          every option of an export   precision.py   dtypes and schemes of quantization by name
     precision_plan.py   which layers stay in fp32
     progress.py         the progress bar
     cli.py              the verb export; quantization/cli.py has quantize
@@ -26,6 +27,7 @@ from refmodels.lazy import public_names
 if TYPE_CHECKING:
     from export.bundle import export_model as export_model
     from export.graph.trace import trace_decoder as trace_decoder
+    from export.options import ExportOptions as ExportOptions
     from export.quantization.calibrate import quantize_model as quantize_model
     from export.quantization.schemes import QuantizeOptions as QuantizeOptions
 else:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import onnx
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor
 from export.graph.external_data import DATA_NAME, RANDOM_HASH, WeightWriter, random_parameters
 from export.graph.lowering import Graph
 from export.graph.trace import build_graph
+from export.options import ExportOptions
 from export.precision_plan import parameters_of, read_plan
 from export.progress import Progress
 from export.quantization.calibrate import quantize_model
-from export.quantization.schemes import SCHEMES, QuantizeOptions, is_scheme, quantization_of
-from export.tensorrt.backends import BACKENDS, Backend, build_engine, check_backend
-from export.tensorrt.options import build_options
+from export.quantization.schemes import QuantizeOptions, quantization_of
+from export.tensorrt.backends import build_engine, check_backend
 from refmodels.checkpoints.load import (
     COMPANION_FILES,
     DTYPES,
@@ -35,22 +34,17 @@ from refmodels.checkpoints.load import (
     stream_parameters,
 )
 from refmodels.errors import LogitLockError
+from refmodels.options import with_fields
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap_names
 from trt_runtime.bundle import (
     MODEL_NAME,
     QUANTIZED_NAME,
-    AttentionMode,
     BundleInfo,
-    Precision,
     TensorInfo,
     check_output,
     write_bundle,
 )
-
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
-ATTENTION_MODES: tuple[AttentionMode, ...] = ("plugin", "decomposed", "native")
-NUMERICS: tuple[Numerics, ...] = ("exact", "upstream")
 
 
 def default_output(model: str | Path, precision: str) -> Path:
@@ -60,139 +54,71 @@ def default_output(model: str | Path, precision: str) -> Path:
 
 def export_model(
     model: str | Path | ModelSource,
+    options: ExportOptions | None = None,
     *,
-    precision: str,
-    dtype: Precision | None = None,
-    quantize: QuantizeOptions | None = None,
-    attention: AttentionMode = "plugin",
-    numerics: Numerics = "exact",
-    backend: Backend = "onnxruntime",
-    output: Path | str | None = None,
-    max_batch: int | None = None,
-    max_input: int | None = None,
-    max_seq: int | None = None,
-    workspace: int | None = None,
-    optimization_level: int | None = None,
-    compute_capabilities: Sequence[str] = (),
-    taps: bool = False,
-    random_weights: bool = False,
-    precision_plan: Path | None = None,
-    overwrite: bool = False,
     progress: Progress | None = None,
+    **fields: Any,
 ) -> Path:
     """Export a model to a bundle: `model.onnx`, which ONNX Runtime runs, and with another backend an engine beside it.
 
     Args:
         model: as for `refmodels.checkpoints.load.resolve`, or its result.
-        precision: fp32, fp16 or bf16: dtype of weights, activations and cache; or a scheme of
-            `export.quantization.schemes.SCHEMES`: the model is quantized first, and the quantized checkpoint is put
-            into the bundle.
-        dtype: with a scheme, of all that is not quantized; None: fp16.
-        quantize: how, if not by the scheme's defaults; its `scheme` is `precision`, or None to quantize the cache only.
-        attention, numerics: see `export.graph.trace.build_graph`.
-        backend: what else is built: nothing ("onnxruntime") or a TensorRT plan.
-        output: the bundle's directory, missing or empty; None: `default_output`.
-        max_batch, max_input, max_seq, workspace, optimization_level, compute_capabilities: see
-            `export.tensorrt.options.BuildOptions`; None: defaults of `export.tensorrt.options.build_options`.
-        taps: also build a plan whose taps are outputs.
-        random_weights: no checkpoint is read; see `export.graph.external_data.random_parameters`.
-        precision_plan: a file that says which modules stay in fp32; see `export.precision_plan`.
-        overwrite: replace a bundle at `output`.
+        options: what it is exported to.
         progress: called with what is done, how much of it (bytes of weights, steps of TensorRT) and how much in all.
+        fields: those of `ExportOptions`, in the place of `options` or to change some of them:
+            `export_model("qwen", precision="fp16")`.
     Returns: the bundle's directory.
     Raises:
-        LogitLockError: an unknown option value, an output that must not be written, a model or checkpoint that
-            cannot be read (see `resolve` and `stream_parameters`), or an engine that cannot be built.
+        LogitLockError: as `ExportOptions`; an output that must not be written, a model or checkpoint that cannot be
+            read (see `resolve` and `stream_parameters`), or an engine that cannot be built.
+        TypeError: a name that is no field of `ExportOptions`.
     """
-    if quantize is None and is_scheme(precision):
-        quantize = QuantizeOptions(scheme=precision)
-    if quantize is not None and quantize.scheme != (precision if is_scheme(precision) else None):
-        raise LogitLockError(f"--precision is {precision!r}, but the options are those of {quantize.scheme!r}")
-    if dtype is not None and not is_scheme(precision):
-        raise LogitLockError(f"--dtype says what is not quantized; --precision {precision} has nothing else")
-    working = cast(Precision, dtype or "fp16" if is_scheme(precision) else precision)
-    for value, option, known in (
-        (precision, "precision", (*PRECISIONS, *SCHEMES)),
-        (working, "dtype", PRECISIONS),
-        (attention, "attention", ATTENTION_MODES),
-        (numerics, "numerics", NUMERICS),
-        (backend, "backend", BACKENDS),
-    ):
-        if value not in known:
-            raise LogitLockError(f"--{option} is {value!r}; it must be one of {', '.join(known)}")
+    options = with_fields(ExportOptions, options, fields)
     source = model if isinstance(model, ModelSource) else resolve(model)
-    spec = quantized_spec(source, quantize)
-    options = build_options(
-        spec,
-        fixed_cache=backend != "onnxruntime",
-        max_batch=max_batch,
-        max_input=max_input,
-        max_seq=max_seq,
-        workspace=workspace,
-        optimization_level=optimization_level,
-        compute_capabilities=tuple(compute_capabilities),
-    )
-    check_backend(spec, backend, attention, numerics, options, taps=taps)
-    target = default_output(source.name, precision) if output is None else Path(output)
-    check_output(target, overwrite=overwrite)
-    if precision_plan is not None and random_weights:
-        raise LogitLockError("--precision-plan is for the weights that it was made for, not for --random-weights")
-    float32 = [] if precision_plan is None else read_plan(precision_plan, spec, working).float32
+    spec = quantized_spec(source, options.quantization)
+    limits, dtype = options.build_options(spec), options.parsed.dtype
+    check_backend(spec, options)
+    target = default_output(source.name, options.precision) if options.output is None else Path(options.output)
+    check_output(target, overwrite=options.overwrite)
+    float32 = [] if options.precision_plan is None else read_plan(options.precision_plan, spec, dtype).float32
     graph = build_graph(
         spec,
-        precision=working,
-        numerics=numerics,
-        attention=attention,
-        max_positions=options.max_seq,
+        precision=dtype,
+        numerics=options.numerics,
+        attention=options.attention,
+        max_positions=limits.max_seq,
         float32=float32,
     )
+    quantize = None if options.random_weights else options.quantization
     info = BundleInfo(
         model=source.name.rpartition("/")[2],
         spec=spec.to_dict(),
-        precision=working,
-        numerics=numerics,
-        attention=attention,
-        max_positions=options.max_seq,
+        precision=dtype,
+        numerics=options.numerics,
+        attention=options.attention,
+        max_positions=limits.max_seq,
         checkpoint_hash=RANDOM_HASH,
         tools={name: importlib.metadata.version(name) for name in ("logitlock", "onnx", "torch")},
         taps={name: name for name in tap_names(spec)},
         inputs=[_tensor_info(value) for value in graph.model.graph.input],
         outputs=[_tensor_info(value) for value in graph.model.graph.output],
-        profiles=options.profiles() if backend != "onnxruntime" else [],
+        profiles=limits.profiles() if options.backend != "onnxruntime" else [],
         float32=float32,
-        quantized=quantize is not None and not random_weights,
+        quantized=quantize is not None,
     )
-    with write_bundle(target, overwrite=overwrite) as draft, ThreadPoolExecutor(1) as pool:
-        if quantize is not None and not random_weights:
+    with write_bundle(target, overwrite=options.overwrite) as draft, ThreadPoolExecutor(1) as pool:
+        if quantize is not None:
             checkpoint = quantize_model(source, draft.directory / QUANTIZED_NAME, quantize, progress=progress)
             source = moved(source, checkpoint)
-        identity = None if random_weights else pool.submit(checkpoint_hash, source)
+        identity = None if options.random_weights else pool.submit(checkpoint_hash, source)
         draft.copy(path for name in ("config.json", *COMPANION_FILES) if (path := source.directory / name).is_file())
-        if random_weights:
-            tensors = random_parameters(spec, dtype=DTYPES[working])
+        if options.random_weights:
+            tensors = random_parameters(spec, dtype=DTYPES[dtype])
         else:
-            names = list(parameter_shapes(spec))
-            wide = parameters_of(float32, names)
-            tensors = itertools.chain(
-                *(
-                    stream_parameters(source, dtype=kind, numerics=numerics, prefixes=tuple(chosen))
-                    for kind, chosen in ((DTYPES[working], set(names) - wide), (torch.float32, wide))
-                    if chosen
-                )
-            )
-        _write_model(graph, tensors, draft.directory, spec, working, progress)
-        if backend != "onnxruntime":
-            engine = build_engine(
-                draft.directory,
-                spec,
-                backend=backend,
-                precision=working,
-                attention=attention,
-                options=options,
-                taps=taps,
-                progress=progress,
-            )
-            info = replace(info, engine=engine)
+            tensors = _parameters(source, spec, DTYPES[dtype], options.numerics, float32)
+        _write_model(graph, tensors, draft.directory, spec, DTYPES[dtype], progress)
+        if options.backend != "onnxruntime":
+            info = replace(info, engine=build_engine(draft.directory, spec, options, progress=progress))
         if identity is not None:
             info = replace(info, checkpoint_hash=identity.result())
         draft.finish(info)
@@ -211,15 +137,26 @@ def quantized_spec(source: ModelSource, quantize: QuantizeOptions | None) -> Mod
     return replace(source.spec, quantization=quantization_of(source.spec, quantize))
 
 
+def _parameters(
+    source: ModelSource, spec: ModelSpec, dtype: torch.dtype, numerics: Numerics, float32: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's parameters in `dtype`, those of the linear layers in `float32` in fp32."""
+    names = list(parameter_shapes(spec))
+    wide = parameters_of(float32, names)
+    for kind, chosen in ((dtype, set(names) - wide), (torch.float32, wide)):
+        if chosen:
+            yield from stream_parameters(source, dtype=kind, numerics=numerics, prefixes=tuple(chosen))
+
+
 def _write_model(
     graph: Graph,
     tensors: Iterator[tuple[str, Tensor]],
     directory: Path,
     spec: ModelSpec,
-    precision: Precision,
+    dtype: torch.dtype,
     progress: Progress | None,
 ) -> None:
-    total = parameter_bytes(spec, DTYPES[precision])
+    total = parameter_bytes(spec, dtype)
     total += sum(t.numel() * t.element_size() for t in graph.tables.values())
     done = 0
 

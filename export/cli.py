@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
 from export.bundle import export_model, quantized_spec
+from export.options import ExportOptions
 from export.progress import progress_bar
-from export.quantization.schemes import QuantizeOptions, is_scheme
-from export.tensorrt.backends import Backend, default_backend
+from export.tensorrt.backends import default_backend
 from refmodels.checkpoints.load import resolve
 from refmodels.command import JsonFlag
-from refmodels.quantization.formats import EightBit
-from refmodels.spec import Numerics
-from trt_runtime.bundle import LAYERS_NAME, AttentionMode, Precision, read_bundle
+from refmodels.options import fields_in
+from trt_runtime.bundle import LAYERS_NAME, read_bundle
 from trt_runtime.plan_layers import read_layers
 
 _MODEL, _ENGINE, _OUTPUT = "Model", "Engine", "Output"
@@ -104,9 +104,10 @@ def export(
             rich_help_panel=_ENGINE,
         ),
     ] = None,
-    compute_capability: Annotated[
+    compute_capabilities: Annotated[
         list[str] | None,
         typer.Option(
+            "--compute-capability",
             help="GPU to build for, such as 8.9; repeatable (TensorRT-RTX).",
             show_default="8.0 and newer",
             rich_help_panel=_ENGINE,
@@ -147,41 +148,15 @@ def export(
 
     Example: python -m export --model Qwen/Qwen-7B --compute-capability 8.9 --max-seq 8192 --taps
     """
-    reason = ""
+    options = ExportOptions(**fields_in(ExportOptions, locals()))
     source = resolve(model)
-    scheme = precision if is_scheme(precision) else None
-    quantize = None
-    if scheme is not None or kv_cache is not None:
-        quantize = QuantizeOptions(scheme=scheme, cache=cast(EightBit | None, kv_cache))
+    reason = ""
     if backend is None:
-        backend, why = default_backend(
-            quantized_spec(source, quantize),
-            attention=cast(AttentionMode, attention),
-            numerics=cast(Numerics, numerics),
-        )
-        reason = f" (the default: {why})"
+        spec = quantized_spec(source, options.quantization)
+        chosen, why = default_backend(spec, attention=options.attention, numerics=options.numerics)
+        options, reason = replace(options, backend=chosen), f" (the default: {why})"
     with progress_bar(f"export {model}", quiet=json_output) as progress:
-        path = export_model(
-            source,
-            precision=precision,
-            dtype=cast(Precision | None, dtype),
-            quantize=quantize,
-            attention=cast(AttentionMode, attention),
-            numerics=cast(Numerics, numerics),
-            backend=cast(Backend, backend),
-            output=output,
-            max_batch=max_batch,
-            max_input=max_input,
-            max_seq=max_seq,
-            workspace=workspace,
-            optimization_level=optimization_level,
-            compute_capabilities=compute_capability or (),
-            taps=taps,
-            random_weights=random_weights,
-            precision_plan=precision_plan,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        path = export_model(source, options, progress=progress)
     bundle = read_bundle(path, verify_hashes=False)
     info = bundle.info
     quantization = None if bundle.spec.quantization is None else bundle.spec.quantization.describe()
@@ -196,10 +171,10 @@ def export(
             "precision": info.precision,
             "attention": info.attention,
         }
-        result |= {"numerics": info.numerics, "backend": backend, "quantization": quantization}
+        result |= {"numerics": info.numerics, "backend": options.backend, "quantization": quantization}
         engine = None if info.engine is None else vars(info.engine)
         print(json.dumps({**result, "engine": engine, "bytes": size}, ensure_ascii=False))
     else:
         kept = ", ".join(filter(None, (info.precision, quantization)))
         what = f"{info.model}, {kept}, attention {info.attention}, {size / 1e6:.1f} MB"
-        print(f"{path}: {what}, backend {backend}{reason}")
+        print(f"{path}: {what}, backend {options.backend}{reason}")

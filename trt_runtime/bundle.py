@@ -32,7 +32,7 @@ KERNELS_NAME = "kernels.bin"
 QUANTIZED_NAME = "quantized"
 
 Precision = Literal["fp32", "fp16", "bf16"]
-AttentionMode = Literal["plugin", "native", "decomposed"]
+AttentionMode = Literal["plugin", "decomposed", "native"]
 EngineBackend = Literal["tensorrt", "torch-tensorrt"]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from refmodels.errors import LogitLockError
+from refmodels.options import check_choice
 from trt_runtime.bundle import Bundle, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
@@ -32,8 +33,7 @@ def open_engine(
     Raises:
         LogitLockError: as `OnnxRuntimeEngine` and `TensorRTEngine`; options of the one for the other.
     """
-    if engine not in get_args(EngineChoice):
-        raise LogitLockError(f"--engine is {engine!r}; it must be one of {', '.join(get_args(EngineChoice))}")
+    check_choice("engine", engine, EngineChoice)
     of_the_cpu = emulate_rounding or threads is not None
     if engine == "tensorrt" and of_the_cpu:
         raise LogitLockError("--emulate-rounding and --threads are for --engine onnxruntime")

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from export.precision import SCHEMES
+from export.progress import Progress
 from export.quantization.checkpoint import CheckpointWriter, write_folded
 from export.quantization.data import CalibrationData, calibration_data
 from export.quantization.fold import TAPS, Site
@@ -30,7 +32,7 @@ from export.quantization.method import (
     observed_sites,
     quantize_layers,
 )
-from export.quantization.schemes import SCHEMES, QuantizeOptions, plan_of, quantization_of
+from export.quantization.schemes import QuantizeOptions, plan_of, quantization_of
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoints.load import (
     COMPANION_FILES,
@@ -43,12 +45,12 @@ from refmodels.checkpoints.load import (
 from refmodels.checkpoints.quantized_layouts import CheckpointFormat, Storage
 from refmodels.errors import LogitLockError
 from refmodels.files import write_directory
+from refmodels.options import check_choice
 from refmodels.quantization.formats import LIMITS, LinearFormat, QuantizationSpec
 from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
 
 SCHEMA = 1
-Progress = Callable[[str, int, int], None]
 
 
 def quantize_model(
@@ -78,8 +80,7 @@ def quantize_model(
             `stream_parameters`.
     """
     spec = source.spec
-    if layout not in get_args(CheckpointFormat):
-        raise LogitLockError(f"--layout is {layout!r}; it must be one of {', '.join(get_args(CheckpointFormat))}")
+    check_choice("layout", layout, CheckpointFormat)
     if spec.quantization is not None:
         raise LogitLockError(f"{source.name} is quantized already ({spec.quantization.describe()})")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

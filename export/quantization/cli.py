@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from export.precision import SCHEMES
 from export.progress import progress_bar
 from export.quantization.calibrate import quantize_model
 from export.quantization.checkpoint import read_provenance
 from export.quantization.data import SAMPLES, TOKENS, calibration_data
 from export.quantization.method import MethodOptions
-from export.quantization.schemes import SCHEMES, Inputs, QuantizeOptions
+from export.quantization.schemes import QuantizeOptions
 from refmodels.checkpoints.load import moved, resolve
-from refmodels.checkpoints.quantized_layouts import CheckpointFormat
 from refmodels.command import JsonFlag
-from refmodels.quantization.formats import EightBit
+from refmodels.options import fields_in
 
 _WHAT, _HOW, _DATA, _OUTPUT = "What is quantized", "How codes are found", "Calibration", "Output"
 _SCHEME_LIST = "; ".join(f"{name}: {scheme.describes}" for name, scheme in SCHEMES.items())
@@ -123,26 +123,23 @@ def quantize(
 
     Example: logitlock quantize --model qwen --precision int8 --inputs group --kv-cache int8 --output models/cpu
     """
-    source = resolve(model)
+    given = locals()  # words are checked where they are used
     options = QuantizeOptions(
         scheme=precision,
-        group=group,
         symmetric=not asymmetric,
-        inputs=cast(Inputs | None, inputs),
-        head=head,
-        cache=cast(EightBit | None, kv_cache),
+        cache=given["kv_cache"],
         plan=precision_plan,
-        method=MethodOptions(alpha=alpha, act_order=act_order, clip=clip, damping=damping, percentile=percentile),
+        method=MethodOptions(**fields_in(MethodOptions, given)),
+        **fields_in(QuantizeOptions, given),
     )
+    source = resolve(model)
     target = output
     if target is None:
         parts = [source.name.rpartition("/")[2], precision or "", f"kv-{kv_cache}" if kv_cache else ""]
         target = Path("models") / "-".join(filter(None, parts))
     data = calibration_data(source, calibration or (), samples=samples, tokens=tokens, seed=seed)
     with progress_bar(f"quantize {source.name}", quiet=json_output) as progress:
-        quantize_model(
-            source, target, options, data=data, layout=cast(CheckpointFormat, layout), device=device, progress=progress
-        )
+        quantize_model(source, target, options, data=data, layout=given["layout"], device=device, progress=progress)
     provenance = read_provenance(target)
     assert provenance is not None
     if json_output:

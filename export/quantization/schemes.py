@@ -1,46 +1,20 @@
-"""The vocabulary of `--precision` beyond dtypes: schemes by name, and the format that each gives every layer."""
+"""What a model is quantized to: the format that a scheme and its options give every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
+from export.precision import SCHEMES, Inputs, Scheme, check_scheme
 from export.precision_plan import read_schemes
-from export.quantization.method import Method, MethodOptions
+from export.quantization.method import MethodOptions
 from refmodels.errors import LogitLockError
+from refmodels.options import check_choice
 from refmodels.quantization.formats import EightBit, InputScale, LinearFormat, QuantizationSpec, group_formats
 from refmodels.spec import ModelSpec
 
-Inputs = Literal["float", "tensor", "token", "group"]
-"""What a layer does with its input: nothing, or 8-bit codes with a scale of this extent."""
-
 DEFAULT_GROUP = 128
 _LEAST_GROUP = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """A name of `--precision`.  grouped: weights have a scale a group of columns by default, not one a row."""
-
-    weight: Literal["int8", "int4", "fp8"]
-    method: Method = "rtn"
-    inputs: Inputs = "float"
-    grouped: bool = False
-    describes: str
-
-
-SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(weight="int8", describes="int8 weights, rounded to nearest"),
-    "int4": Scheme(weight="int4", grouped=True, describes="int4 weights in groups, rounded to nearest"),
-    "int4-awq": Scheme(weight="int4", method="awq", grouped=True, describes="int4 weights, activation-aware (AWQ)"),
-    "int4-gptq": Scheme(weight="int4", method="gptq", grouped=True, describes="int4 weights, by GPTQ"),
-    "smoothquant": Scheme(
-        weight="int8", method="smoothquant", inputs="token", describes="int8 weights and inputs, smoothed (SmoothQuant)"
-    ),
-    "fp8": Scheme(weight="fp8", inputs="token", describes="fp8 (e4m3) weights and inputs"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +22,7 @@ class QuantizeOptions:
     """What to quantize, and how.
 
     Attributes:
-        scheme: one of `SCHEMES`.
+        scheme: one of `export.precision.SCHEMES`; None: only the cache is quantized.
         group: columns that share a scale; 0: one scale a row; None: the scheme's default (128 for int4).  A layer whose
             columns it does not divide takes the largest half, quarter, ... that does.
         symmetric: False adds zero points.
@@ -69,19 +43,14 @@ class QuantizeOptions:
     method: MethodOptions = field(default_factory=MethodOptions)
 
     def __post_init__(self) -> None:
-        if self.scheme is not None and self.scheme not in SCHEMES:
-            raise LogitLockError(f"--precision is {self.scheme!r}; quantization schemes are {', '.join(SCHEMES)}")
+        if self.scheme is not None:
+            check_scheme(self.scheme)
         if self.scheme is None and self.cache is None:
             raise LogitLockError("there is nothing to quantize: give --precision SCHEME, --kv-cache, or both")
-        if self.inputs is not None and self.inputs not in get_args(Inputs):
-            raise LogitLockError(f"--inputs is {self.inputs!r}; it must be one of {', '.join(get_args(Inputs))}")
-        if self.cache is not None and self.cache not in get_args(EightBit):
-            raise LogitLockError(f"--kv-cache is {self.cache!r}; it must be one of {', '.join(get_args(EightBit))}")
-
-
-def is_scheme(precision: str) -> bool:
-    """Whether a value of `--precision` is a scheme of quantization, not a dtype."""
-    return precision in SCHEMES
+        if self.inputs is not None:
+            check_choice("inputs", self.inputs, Inputs)
+        if self.cache is not None:
+            check_choice("kv-cache", self.cache, EightBit)
 
 
 def quantization_of(spec: ModelSpec, options: QuantizeOptions) -> QuantizationSpec:

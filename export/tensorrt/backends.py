@@ -7,21 +7,19 @@ import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from export.graph.quantized_rules import check_quantization
+from export.options import Backend, ExportOptions
 from export.progress import Progress
-from export.tensorrt.options import BuildOptions
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec, Numerics
-from trt_runtime.bundle import KERNELS_NAME, LAYERS_NAME, AttentionMode, EngineBackend, EngineInfo, Precision
+from trt_runtime.bundle import KERNELS_NAME, LAYERS_NAME, AttentionMode, EngineInfo
 from trt_runtime.plan_layers import write_layers
 
 if TYPE_CHECKING:
     from export.tensorrt.build import BuildResult
 
-Backend = Literal["onnxruntime", "tensorrt", "torch-tensorrt"]
-BACKENDS: tuple[Backend, ...] = ("onnxruntime", "tensorrt", "torch-tensorrt")
 _PORTABLE = 80
 """Kernels for compute capability 8.0 also run on later 8.x, and their PTX is compiled for everything newer."""
 
@@ -43,27 +41,19 @@ def default_backend(spec: ModelSpec, *, attention: AttentionMode, numerics: Nume
     return "onnxruntime", f"{package_version()} builds on a machine with a CUDA GPU only"
 
 
-def check_backend(
-    spec: ModelSpec,
-    backend: Backend,
-    attention: AttentionMode,
-    numerics: Numerics,
-    options: BuildOptions,
-    *,
-    taps: bool,
-) -> None:
-    """Refuse before the work what the backend cannot do.
+def check_backend(spec: ModelSpec, options: ExportOptions) -> None:
+    """Refuse before the work what the backend cannot do with a model.
 
     Raises:
         LogitLockError: an option for another backend, no TensorRT or none that can build here, or a combination of
             attention, numerics and quantization that it has no kernels for.
     """
-    if backend == "onnxruntime":
+    if options.backend == "onnxruntime":
         for value, option in (
             (options.workspace, "workspace"),
             (options.optimization_level, "optimization-level"),
             (options.compute_capabilities, "compute-capability"),
-            (taps, "taps"),
+            (options.taps, "taps"),
         ):
             if value:
                 raise LogitLockError(f"--{option} is for --backend tensorrt; ONNX Runtime runs the graph as it is")
@@ -72,17 +62,17 @@ def check_backend(
 
     if not can_build():
         raise LogitLockError(f"{package_version()} builds on a machine with a CUDA GPU, and none is here")
-    if backend == "torch-tensorrt":
+    if options.backend == "torch-tensorrt":
         from export.tensorrt.torch_export import check_modes, import_torch_tensorrt
 
-        check_modes(attention, numerics)
+        check_modes(options.attention, options.numerics)
         if spec.quantization is not None:
             raise LogitLockError(
                 f"--backend torch-tensorrt takes models of floats, and this one has {spec.quantization.describe()}; "
                 "use --backend tensorrt"
             )
         import_torch_tensorrt()
-    elif attention == "plugin" and numerics != "exact":
+    elif options.attention == "plugin" and options.numerics != "exact":
         raise LogitLockError(
             "the TensorRT plugins compute --numerics exact only; for an engine with upstream's rounding use "
             "--attention decomposed"
@@ -95,60 +85,54 @@ def check_backend(
 
 
 def build_engine(
-    directory: Path,
-    spec: ModelSpec,
-    *,
-    backend: EngineBackend,
-    precision: Precision,
-    attention: AttentionMode,
-    options: BuildOptions,
-    taps: bool,
-    progress: Progress | None = None,
+    directory: Path, spec: ModelSpec, options: ExportOptions, *, progress: Progress | None = None
 ) -> EngineInfo:
     """Add an engine to a bundle that is being written: plans, list of layers, and the plugins' kernels.
 
     Args:
         directory: the draft, with the graph and its weights.
-        taps: also a plan whose taps are outputs.
+        spec: of the model in it.
     Returns: what bundle.json says of it.
     Raises:
         LogitLockError: the engine cannot be built; see `export.tensorrt.build.build_plan`.
     """
+    assert options.backend != "onnxruntime"
+    limits = options.build_options(spec)
     from export.tensorrt import build as tensorrt_build
     from trt_runtime.tensorrt.api import package_version
 
     build: Callable[..., BuildResult] = tensorrt_build.build_plan
-    if backend == "torch-tensorrt":
+    if options.backend == "torch-tensorrt":
         from export.tensorrt import torch_export as torch_tensorrt
 
-        build = functools.partial(torch_tensorrt.build_plan, attention=attention)
+        build = functools.partial(torch_tensorrt.build_plan, attention=options.attention)
     with ExitStack() as stack:
-        if attention == "plugin":
+        if options.attention == "plugin":
             kernels = directory / KERNELS_NAME
-            kernels.write_bytes(_compile(spec, precision, options, progress))
+            kernels.write_bytes(_compile(spec, options, progress))
             from trt_runtime.kernels.compiled import CompiledKernels
             from trt_runtime.tensorrt.plugins import use_compiled
 
             stack.enter_context(use_compiled(CompiledKernels.load(kernels)))
         results = [
-            build(directory, spec, options=options, taps=tapped, progress=progress)
-            for tapped in ((False, True) if taps else (False,))
+            build(directory, spec, options=limits, taps=tapped, progress=progress)
+            for tapped in ((False, True) if options.taps else (False,))
         ]
     plans = [dataclasses.replace(result.layers, warnings=result.warnings) for result in results]
     write_layers(directory / LAYERS_NAME, plans)
     return EngineInfo(
-        backend=backend,
+        backend=options.backend,
         package=package_version(),
-        compute_capabilities=[tensorrt_build.capability_name(c) for c in options.compute_capabilities],
+        compute_capabilities=[tensorrt_build.capability_name(c) for c in limits.compute_capabilities],
         plugins=results[0].plugins,
-        max_batch=options.max_batch,
-        max_input=options.max_input,
-        max_seq=options.max_seq,
-        taps_plan=taps,
+        max_batch=limits.max_batch,
+        max_input=limits.max_input,
+        max_seq=limits.max_seq,
+        taps_plan=options.taps,
     )
 
 
-def _compile(spec: ModelSpec, precision: Precision, options: BuildOptions, progress: Progress | None) -> bytes:
+def _compile(spec: ModelSpec, options: ExportOptions, progress: Progress | None) -> bytes:
     """The plugins' kernels, for the plan's GPUs."""
     from export.tensorrt.build import capability_name
     from trt_runtime.tensorrt.api import IS_RTX
@@ -170,7 +154,7 @@ def _compile(spec: ModelSpec, precision: Precision, options: BuildOptions, progr
     try:
         from trt_runtime.kernels.compiled import compile_kernels
 
-        return compile_kernels(spec, precision, capabilities=capabilities, progress=report)
+        return compile_kernels(spec, options.parsed.dtype, capabilities=capabilities, progress=report)
     except ModuleNotFoundError as error:
         raise LogitLockError(
             f"--attention plugin needs {error.name} to compile its kernels: pip install {error.name}; or use "

@@ -1,15 +1,11 @@
-"""What an engine is built for, with defaults that fit the model."""
+"""What an engine is built for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from refmodels.errors import LogitLockError
-from refmodels.spec import ModelSpec
 from trt_runtime.bundle import Profile
-
-_CACHE_SLOTS = 4096
-_INPUT_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,38 +48,3 @@ class BuildOptions:
             Profile(name="prefill", batch=batch, tokens=[1, self.max_input], capacity=slots),
             Profile(name="decode", batch=batch, tokens=[1, 1], capacity=slots),
         ]
-
-
-def build_options(
-    spec: ModelSpec,
-    *,
-    fixed_cache: bool,
-    max_batch: int | None = None,
-    max_input: int | None = None,
-    max_seq: int | None = None,
-    workspace: int | None = None,
-    optimization_level: int | None = None,
-    compute_capabilities: tuple[str, ...] = (),
-) -> BuildOptions:
-    """Options with the model's defaults for what is None.
-
-    Args:
-        fixed_cache: the engine's caches always have `max_seq` slots; its default is then at most 4096.
-    Raises:
-        LogitLockError: as `BuildOptions`, or a cache that is longer than the model's learned positions.
-    """
-    if max_seq is None:
-        max_seq = min(spec.max_positions, _CACHE_SLOTS) if fixed_cache else spec.max_positions
-    if spec.position == "learned" and max_seq > spec.max_positions:
-        raise LogitLockError(
-            f"--max-seq is {max_seq}; {spec.variant} has {spec.max_positions} learned positions, so it must be at most "
-            "that"
-        )
-    return BuildOptions(
-        max_batch=8 if max_batch is None else max_batch,
-        max_input=min(max_seq, _INPUT_TOKENS) if max_input is None else max_input,
-        max_seq=max_seq,
-        workspace=workspace,
-        optimization_level=optimization_level,
-        compute_capabilities=compute_capabilities,
-    )

@@ -132,14 +132,14 @@ def plan_of(
     """What TensorRT makes of a bundle: its network's layers by type, and the layers of its plan."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from export.tensorrt.build import build_plan, fix_capacity
-    from export.tensorrt.options import build_options
+    from export.tensorrt.options import BuildOptions
     from trt_runtime.tensorrt.api import LOGGER, trt
 
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     if fault is not None:
         fault(model)
         onnx.save(model, bundle / "model.onnx")
-    options = build_options(spec, fixed_cache=True, max_batch=2, max_seq=64, compute_capabilities=("8.9",))
+    options = BuildOptions(max_batch=2, max_input=64, max_seq=64, compute_capabilities=("8.9",))
     result = build_plan(bundle, spec, options=options)
     assert result.warnings == []
     fix_capacity(model, 64)

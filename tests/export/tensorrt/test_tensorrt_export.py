@@ -22,8 +22,9 @@ import refmodels
 from export.__main__ import app
 from export.bundle import export_model
 from export.graph.external_data import RANDOM_HASH, random_parameters
+from export.options import ExportOptions
 from export.tensorrt import backends as engine
-from export.tensorrt.options import BuildOptions, build_options
+from export.tensorrt.options import BuildOptions
 from refmodels.checkpoints.load import empty_decoder, resolve
 from refmodels.errors import LogitLockError
 from refmodels.taps import tap_names
@@ -192,13 +193,13 @@ def test_kernels_need_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_default_limits() -> None:
     def limits(case: str, **given: Any) -> tuple[int, int, int]:
-        options = build_options(source_of(case).spec, **{"fixed_cache": True, **given})
-        assert isinstance(options, BuildOptions)
-        return options.max_batch, options.max_input, options.max_seq
+        options = ExportOptions(**{"precision": "fp16", "backend": "tensorrt", **given})
+        build = options.build_options(source_of(case).spec)
+        return build.max_batch, build.max_input, build.max_seq
 
     assert source_of("qwen_b1").spec.max_positions == 32768
     assert limits("qwen_b1") == (8, 2048, 4096)
-    assert limits("qwen_b1", fixed_cache=False) == (8, 2048, 32768)
+    assert limits("qwen_b1", backend="onnxruntime") == (8, 2048, 32768)
     assert limits("qwen_b1", max_seq=20000, max_input=20000, max_batch=1) == (1, 20000, 20000)
     assert limits("qwen_b1", max_seq=100) == (8, 100, 100)
     assert limits("gpt2") == (8, 64, 64)

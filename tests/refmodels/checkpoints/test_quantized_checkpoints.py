@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import refmodels
+from export.precision import SCHEMES
 from export.quantization.calibrate import quantize_model
 from export.quantization.checkpoint import read_provenance
 from export.quantization.data import calibration_data
 from export.quantization.method import MethodOptions
-from export.quantization.schemes import SCHEMES, QuantizeOptions, quantization_of
+from export.quantization.schemes import QuantizeOptions, quantization_of
 from refmodels.checkpoints.load import moved
 from refmodels.checkpoints.quantized_layouts import CheckpointFormat, Storage
 from refmodels.quantization.arithmetic import (
