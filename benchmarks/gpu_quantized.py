@@ -55,8 +55,10 @@ from refmodels.spec import ModelSpec, linear_modules  # noqa: E402
 from trt_runtime.generation import GenerationConfig, generate  # noqa: E402
 from trt_runtime.torch_gpu import convert  # noqa: E402
 from trt_runtime.torch_gpu.engine import TorchEngine  # noqa: E402
-from trt_runtime.torch_gpu.linear import Projection  # noqa: E402
-from trt_runtime.torch_gpu.quantized_linear import QuantizedProjection, put_together  # noqa: E402
+from trt_runtime.torch_gpu.kernel_choice import choose  # noqa: E402
+from trt_runtime.torch_gpu.linear import FusedFloatLinear, FusedLinear  # noqa: E402
+from trt_runtime.torch_gpu.quantized_linear import FusedQuantizedLinear  # noqa: E402
+from trt_runtime.torch_gpu.weight_storage import arranged  # noqa: E402
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results") / "gpu_quantized.json"
 MODEL = "qwen-7b"
@@ -98,19 +100,17 @@ def quantized_decoder(linear: LinearFormat, *, head: bool) -> Decoder:
     return decoder.eval()
 
 
-def projections(
-    name: str, linear: LinearFormat | None, bytes_a_weight: float
-) -> list[Projection | QuantizedProjection]:
+def fused_layers(name: str, linear: LinearFormat | None, bytes_a_weight: float) -> list[FusedLinear]:
     """So many layers of one shape that they do not fit in L2."""
     n, k = SHAPES[name]
     pair = name == "gate and up"
     count = max(2, int(ROTATED_BYTES // (n * k * (1 + pair) * bytes_a_weight)))
     generator = torch.Generator("cuda").manual_seed(0)
-    made: list[Projection | QuantizedProjection] = []
+    made: list[FusedLinear] = []
     for _ in range(count):
         if linear is None:
             weight = torch.randn(n * (1 + pair), k, device="cuda", dtype=torch.float16) * k**-0.5
-            made.append(Projection(weight, None, gated=pair))
+            made.append(FusedFloatLinear(weight, None, merged=pair))
             continue
         layers = []
         for _ in range(1 + pair):
@@ -120,8 +120,7 @@ def projections(
                     layer, leaf, nn.Parameter(random_parameter(leaf, parameter, linear, generator), requires_grad=False)
                 )
             layers.append(layer)
-        put_together(nn.ModuleList(layers), [(layers[0], layers[1])] if pair else [])
-        made.append(QuantizedProjection(*layers))
+        made.append(FusedQuantizedLinear(*arranged(*layers)))
     return made
 
 
@@ -137,7 +136,7 @@ def products(bandwidth: float) -> dict[str, Any]:
         residual = name in ("out", "down")
         for kind, linear in {"fp16": None, **WEIGHT_ONLY}.items():
             size = 2.0 if linear is None else 0.5 if linear.weight == "int4" else 1.0
-            modules = projections(name, linear, size)
+            modules = fused_layers(name, linear, size)
             weights = n * k * (1 + (name == "gate and up"))
             entry: dict[str, Any] = {
                 "floor_us": weights * (size + (2 / 128 if kind == "int4" else 0)) / bandwidth * 1e6
@@ -167,16 +166,16 @@ def _call(module: Any, *, x: Tensor, residual: Tensor | None) -> Tensor:
 def codes() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (n, k) in SHAPES.items():
-        baseline = projections(name, None, 2)
+        baseline = fused_layers(name, None, 2)
         row: dict[str, Any] = {"fp16": {}}
-        made = {code: projections(name, linear, 1) for code, linear in CODED.items()}
+        made = {code: fused_layers(name, linear, 1) for code, linear in CODED.items()}
         for tokens in MANY:
             x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
             onto = torch.randn(tokens, n, device="cuda", dtype=torch.float16) if name in ("out", "down") else None
             few = slice(None) if tokens < 1024 else slice(2)
             row["fp16"][tokens] = fp16 = microseconds(baseline[few], functools.partial(_call, x=x, residual=onto))
             for code, modules in made.items():
-                quantized = modules[0]._quantized(x, tokens)
+                quantized = modules[0]._quantized_input(x, tokens)
                 alone = microseconds(
                     modules[few], functools.partial(_codes_only, quantized=quantized, x=x, residual=onto)
                 )
@@ -216,7 +215,7 @@ def codes() -> dict[str, Any]:
 
 
 def _codes_only(module: Any, *, quantized: tuple[Tensor, Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
-    y: Tensor = module._product_of_codes(*quantized, x, residual)
+    y: Tensor = module._quantized_gemm(choose(len(x), module.facts), *quantized, x, residual)
     return y
 
 
@@ -249,10 +248,10 @@ def batches(rounds: int) -> dict[str, Any]:
 
 def steps(models: dict[str, Callable[[], Decoder]], batch: int, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    chain_blocks = convert.chain_blocks
+    chain_runner = convert.chain_runner
     for name, make in models.items():
         try:
-            convert.chain_blocks = _no_chains if name == APART else chain_blocks
+            convert.chain_runner = _no_chains if name == APART else chain_runner
             engine = TorchEngine(make(), kernels=True)
             free()
             held = torch.cuda.memory_allocated()
@@ -277,7 +276,7 @@ def steps(models: dict[str, Callable[[], Decoder]], batch: int, rounds: int) -> 
             traceback.print_exc()
             found.setdefault(name, {})["error"] = repr(error)[:300]
         finally:
-            convert.chain_blocks = chain_blocks
+            convert.chain_runner = chain_runner
         free()
     return found
 

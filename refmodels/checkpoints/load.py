@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -180,8 +181,15 @@ def put_parameter(decoder: Decoder, name: str, value: Tensor) -> None:
 
 def empty_decoder(spec: ModelSpec, *, numerics: Numerics = "exact") -> Decoder:
     """A decoder whose parameters have shapes but no memory (device "meta")."""
-    with torch.device("meta"), _WithoutInitialisation():
+    with on_meta_device():
         return Decoder(spec, numerics=numerics)
+
+
+@contextmanager
+def on_meta_device() -> Iterator[None]:
+    """Modules made in this context have parameters with shapes but no memory."""
+    with torch.device("meta"), _WithoutInitialization():
+        yield
 
 
 @lru_cache(maxsize=8)
@@ -204,7 +212,7 @@ def parameter_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     )
 
 
-class _WithoutInitialisation(TorchFunctionMode):
+class _WithoutInitialization(TorchFunctionMode):
     """Leaves out torch.nn.init: on the meta device `normal_` imports sympy, a second and 70 MB for nothing."""
 
     def __torch_function__(

@@ -1,119 +1,154 @@
-"""A decode step of one token in two launches a block, where `kernels.quantized_chain` serves the model.
+"""A decode step of one row in two launches per block, where `kernels.quantized_chain` serves the model.
 
-One is the attention; the other is all that lies between it and the next block's attention, or the end of the step.
+One launch is the attention; the other is all that lies between it and the next block's attention, or the end of the
+step.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from refmodels.errors import LogitLockError
-from refmodels.model import Decoder, RmsNorm
-from trt_runtime.kernels.quantized_chain import MAX_NORM_COLUMNS, ChainRunner
-from trt_runtime.torch_gpu.fused import FusedBlock
-from trt_runtime.torch_gpu.quantized_linear import AHEAD_BYTES, QuantizedProjection
+from refmodels.model import Block, Decoder, RmsNorm
+from trt_runtime.kernels import quantized_chain
+from trt_runtime.kernels.quantized_chain import ChainRunner
+from trt_runtime.torch_gpu.kernel_choice import chain_serves
+from trt_runtime.torch_gpu.linear import PREFETCH_BYTES
+from trt_runtime.torch_gpu.quantized_linear import FusedQuantizedLinear
+from trt_runtime.torch_gpu.weight_storage import PackedLinear, mergeable
 
 
-class _Normed(NamedTuple):
-    """A product, and the norm before it."""
+class Carry(NamedTuple):
+    """What a chain hands on to the next block, or to the end of the step.
+
+    Attributes:
+        x: the block's output [1, 1, hidden].
+        next_linear: what the next linear layer makes of it, after its norm: the next block's query, key and value, or
+            the logits; None if the head is not in the chain.
+    """
+
+    x: Tensor
+    next_linear: Tensor | None
+
+
+class NormedLinear(NamedTuple):
+    """A linear layer and the norm before it."""
 
     norm: RmsNorm
-    product: QuantizedProjection
+    linear: FusedQuantizedLinear
 
 
-class _Parts(NamedTuple):
-    """What of a block is chained."""
+class ChainedLayers(NamedTuple):
+    """The linear layers of a block."""
 
-    block: FusedBlock
-    qkv: _Normed
-    out: QuantizedProjection
-    gate_up: _Normed
-    down: QuantizedProjection
+    qkv: NormedLinear
+    out: FusedQuantizedLinear
+    gate_up: NormedLinear
+    down: FusedQuantizedLinear
 
 
 class BlockChain:
-    """What follows the attention of a block, up to the query, key and value of the next one, or to the logits.
+    """What follows the attention of a block, up to the query, key and value of the next block, or to the logits.
 
     Args:
         runner: shared by the chains of a model.
-        following: what reads the block's output, if it is one of the chain; its `made` is then there.
-        ahead: contiguous weights to be brought into L2 meanwhile; or None.
+        layers: the block's.
+        following: what reads the block's output, if the chain serves it.
+        prefetch: contiguous weights to be brought into L2 meanwhile.
     """
 
-    def __init__(self, runner: ChainRunner, parts: _Parts, following: _Normed | None, ahead: Tensor | None) -> None:
-        self._runner, self._ahead = runner, [] if ahead is None else [ahead]
-        self._parts, self._following = parts, following
+    def __init__(
+        self, runner: ChainRunner, layers: ChainedLayers, following: NormedLinear | None, prefetch: Sequence[Tensor]
+    ) -> None:
+        self._runner, self._layers, self._following, self._prefetch = runner, layers, following, prefetch
 
-    def run(self, context: Tensor, x: Tensor) -> Tensor:
-        """The block's output [1, 1, hidden].
+    def run(self, context: Tensor, x: Tensor) -> Carry:
+        """The block's output, and what comes after it.
 
         Args:
-            context: the attention's, x: the block's input; [1, 1, hidden] fp16.
+            context: the attention's result [1, 1, heads * head_dim] fp16.
+            x: the block's input [1, 1, hidden] fp16.
         """
-        y, parts = torch.empty_like(x), self._parts
+        y, next_linear, layers = torch.empty_like(x), None, self._layers
         products = [
-            parts.out.product(input=context, residual=x),
-            parts.gate_up.product.product(norm=parts.gate_up.norm),
-            parts.down.product(residual=0, out=y),
+            layers.out.chain_product(input=context, residual=x),
+            layers.gate_up.linear.chain_product(norm=layers.gate_up.norm),
+            layers.down.chain_product(residual=0, out=y),
         ]
         if self._following is not None:
-            norm, product = self._following
-            product.made = x.new_empty(1, 1, product.linear.out_features)
-            products.append(product.product(norm=norm, out=product.made))
-        self._runner.run(products, self._ahead)
-        return y
+            norm, linear = self._following
+            next_linear = x.new_empty(1, 1, linear.facts.out_features)
+            products.append(linear.chain_product(norm=norm, out=next_linear))
+        self._runner.run(products, self._prefetch)
+        return Carry(y, next_linear)
 
 
-def chain_blocks(decoder: Decoder) -> None:
-    """Give the blocks of a `fused_decoder` their chains, if all of them can have one.
+def block_chains(
+    runner: ChainRunner, blocks: Sequence[ChainedLayers], head: NormedLinear | None
+) -> Iterator[BlockChain]:
+    """The chains of a model's blocks; `head` is the final norm and the head, if the chain serves them."""
+    for layers, next_layers in zip_longest(blocks, blocks[1:]):
+        # While the next attention runs, or one step ends and the next begins: what the launch after it reads first.
+        if next_layers is not None:
+            yield BlockChain(runner, layers, next_layers.qkv, [_packed(next_layers.out)])
+        else:
+            yield BlockChain(runner, layers, head, [_packed(blocks[0].qkv.linear).view(-1)[: PREFETCH_BYTES // 4]])
 
-    Where the kernel cannot be made, a warning says so, and products stay launches of their own.
+
+def _packed(linear: FusedQuantizedLinear) -> Tensor:
+    assert linear.packed is not None
+    return linear.packed
+
+
+def chain_runner(decoder: Decoder) -> ChainRunner | None:
+    """What runs the chains of a decoder whose weights are arranged; None if not all of its blocks can be chained.
+
+    Where the kernel cannot be made, a warning says so, and each linear layer stays a launch of its own.
     """
-    blocks = [block for block in decoder.blocks if isinstance(block, FusedBlock)]
-    found = [parts for block in blocks if (parts := _parts(block)) is not None]
-    if not found or len(found) < len(decoder.blocks):
-        return
-    head = _normed(decoder.final_norm, decoder.head)
-    alone = [found[0].qkv.product, *([head.product] if head is not None else [])]
-    products = [*(product for p in found for product in (p.qkv.product, p.out, p.gate_up.product, p.down)), *alone]
-    rows = max(product.linear.out_features for product in products)
+    blocks = [block for block in decoder.blocks if isinstance(block, Block)]
+    if not blocks or not all(_block_chainable(block) for block in blocks):
+        return None
+    layers = [layer for b in blocks for layer in (b.attn.qkv, b.attn.out, b.mlp.gate, b.mlp.out)]
+    if head_chainable(decoder):
+        layers.append(decoder.head)
     try:
-        runner = ChainRunner(rows=rows, device=decoder.device)
+        return ChainRunner(rows=max(layer.out_features for layer in layers), device=decoder.device)
     except LogitLockError as error:
         warnings.warn(f"decode steps with int4 weights are slower than they could be: {error}", stacklevel=2)
-        return
-    for parts, following in zip_longest(found, found[1:]):
-        # While the next attention runs, or one step ends and the next begins: what the launch after it reads first.
-        ahead = following.out.packed if following is not None else _start_of(found[0].qkv.product)
-        parts.block.chain = BlockChain(runner, parts, head if following is None else following.qkv, ahead)
-    for product in alone:
-        product.runner = runner
-
-
-def _parts(block: FusedBlock) -> _Parts | None:
-    """None if the block cannot be chained."""
-    inner = block.block
-    qkv, gate_up = _normed(inner.attn_norm, inner.attn.qkv), _normed(inner.mlp_norm, block.gate_up)
-    out, down = inner.attn.out, inner.mlp.out
-    if qkv is None or gate_up is None or not _chainable(out) or not _chainable(down):
         return None
-    return _Parts(block, qkv, out, gate_up, down)
 
 
-def _normed(norm: nn.Module, product: object) -> _Normed | None:
-    if not isinstance(norm, RmsNorm) or len(norm.weight) > MAX_NORM_COLUMNS or not _chainable(product):
-        return None
-    return _Normed(norm, product)
+def head_chainable(decoder: Decoder) -> bool:
+    return _norm_chainable(decoder.final_norm) and chainable(decoder.head)
 
 
-def _start_of(product: QuantizedProjection) -> Tensor | None:
-    return None if product.packed is None else product.packed.view(-1)[: AHEAD_BYTES // 4]
+def _block_chainable(block: Block) -> bool:
+    attn, mlp = block.attn, block.mlp
+    if not mlp.spec.gated or mlp.spec.activation != "silu" or not mergeable(mlp.gate, mlp.up):
+        return False
+    layers = (attn.qkv, attn.out, mlp.gate, mlp.out)
+    return all(map(_norm_chainable, (block.attn_norm, block.mlp_norm))) and all(map(chainable, layers))
 
 
-def _chainable(product: object) -> TypeGuard[QuantizedProjection]:
-    return isinstance(product, QuantizedProjection) and product.chainable
+def _norm_chainable(norm: nn.Module) -> bool:
+    return isinstance(norm, RmsNorm) and len(norm.weight) <= quantized_chain.MAX_NORM_COLUMNS
+
+
+def chainable(linear: nn.Module) -> bool:
+    """Whether `kernels.quantized_chain` serves a layer, where it is."""
+    return (
+        isinstance(linear, PackedLinear)
+        and chain_serves(
+            linear.format,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            dtype=linear.scale.dtype,
+        )
+        and quantized_chain.on(linear.scale.device)
+    )

@@ -11,16 +11,16 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from refmodels.cache import KVCache, StepInputs
 from refmodels.model import Decoder
-
-if TYPE_CHECKING:
-    from trt_runtime.kernels.torch_host import Workspace
+from refmodels.recorder import Recorder, recording
+from trt_runtime.kernels.launch import AttentionShape
+from trt_runtime.kernels.torch_host import ELEMENT_TYPES, Workspace, use_kernels
 
 BUCKET = 256
 """Slots: a mask is a multiple of it wide, or as wide as the cache."""
@@ -102,8 +102,6 @@ class _Step:
     def capture(self, stream: torch.cuda.Stream, pool: Any, *, warm: bool) -> None:
         """Make the graph.  If it is not warm, the step runs once before, which loads the kernels; running it twice
         does no harm, since it writes the same slots with the same values."""
-        from trt_runtime.kernels.torch_host import use_kernels
-
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream), use_kernels(self.workspace), _products(self.inputs.batch):
@@ -130,7 +128,7 @@ class _Spare:
 
 
 class StaticDecode:
-    """Runs steps of one token a row.
+    """Runs a decoder by the kernels: steps of one token per row by CUDA graphs, all others without.
 
     The memory and the graphs of the last cache that was given up serve the next one of its size: making graphs takes
     as long as several steps.
@@ -163,6 +161,11 @@ class StaticDecode:
         left = _Spare(batch, capacity, cache.key, cache.value, steps)
         weakref.finalize(cache, self._keep, left).atexit = False
         return cache
+
+    def run_without_graph(self, step: StepInputs, cache: KVCache, recorder: Recorder | None) -> Tensor:
+        """Run any step, seen by a recorder or not, and advance the cache: logits [batch, N, vocab]."""
+        with recording(recorder), use_kernels():
+            return self.model.run(step, cache)
 
     def _keep(self, spare: _Spare) -> None:
         self._spare = spare
@@ -215,9 +218,6 @@ def _products(batch: int) -> Iterator[None]:
 
 
 def _workspace(model: Decoder, cache: KVCache, slots: int) -> Workspace:
-    from trt_runtime.kernels.launch import AttentionShape
-    from trt_runtime.kernels.torch_host import ELEMENT_TYPES, Workspace
-
     a = model.spec.attention
     shape = AttentionShape(
         batch=cache.batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from refmodels.model import Decoder
 from refmodels.recorder import Recorder, recording
 from refmodels.taps import tap_names
 from trt_runtime.engine import Engine
-from trt_runtime.torch_gpu.convert import fused_decoder
-from trt_runtime.torch_gpu.cuda_graph import StaticDecode
+
+if TYPE_CHECKING:
+    from trt_runtime.torch_gpu.cuda_graph import StaticDecode
 
 
 def kernels_serve(decoder: Decoder) -> bool:
@@ -51,6 +53,10 @@ class TorchEngine(Engine):
                     "the kernels serve fp32, fp16 and bf16 models of exact numerics on a CUDA GPU, with the package "
                     f"triton; this one is in {name}, of {decoder.numerics} numerics, on {decoder.device}"
                 )
+            # Everything else in this folder needs Triton, so it is imported only where kernels are asked for.
+            from trt_runtime.torch_gpu.convert import fused_decoder
+            from trt_runtime.torch_gpu.cuda_graph import StaticDecode
+
             self._static = StaticDecode(fused_decoder(decoder))
             self.arithmetic += ", this project's kernels"
 
@@ -89,12 +95,9 @@ class TorchEngine(Engine):
         if self._static is None:
             with torch.no_grad(), recording(recorder):
                 return self.decoder.run(step, cache)
-        from trt_runtime.kernels.torch_host import use_kernels
-
         with torch.no_grad(), torch.cuda.device(self.device):
             # A graph hides its tensors, so a recorder gets the same kernels without one.
             if recorder is None and step.input_ids.shape[1] == 1:
                 self._model.prepare_tables(cache.capacity)
                 return self._static.run(step, cache, ids)
-            with recording(recorder), use_kernels():
-                return self._model.run(step, cache)
+            return self._static.run_without_graph(step, cache, recorder)

@@ -1,68 +1,144 @@
 """The decoder with its weights where they are, in fewer kernels: what `TorchEngine` runs with kernels on.
 
-Nothing is described a second time but the order of a block's parts.  While a recorder is active, the reference's own
-`forward` runs, with the products below in place of its `nn.Linear`, so that every tap of it can be seen.
+Nothing is described a second time except the order of a block's parts.  While a recorder is active, the reference's own
+`forward` runs, with fused layers in place of its linear ones, so that every tap of it can be seen.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from refmodels.model import Block, Decoder, Mlp, Past, activate
+from refmodels.checkpoints.load import on_meta_device
+from refmodels.model import Block, Decoder, Mlp, Past, RmsNorm, activate
 from refmodels.ops import Positions
+from refmodels.positions import PositionTables
+from refmodels.quantization.linear import QuantizedLinear
 from refmodels.recorder import active_recorder
-from trt_runtime.torch_gpu.linear import Projection
-from trt_runtime.torch_gpu.quantized_linear import QuantizedProjection, paired
-
-if TYPE_CHECKING:
-    from trt_runtime.torch_gpu.chain import BlockChain
+from trt_runtime.kernels.position_rows import position_rows
+from trt_runtime.kernels.quantized_chain import ChainRunner
+from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
+from trt_runtime.torch_gpu.chain import (
+    BlockChain,
+    Carry,
+    ChainedLayers,
+    NormedLinear,
+    block_chains,
+    head_chainable,
+)
+from trt_runtime.torch_gpu.linear import FusedFloatLinear, FusedLinear, plan_prefetch
+from trt_runtime.torch_gpu.quantized_linear import FusedQuantizedLinear
+from trt_runtime.torch_gpu.weight_storage import mergeable
 
 
 class FusedBlock(nn.Module):
-    """A block of the decoder; `block` is the reference's, with `Projection`s in it.
+    """A block of the decoder.
+
+    Args:
+        block: the reference's, with fused layers in it.
 
     Attributes:
-        chain: does what follows the attention, for one token.
+        gate_up: the MLP's gate and up merged, if they can be.
+        chain: does what follows the attention, for one row.
     """
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
-        mlp = block.mlp
-        self.gate_up = _both(mlp) if mlp.spec.gated and mlp.spec.activation == "silu" else None
+        self.qkv, self.out, self.down = _fused(block.attn.qkv), _fused(block.attn.out), _fused(block.mlp.out)
+        self.gate_up = merged_gate_up(block.mlp)
         self.chain: BlockChain | None = None
 
-    def forward(self, x: Tensor, past: Past, positions: Positions) -> tuple[Tensor, Past]:
-        block, mlp = self.block, self.block.mlp
+    def forward(self, x: Tensor | Carry, past: Past, positions: Positions) -> tuple[Tensor | Carry, Past]:
+        """As `Block.forward`, but takes and gives a `Carry` instead of x where chains run."""
+        block = self.block
         if active_recorder() is not None:
             watched: tuple[Tensor, Past] = block(x, past, positions)
             return watched
-        chain = self.chain if math.prod(x.shape[:-1]) == 1 else None
-        qkv = _after(block.attn_norm, block.attn.qkv, x)
+        hidden, qkv = x if isinstance(x, Carry) else (x, None)
+        if qkv is None:
+            qkv = self.qkv.forward_normed(block.attn_norm, hidden)
         context, key, value = block.attn.attend(qkv, past, positions)
-        if chain is not None:
-            return chain.run(context, x), (key, value)
-        x = block.attn.out(context, x)
-        if self.gate_up is not None:
-            act = _after(block.mlp_norm, self.gate_up, x)
-        else:
-            normed = block.mlp_norm(x)
-            act = activate(mlp.gate(normed) if mlp.spec.gated else mlp.up(normed), mlp.spec.activation)
-            act = act * mlp.up(normed) if mlp.spec.gated else act
-        return mlp.out(act, x), (key, value)
+        if self.chain is not None and math.prod(hidden.shape[:-1]) == 1:
+            return self.chain.run(context, hidden), (key, value)
+        hidden = self.out(context, residual=hidden)
+        return self.down(self._activated(hidden), residual=hidden), (key, value)
 
-    def products(self) -> list[nn.Module]:
+    def _activated(self, x: Tensor) -> Tensor:
+        """What the MLP's last linear layer reads."""
+        block, mlp = self.block, self.block.mlp
+        if self.gate_up is not None:
+            return self.gate_up.forward_normed(block.mlp_norm, x)
+        normed = block.mlp_norm(x)
+        if mlp.spec.gated:
+            up: Tensor = mlp.up(normed)
+            return activate(mlp.gate(normed), mlp.spec.activation) * up
+        return activate(mlp.up(normed), mlp.spec.activation)
+
+    def linear_layers(self) -> list[FusedLinear]:
         """In the order in which a decode step reads their weights."""
-        attn, mlp = self.block.attn, self.block.mlp
-        first = [self.gate_up] if self.gate_up is not None else [mlp.gate, mlp.up] if mlp.spec.gated else [mlp.up]
-        return [attn.qkv, attn.out, *first, mlp.out]
+        mlp = self.block.mlp
+        separate = [mlp.gate, mlp.up] if mlp.spec.gated else [mlp.up]
+        before = [self.gate_up] if self.gate_up is not None else [_fused(linear) for linear in separate]
+        return [self.qkv, self.out, *before, self.down]
+
+    def chained_layers(self) -> ChainedLayers:
+        """For a block whose decoder has a `chain_runner`."""
+        return ChainedLayers(
+            qkv=_normed(self.block.attn_norm, self.qkv),
+            out=_quantized(self.out),
+            gate_up=_normed(self.block.mlp_norm, self.gate_up),
+            down=_quantized(self.down),
+        )
 
 
 class FusedDecoder(Decoder):
-    """A decoder of `FusedBlock`s, with fewer kernels before and after them too."""
+    """A decoder of `FusedBlock`s, with fewer kernels before and after them too.
+
+    Args:
+        decoder: the reference, whose weights `weight_storage.arrange_weights` has arranged.  Its parameters, and the
+            position tables that it has, are shared; later tables are each model's own.
+        runner: from `chain.chain_runner`.
+    """
+
+    def __init__(self, decoder: Decoder, *, runner: ChainRunner | None = None) -> None:
+        with on_meta_device():
+            super().__init__(decoder.spec, numerics=decoder.numerics)
+        head_in_chain = runner is not None and head_chainable(decoder)
+        # No chain of a block runs these: the first has none before it, and prompts need the head alone.
+        chains_of_one = {"blocks.0.attn.qkv", "head"} if head_in_chain else {"blocks.0.attn.qkv"}
+        for name, module in decoder.named_modules():
+            owner, _, leaf = name.rpartition(".")
+            if isinstance(module, nn.Linear | QuantizedLinear):
+                fused = fused_linear(module, runner if name in chains_of_one else None)
+                setattr(self.get_submodule(owner), leaf, fused)
+            else:
+                for leaf, parameter in module.named_parameters(recurse=False):
+                    setattr(self.get_submodule(name), leaf, parameter)
+        if decoder.table_positions:
+            self._share_tables(decoder)
+        blocks = [FusedBlock(block) for block in self.blocks if isinstance(block, Block)]
+        self.blocks = nn.ModuleList(blocks)
+        if runner is not None:
+            head = _normed(self.final_norm, self.head) if head_in_chain else None
+            chains = block_chains(runner, [block.chained_layers() for block in blocks], head)
+            for block, chain in zip(blocks, chains, strict=True):
+                block.chain = chain
+        plan_prefetch([*(layer for block in blocks for layer in block.linear_layers()), _fused(self.head)])
+        self.eval()
+
+    def _share_tables(self, decoder: Decoder) -> None:
+        self.use_tables(
+            PositionTables(
+                positions=decoder.table_positions,
+                rope_cos=decoder.rope_cos,
+                rope_sin=decoder.rope_sin,
+                logn=decoder.logn,
+                alibi_slopes=decoder.alibi_slopes,
+            )
+        )
+        self._tables_key = decoder._tables_key
 
     def positions(
         self, cache_lengths: Tensor, attention_mask: Tensor, position_ids: Tensor, ntk_table: Tensor
@@ -70,9 +146,6 @@ class FusedDecoder(Decoder):
         tables = [table for table in (self.rope_cos, self.logn) if table is not None]
         if not tables or not position_ids.is_cuda or position_ids.shape[1] != 1 or active_recorder() is not None:
             return super().positions(cache_lengths, attention_mask, position_ids, ntk_table)
-        from trt_runtime.kernels.position_rows import position_rows
-        from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
-
         half = 0 if self.rope_cos is None else self.rope_cos.shape[1]
         cos, sin = (None if self.rope_cos is None else tables[0].new_empty(*position_ids.shape, half) for _ in range(2))
         query_scale = None if self.logn is None else self.logn.new_empty(position_ids.shape)
@@ -93,28 +166,42 @@ class FusedDecoder(Decoder):
         execute([rows])
         return Positions(cache_lengths, attention_mask.bool(), cos, sin, query_scale, self.alibi_slopes)
 
-    def logits(self, x: Tensor, logit_index: Tensor) -> Tensor:
-        if x.shape[1] != 1 or logit_index.shape[1] != 1 or active_recorder() is not None:
-            return super().logits(x, logit_index)
-        return _after(self.final_norm, self.head, x)
+    def logits(self, x: Tensor | Carry, logit_index: Tensor) -> Tensor:
+        """As `Decoder.logits`; the last block's chain may have made them."""
+        hidden, logits = x if isinstance(x, Carry) else (x, None)
+        if hidden.shape[1] != 1 or logit_index.shape[1] != 1 or active_recorder() is not None:
+            return super().logits(hidden, logit_index)
+        return _fused(self.head).forward_normed(self.final_norm, hidden) if logits is None else logits
 
 
-def _after(norm: nn.Module, product: nn.Module, x: Tensor) -> Tensor:
-    y: Tensor = product.after(norm, x) if isinstance(product, QuantizedProjection) else product(norm(x))
-    return y
+def fused_linear(linear: nn.Linear | QuantizedLinear, runner: ChainRunner | None) -> FusedLinear:
+    if isinstance(linear, QuantizedLinear):
+        return FusedQuantizedLinear(linear, runner=runner)
+    return FusedFloatLinear(linear.weight, linear.bias)
 
 
-def _both(mlp: Mlp) -> Projection | QuantizedProjection | None:
-    """One product for both, whose parameters `_put_together` has made neighbours; None if they are too different."""
-    gate, up = mlp.gate, mlp.up
-    if isinstance(gate, QuantizedProjection) and isinstance(up, QuantizedProjection):
-        return QuantizedProjection(gate.linear, up.linear) if paired(gate.linear, up.linear) else None
-    if not isinstance(gate, Projection) or not isinstance(up, Projection):
+def merged_gate_up(mlp: Mlp) -> FusedLinear | None:
+    """Gate and up of an MLP of fused layers as one, if kernels can compute them so."""
+    if not mlp.spec.gated or mlp.spec.activation != "silu":
         return None
-    weight, bias = mlp.gate.weight.data, mlp.gate.bias
-    width, inputs = weight.shape
-    return Projection(
-        weight.as_strided((2 * width, inputs), (inputs, 1)),
-        None if bias is None else bias.data.as_strided((2 * width,), (1,)),
-        gated=True,
-    )
+    gate, up = _fused(mlp.gate), _fused(mlp.up)
+    if isinstance(gate, FusedFloatLinear) and isinstance(up, FusedFloatLinear):
+        return FusedFloatLinear.of_gate_and_up(gate, up)
+    if isinstance(gate, FusedQuantizedLinear) and isinstance(up, FusedQuantizedLinear):
+        return FusedQuantizedLinear(gate.linear, up.linear) if mergeable(gate.linear, up.linear) else None
+    return None
+
+
+def _fused(linear: nn.Module) -> FusedLinear:
+    assert isinstance(linear, FusedLinear)
+    return linear
+
+
+def _quantized(linear: FusedLinear | None) -> FusedQuantizedLinear:
+    assert isinstance(linear, FusedQuantizedLinear)
+    return linear
+
+
+def _normed(norm: nn.Module, linear: nn.Module | None) -> NormedLinear:
+    assert isinstance(norm, RmsNorm) and isinstance(linear, FusedQuantizedLinear)
+    return NormedLinear(norm, linear)

@@ -1,15 +1,10 @@
-"""Linear layers of codes as `fused.py` runs them: by the kernels on a GPU, by the reference's arithmetic elsewhere.
-
-Weight-only layers are packed for the kernels, in place of their codes: a `PackedLinear` makes these again when its
-reference arithmetic asks for them, so that a model has its weights once, at four or eight bits each.  Layers whose
-inputs are quantized too keep their codes as they are.
-"""
+"""Linear layers of the fused decoder with quantized weights: by the kernels on a GPU, by the reference's arithmetic
+elsewhere.  `kernel_choice.choose` says which kernel runs; here is how each is called."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,264 +12,102 @@ from torch import Tensor, nn
 
 from refmodels.model import RmsNorm
 from refmodels.quantization.linear import QuantizedLinear
+from trt_runtime.kernels import quantized_gemm, quantized_gemm_hopper, quantized_linear
 from trt_runtime.kernels.launch import Launch
-
-if TYPE_CHECKING:
-    from trt_runtime.kernels.quantized_chain import ChainRunner, Product
-
-MOST_TOKENS = 16
-"""Rows of one product by `kernels.quantized_linear.gemv`."""
-
-SLICED_TOKENS = 64
-"""Rows for which it runs slice by slice; for more, the weight is dequantized once and cuBLAS multiplies.  By estimate:
-reading the codes four times moves 2 bytes a weight, dequantizing and reading the result 4.5.  Four slices were measured
-(a step of Qwen-7B in int4 at 64 rows: 11 ms on an H200), dequantizing at 64 rows was not."""
-
-MANY_TOKENS = 65
-"""Rows from which on products of codes are faster by `kernels.quantized_gemm_hopper`, or, on GPUs that it does not
-serve, those of fp8 by cuBLAS."""
-
-LIBRARY_TOKENS = 1024
-"""Rows from which on cuBLAS multiplies fp8 no slower than `kernels.quantized_gemm_hopper`: by measurement, a tie."""
-
-AHEAD_BYTES = 8 * 2**20
-"""What one product has fetched into L2 for the next two: by measurement, on an H200."""
+from trt_runtime.kernels.quantized_chain import ChainRunner, Product
+from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute, quantized_rms_norm
+from trt_runtime.torch_gpu.kernel_choice import Kernel, LinearFacts, Storage, capability_of, choose, storage_for
+from trt_runtime.torch_gpu.linear import FusedLinear, silu_and_multiply
+from trt_runtime.torch_gpu.weight_storage import PackedLinear, adjacent_view
 
 
-class PackedLinear(QuantizedLinear):
-    """A `QuantizedLinear` whose codes are packed; `pack` makes one of another, in place.
+class FusedQuantizedLinear(FusedLinear):
+    """Of a `QuantizedLinear`, or of gate and up, whose weights and scales are adjacent (`weight_storage.arranged`).
 
-    Attributes:
-        packed: int32, `kernels.packing.pack` of the codes.
-        tiles, offset: scales, and zeros if there are any, by tile of rows.
+    Args:
+        linear: the layer, or gate.
+        up: makes it gate and up merged.
+        runner: runs the layer for one row, if `kernels.quantized_chain` serves it.
     """
 
-    packed: Tensor
-    tiles: Tensor
-    offset: Tensor | None
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        from trt_runtime.kernels.packing import unpack
-
-        return unpack(self.packed, self.format.weight, rows=self.out_features, columns=self.in_features)
-
-    def tensors(self) -> list[Tensor]:
-        """What is not among the parameters."""
-        return [self.packed, self.tiles, *([] if self.offset is None else [self.offset])]
-
-
-def put_together(decoder: nn.Module, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
-    """Bring the quantized layers of a model on a GPU into the form that the kernels read, in place.
-
-    pairs: `gate` and `up` of each MLP; where they can be one product, their tensors become neighbours.
-    """
-    for gate, up in pairs:
-        if paired(gate, up):
-            assert isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear)
-            _arrange(gate, up)
-    for module in decoder.modules():
-        if isinstance(module, QuantizedLinear):
-            _arrange(module)
-
-
-def paired(gate: nn.Module, up: nn.Module) -> bool:
-    """Whether two layers of codes can be one product: one format, one order and one scale of the input."""
-    if not isinstance(gate, QuantizedLinear) or not isinstance(up, QuantizedLinear) or gate.format != up.format:
-        return False
-    own = gate.format.reordered or gate.format.pre_quant_scale or gate.input_scale is not None
-    return not own and (gate.bias is None) == (up.bias is None)
-
-
-def _arrange(*linears: QuantizedLinear) -> None:
-    if isinstance(linears[0], PackedLinear) or not linears[0].scale.is_cuda:
-        return
-    if _packable(linears[0]):
-        pack(*linears)
-    elif len(linears) > 1 and _coded(linears[0]):
-        for name in ("weight", "scale"):
-            parts = [getattr(linear, name) for linear in linears]
-            if len({part.untyped_storage().data_ptr() for part in parts}) == 1:
-                continue
-            both = torch.cat([part.data for part in parts])
-            for linear, part in zip(linears, both.split([len(part) for part in parts]), strict=True):
-                setattr(linear, name, nn.Parameter(part, requires_grad=False))
-
-
-def _packable(linear: QuantizedLinear) -> bool:
-    """Whether `kernels.quantized_linear` serves this layer."""
-    from trt_runtime.kernels import quantized_linear
-    from trt_runtime.kernels.torch_host import ELEMENT_TYPES
-
-    kind = ELEMENT_TYPES.get(linear.scale.dtype)
-    return (
-        linear.format.input is None
-        and kind is not None
-        and quantized_linear.serves(k=linear.in_features, group=linear.format.group, dtype=kind)
-    )
-
-
-def _coded(linear: QuantizedLinear) -> bool:
-    """Whether `kernels.quantized_gemm` serves this layer."""
-    from trt_runtime.kernels.rms_norm import MAX_WIDTH
-
-    form, halves = linear.format, (torch.float16, torch.bfloat16)
-    return (
-        form.input is not None
-        and form.group is None
-        and form.symmetric
-        and form.input_scale in ("tensor", "token")
-        and linear.scale.dtype in halves
-        and linear.in_features % 16 == 0
-        and linear.in_features <= MAX_WIDTH
-    )
-
-
-def pack(*linears: QuantizedLinear) -> None:
-    """Make `PackedLinear`s of layers of one format, in place, their tensors next to each other."""
-    from trt_runtime.kernels import packing
-
-    code, dtype = linears[0].format.weight, linears[0].scale.dtype
-    packed = torch.cat([packing.pack(linear.weight.data, code) for linear in linears])
-    tiles = torch.cat([packing.by_tile(linear.scale.data) for linear in linears])
-    zeros = [packing.offsets(linear.zero.data, code, dtype) for linear in linears if linear.zero is not None]
-    offset = torch.cat(zeros) if zeros else None
-    start = 0
-    for linear in linears:
-        stop = start + -(-linear.out_features // packing.ROWS)
-        del linear.weight
-        linear.__class__ = PackedLinear
-        assert isinstance(linear, PackedLinear)
-        linear.packed, linear.tiles = packed[start:stop], tiles[start:stop]
-        linear.offset = None if offset is None else offset[start:stop]
-        start = stop
-
-
-class QuantizedProjection(nn.Module):
-    """As `fused.Projection`, of a `QuantizedLinear`, or of `gate` and `up` whose tensors are neighbours.
-
-    forward(x [..., in], residual) gives residual + linear(x) [..., out]; of two, silu(gate(x)) * up(x) takes the place
-    of linear(x).
-
-    Attributes:
-        packed: the packed weight of a weight-only layer on a GPU, else None.
-        ahead: what `fetch_ahead` says.
-        runner: runs this layer for one token, where `kernels.quantized_chain` does (`chained.chain_blocks` says).
-        made: what the next `after` returns, if the chain before has made it; for one token.
-        processors: multiprocessors of a GPU that `kernels.quantized_gemm_hopper` serves, else 0.
-    """
-
-    def __init__(self, linear: QuantizedLinear, up: QuantizedLinear | None = None) -> None:
+    def __init__(
+        self, linear: QuantizedLinear, up: QuantizedLinear | None = None, *, runner: ChainRunner | None = None
+    ) -> None:
         super().__init__()
-        self.linear, self.up = linear, up
-        self.coded = linear.scale.is_cuda and _coded(linear)
-        self.packed: Tensor | None = None
-        self.ahead: tuple[tuple[Tensor, int], ...] = ()
-        self.runner: ChainRunner | None = None
-        self.made: Tensor | None = None
-        self.processors = 0
-        both = _both if up is not None else _one
+        self.linear, self.up, self.runner = linear, up, runner
+        self.merged = up is not None
+        device, dtype = linear.scale.device, linear.scale.dtype
+        storage: Storage = "reference"
         if isinstance(linear, PackedLinear):
-            self.packed, self.tiles = both(linear.packed), both(linear.tiles)
-            self.offset = None if linear.offset is None else both(linear.offset)
-        elif self.coded:
-            self.codes, self.scale = both(linear.weight.data), both(linear.scale.data).flatten()
-            self.wide_scale = self.scale.float()
-            gpu = torch.cuda.get_device_properties(self.codes.device)
-            self.processors = gpu.multi_processor_count if (gpu.major, gpu.minor) == (9, 0) else 0
+            storage = "packed"
+        elif linear.scale.is_cuda and linear.format.input is not None:
+            storage = storage_for(linear.format, in_features=linear.in_features, dtype=dtype)
+        self.facts = LinearFacts(
+            storage=storage,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            dtype=dtype,
+            capability=capability_of(device),
+            input=linear.format.input,
+            has_chain_runner=runner is not None,
+        )
+        self.packed: Tensor | None = None
+        if isinstance(linear, PackedLinear):
+            self.packed = self._whole("packed")
+            self.scale = self._whole("scale_tiles")
+            self.offset = None if linear.offset_tiles is None else self._whole("offset_tiles")
+        elif storage == "quantized":
+            self.weight, self.scale = self._whole("weight"), self._whole("scale").flatten()
+            self.scale_fp32 = self.scale.float()
+            self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.bias = linear.bias
         if up is not None and linear.bias is not None and up.bias is not None:
             self.bias = nn.Parameter(torch.cat([linear.bias, up.bias]), requires_grad=False)
 
+    def _whole(self, name: str) -> Tensor:
+        """The layer's tensor of that name; of gate and up, both."""
+        first: Tensor = getattr(self.linear, name)
+        return first.detach() if self.up is None else adjacent_view(first, getattr(self.up, name))
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         rows = math.prod(x.shape[:-1])
-        if self.packed is not None and 0 < rows <= SLICED_TOKENS:
-            return self._gemv(x, residual, rows)
-        if self.coded and rows > 0:
-            return self._product_of_codes(*self._quantized(x, rows), x, residual)
-        y = self._product(self.linear, x)
+        kernel = choose(rows, self.facts)
+        if kernel is Kernel.CHAIN:
+            return self._chain_of_one(x, residual=residual)
+        if kernel is Kernel.PACKED_GEMV:
+            return self._packed_gemv(x, residual, rows)
+        if kernel.reads_quantized_input:
+            quantized, scales = self._quantized_input(x, rows)
+            return self._quantized_gemm(kernel, quantized, scales, x, residual)
+        y = self._separate(self.linear, x, kernel)
         if self.up is not None:
-            y = F.silu(y) * self._product(self.up, x)
+            y = F.silu(y) * self._separate(self.up, x, kernel)
         return y if residual is None else residual + y
 
-    def after(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """forward(norm(x)), in one kernel where there is one; or the norm's kernel quantizes what it makes."""
-        form = self.linear.format
-        one = math.prod(x.shape[:-1]) == 1
-        made, self.made = self.made, None
-        if made is not None and one:
-            return made
-        if self.runner is not None and one and isinstance(norm, RmsNorm):
-            return self._alone(self.runner, x, norm=norm)
-        plain = form.input_scale == "token" and not form.pre_quant_scale
-        if not self.coded or form.input is None or not plain or not isinstance(norm, RmsNorm):
-            y: Tensor = self(norm(x))
-            return y
-        from trt_runtime.kernels.torch_host import quantized_rms_norm
-
-        normed, codes, scales = quantized_rms_norm(
-            x, norm.weight, eps=norm.norm.eps, weight_in_float=norm.norm.weight_in_float, kind=form.input
+    def forward_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        linear = self.linear.format
+        kernel = choose(math.prod(x.shape[:-1]), self.facts)
+        if isinstance(norm, RmsNorm) and kernel is Kernel.CHAIN:
+            return self._chain_of_one(x, norm=norm)
+        by_token = linear.input_scale == "token" and not linear.pre_quant_scale
+        if not isinstance(norm, RmsNorm) or not kernel.reads_quantized_input or not by_token:
+            return super().forward_normed(norm, x)
+        # The norm's kernel quantizes what it makes.
+        assert linear.input is not None
+        normed, quantized, scales = quantized_rms_norm(
+            x, norm.weight, eps=norm.norm.eps, weight_in_float=norm.norm.weight_in_float, kind=linear.input
         )
-        return self._product_of_codes(self._ordered(codes), scales.flatten(), normed, None)
-
-    def _ordered(self, x: Tensor) -> Tensor:
-        x = self.linear.scaled(x)
-        return x if self.linear.order is None else x[..., self.linear.order]
-
-    def _product(self, linear: QuantizedLinear, x: Tensor) -> Tensor:
-        if not isinstance(linear, PackedLinear):
-            y: Tensor = linear(x)
-            return y
-        x = linear.scaled(x)
-        x = x if linear.order is None else x[..., linear.order]
-        return F.linear(x, _dequantized(linear), linear.bias)
-
-    def _gemv(self, x: Tensor, residual: Tensor | None, rows: int) -> Tensor:
-        from trt_runtime.kernels import quantized_linear
-        from trt_runtime.kernels.torch_host import execute
-
-        if rows == 1 and self.runner is not None:
-            return self._alone(self.runner, x, residual=residual)
-        out = x.new_empty(*x.shape[:-1], self.linear.out_features)
-        ordered = self._ordered(x).contiguous().view(rows, -1)
-        onto = None if residual is None else residual.contiguous().view(rows, -1)
-        for start in range(0, rows, MOST_TOKENS):
-            slice_ = slice(start, min(rows, start + MOST_TOKENS))
-            launch = quantized_linear.gemv(
-                **_weight(self.linear, x.dtype) | {"weight": self.packed, "scale": self.tiles, "offset": self.offset},
-                tokens=slice_.stop - start,
-                x=ordered[slice_],
-                out=out.view(rows, -1)[slice_],
-                bias=self.bias,
-                residual=None if onto is None else onto[slice_],
-                gated=self.up is not None,
-                ahead=self.ahead if rows == 1 else (),
-            )
-            execute([launch])
-        return out
-
-    def _alone(
-        self, runner: ChainRunner, x: Tensor, *, norm: RmsNorm | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        """A chain of this layer only."""
-        out = x.new_empty(*x.shape[:-1], self.linear.out_features)
-        ahead = [memory[: size // memory.element_size()] for memory, size in self.ahead]
-        runner.run([self.product(input=x.contiguous(), norm=norm, residual=residual, out=out)], ahead)
-        return out
+        return self._quantized_gemm(kernel, self._as_weight_expects(quantized), scales.flatten(), normed, None)
 
     @property
-    def chainable(self) -> bool:
-        """Whether `kernels.quantized_chain` serves this layer."""
-        from trt_runtime.kernels import quantized_chain
+    def decode_weight(self) -> Tensor | None:
+        return self.packed
 
-        linear, form = self.linear, self.linear.format
-        plain = form.weight == "int4" and not form.reordered and not form.pre_quant_scale and linear.zero is None
-        half = self.packed is not None and linear.scale.dtype == torch.float16
-        sizes = {"rows": linear.out_features, "columns": linear.in_features}
-        served = quantized_chain.serves(**sizes, group=form.group)
-        return plain and half and served and quantized_chain.on(linear.scale.device)
+    @property
+    def can_prefetch(self) -> bool:
+        return self.packed is not None
 
-    def product(
+    def chain_product(
         self,
         *,
         input: Tensor | None = None,
@@ -283,104 +116,138 @@ class QuantizedProjection(nn.Module):
         out: Tensor | None = None,
     ) -> Product:
         """This layer in a chain; arguments as `kernels.quantized_chain.Product`."""
-        from trt_runtime.kernels.quantized_chain import Product
-
         assert self.packed is not None
         return Product(
             rows=self.linear.out_features,
             columns=self.linear.in_features,
             weight=self.packed,
-            scale=self.tiles,
+            scale=self.scale,
             input=input,
             norm=None if norm is None else norm.weight,
             eps=0.0 if norm is None else norm.norm.eps,
             weight_in_float=norm is not None and norm.norm.weight_in_float,
             bias=self.bias,
             residual=residual,
-            gated=self.up is not None,
+            gated=self.merged,
             out=out,
         )
 
-    def _quantized(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Codes of x and their scales, one a token or the layer's own."""
-        from trt_runtime.kernels import quantized_gemm
-        from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
+    def _chain_of_one(self, x: Tensor, *, norm: RmsNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        assert self.runner is not None
+        out = x.new_empty(*x.shape[:-1], self.linear.out_features)
+        product = self.chain_product(input=x.contiguous(), norm=norm, residual=residual, out=out)
+        self.runner.run([product], self.prefetch)
+        return out
 
-        form, static = self.linear.format, self.linear.input_scale
-        assert form.input is not None
-        x = self._ordered(x).contiguous()
-        codes = torch.empty_like(x, dtype=torch.int8)
+    def _packed_gemv(self, x: Tensor, residual: Tensor | None, rows: int) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], self.linear.out_features)
+        inputs = self._as_weight_expects(self.linear.scaled(x)).contiguous().view(rows, -1)
+        onto = None if residual is None else residual.contiguous().view(rows, -1)
+        stored: dict[str, Any] = {"weight": self.packed, "scale": self.scale, "offset": self.offset}
+        for start in range(0, rows, quantized_linear.MAX_TOKENS):
+            slice_ = slice(start, min(rows, start + quantized_linear.MAX_TOKENS))
+            launch = quantized_linear.gemv(
+                **_sizes(self.linear, x.dtype),
+                **stored,
+                tokens=slice_.stop - start,
+                x=inputs[slice_],
+                out=out.view(rows, -1)[slice_],
+                bias=self.bias,
+                residual=None if onto is None else onto[slice_],
+                gated=self.merged,
+                ahead=tuple((piece, piece.nbytes) for piece in self.prefetch) if rows == 1 else (),
+            )
+            execute([launch])
+        return out
+
+    def _as_weight_expects(self, x: Tensor) -> Tensor:
+        """x [..., in] with its columns in the weight's order."""
+        return x if self.linear.order is None else x[..., self.linear.order]
+
+    def _separate(self, linear: QuantizedLinear, x: Tensor, kernel: Kernel) -> Tensor:
+        """linear(x) by kernels of its own for each step."""
+        if kernel is Kernel.REFERENCE or not isinstance(linear, PackedLinear):
+            y: Tensor = linear(x)
+            return y
+        return F.linear(self._as_weight_expects(linear.scaled(x)), _dequantized(linear), linear.bias)
+
+    def _quantized_input(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """x in int8 or fp8, and its scales: one per token, or the layer's own."""
+        code, static = self.linear.format.input, self.linear.input_scale
+        assert code is not None
+        x = self._as_weight_expects(self.linear.scaled(x)).contiguous()
+        quantized = torch.empty_like(x, dtype=torch.int8)
         scales = x.new_empty(rows, dtype=torch.float32) if static is None else static
         execute(
             quantized_gemm.quantize(
                 rows=rows,
                 width=x.shape[-1],
                 dtype=ELEMENT_TYPES[x.dtype],
-                code=form.input,
+                code=code,
                 x=x,
-                quantized=codes,
+                quantized=quantized,
                 scales=scales if static is None else None,
                 static=static,
             )
         )
-        return codes if form.input == "int8" else codes.view(torch.float8_e4m3fn), scales
+        return quantized if code == "int8" else quantized.view(torch.float8_e4m3fn), scales
 
-    def _product_of_codes(self, codes: Tensor, scales: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
-        from trt_runtime.kernels import quantized_gemm
-        from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
+    def _quantized_gemm(
+        self, kernel: Kernel, quantized: Tensor, scales: Tensor, x: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        """The layer's result from its quantized input.
 
-        form, n, k = self.linear.format, self.linear.out_features, self.linear.in_features
-        assert form.input is not None
-        rows = codes.numel() // k
-        library_tokens = LIBRARY_TOKENS if self.processors else MANY_TOKENS
-        if form.input == "fp8" and rows >= library_tokens and n % 16 == 0:
-            return self._by_library(codes.view(rows, k), scales, x, residual)
+        Args:
+            kernel: one that reads quantized inputs.
+            quantized, scales: from `_quantized_input`.
+            x: [..., in], of which only the shape and the dtype matter.
+        """
+        n, k = self.linear.out_features, self.linear.in_features
+        rows = quantized.numel() // k
+        if kernel is Kernel.FP8_CUBLAS:
+            return self._fp8_cublas(quantized.view(rows, k), scales, x, residual)
         out = x.new_empty(*x.shape[:-1], n)
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "n": n,
             "k": k,
             "tokens": rows,
             "dtype": ELEMENT_TYPES[x.dtype],
-            "code": form.input,
-            "x": codes,
+            "code": self.linear.format.input,
+            "x": quantized,
             "input_scale": scales,
-            "weight": self.codes,
+            "weight": self.weight,
             "scale": self.scale,
             "out": out,
             "bias": self.bias,
             "residual": residual,
             "static": self.linear.input_scale is not None,
-            "gated": self.up is not None,
+            "gated": self.merged,
         }
-        execute(self._on_hopper(given) if self.processors and rows >= MANY_TOKENS else [quantized_gemm.gemm(**given)])
+        on_hopper = kernel is Kernel.HOPPER_GEMM
+        execute(self._hopper_gemm(arguments) if on_hopper else [quantized_gemm.gemm(**arguments)])
         return out
 
-    def _on_hopper(self, given: dict[str, Any]) -> list[Launch]:
-        from trt_runtime.kernels import quantized_gemm_hopper as hopper
-
-        sized = {name: given[name] for name in ("n", "k", "tokens", "code", "gated")}
-        tile = hopper.tile_of(**sized, processors=self.processors)
+    def _hopper_gemm(self, arguments: dict[str, Any]) -> list[Launch]:
+        sizes = {name: arguments[name] for name in ("n", "k", "tokens", "code", "gated")}
+        tile = quantized_gemm_hopper.tile_of(**sizes, processors=self.processors)
         sums = None
         if tile.splits > 1:
-            kind = torch.int32 if given["code"] == "int8" else torch.float32
-            sums = self.codes.new_empty(tile.splits, given["tokens"], given["n"], dtype=kind)
-        return hopper.gemm(**given, tile=tile, processors=self.processors, sums=sums)
+            kind = torch.int32 if arguments["code"] == "int8" else torch.float32
+            sums = self.weight.new_empty(tile.splits, arguments["tokens"], arguments["n"], dtype=kind)
+        return quantized_gemm_hopper.gemm(**arguments, tile=tile, processors=self.processors, sums=sums)
 
-    def _by_library(self, codes: Tensor, scales: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
-        from trt_runtime.torch_gpu.linear import gated
-
-        by_token = scales.float().expand(len(codes)).contiguous()[:, None]
+    def _fp8_cublas(self, quantized: Tensor, scales: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
+        by_token = scales.float().expand(len(quantized)).contiguous()[:, None]
         y = torch._scaled_mm(
-            codes, self.codes.T, scale_a=by_token, scale_b=self.wide_scale[None, :], out_dtype=x.dtype
+            quantized, self.weight.T, scale_a=by_token, scale_b=self.scale_fp32[None, :], out_dtype=x.dtype
         ).view(*x.shape[:-1], -1)
         y = y if self.bias is None else y + self.bias
-        y = y if self.up is None else gated(y)
+        y = silu_and_multiply(y) if self.merged else y
         return y if residual is None else residual + y
 
 
-def _weight(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Any]:
-    from trt_runtime.kernels.torch_host import ELEMENT_TYPES
-
+def _sizes(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Any]:
+    """What `kernels.quantized_linear` asks about a weight."""
     return {
         "n": linear.out_features,
         "k": linear.in_features,
@@ -391,45 +258,13 @@ def _weight(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _dequantized(linear: PackedLinear) -> Tensor:
-    from trt_runtime.kernels import quantized_linear
-    from trt_runtime.kernels.torch_host import execute
-
-    out = linear.tiles.new_empty(linear.out_features, linear.in_features)
+    out = linear.scale_tiles.new_empty(linear.out_features, linear.in_features)
     launch = quantized_linear.dequantize(
-        **_weight(linear, out.dtype), weight=linear.packed, scale=linear.tiles, offset=linear.offset, out=out
+        **_sizes(linear, out.dtype),
+        weight=linear.packed,
+        scale=linear.scale_tiles,
+        offset=linear.offset_tiles,
+        out=out,
     )
     execute([launch])
     return out
-
-
-def _one(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _both(first: Tensor) -> Tensor:
-    """`first` and what lies right behind it, of the same shape."""
-    return first.as_strided((2 * len(first), *first.shape[1:]), first.stride())
-
-
-def fetch_ahead(products: Sequence[nn.Module]) -> None:
-    """Tell quantized products, in the order of execution, what the next ones will read.
-
-    In a decode step of one token the memory stands still between two products and during attention; weights that are
-    asked for before come from L2 after.
-    """
-    weights = [product.packed if isinstance(product, QuantizedProjection) else product.weight for product in products]
-    asked = [0] * len(products)
-    for i, product in enumerate(products):
-        if not isinstance(product, QuantizedProjection) or product.packed is None:
-            continue
-        room, ahead = AHEAD_BYTES, []
-        for j in range(i + 1, min(i + 3, len(products))):
-            weight = weights[j]
-            if not isinstance(weight, Tensor) or not weight.is_contiguous():
-                continue
-            take = min(room, weight.nbytes - asked[j]) // 16 * 16
-            if take > 0:
-                ahead.append((weight.view(-1).view(torch.int32)[asked[j] // 4 :], take))
-                asked[j] += take
-                room -= take
-        product.ahead = tuple(ahead)

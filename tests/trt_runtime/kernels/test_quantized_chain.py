@@ -37,7 +37,8 @@ from trt_runtime.kernels.quantized_chain import ChainRunner, Product
 from trt_runtime.torch_gpu import chain as chained
 from trt_runtime.torch_gpu import convert
 from trt_runtime.torch_gpu.engine import TorchEngine
-from trt_runtime.torch_gpu.quantized_linear import PackedLinear, QuantizedProjection, pack
+from trt_runtime.torch_gpu.quantized_linear import FusedQuantizedLinear
+from trt_runtime.torch_gpu.weight_storage import PackedLinear, pack
 
 HALF = torch.float16
 
@@ -117,13 +118,16 @@ def test_a_step_of_one_token_runs_by_chains(monkeypatch: pytest.MonkeyPatch) -> 
     decoder = small_decoder(torch.float32, "cpu")
     for module in decoder.modules():
         if hasattr(module, "gate"):
-            pack(module.gate, module.up)
+            module.gate, module.up = pack(module.gate, module.up)
     for module in decoder.modules():
-        if isinstance(module, QuantizedLinear) and not isinstance(module, PackedLinear):
-            pack(module)
-    monkeypatch.setattr(QuantizedProjection, "chainable", property(lambda self: True))
+        for name, child in list(module.named_children()):
+            if isinstance(child, QuantizedLinear) and not isinstance(child, PackedLinear):
+                [packed] = pack(child)
+                setattr(module, name, packed)
+    monkeypatch.setattr(chained, "chainable", lambda linear: True)
     monkeypatch.setattr(chained, "ChainRunner", ChainOnCpu)
     quick = convert.fused_decoder(decoder)
+    assert isinstance(quick.head, FusedQuantizedLinear)
     runner = quick.head.runner
     assert isinstance(runner, ChainOnCpu)
     caches = [decoder.new_cache(batch=1, capacity=16) for _ in range(2)]
@@ -147,16 +151,18 @@ def test_what_is_not_chained(monkeypatch: pytest.MonkeyPatch) -> None:
     # A block that cannot have a chain leaves the whole model without.
     decoder = small_decoder(torch.float32, "cpu")
     quick = convert.fused_decoder(decoder)
+    assert isinstance(quick.head, FusedQuantizedLinear)
     assert all(block.chain is None for block in quick.blocks) and quick.head.runner is None
 
     # Without a compiler for the kernel neither has any, and says so.
     def refuse(**_: Any) -> None:
         raise LogitLockError("no NVRTC")
 
-    monkeypatch.setattr(QuantizedProjection, "chainable", property(lambda self: True))
+    monkeypatch.setattr(chained, "chainable", lambda linear: True)
     monkeypatch.setattr(chained, "ChainRunner", refuse)
     with pytest.warns(UserWarning, match="no NVRTC"):
         quick = convert.fused_decoder(decoder)
+    assert isinstance(quick.head, FusedQuantizedLinear)
     assert all(block.chain is None for block in quick.blocks) and quick.head.runner is None
 
 
@@ -345,8 +351,8 @@ def test_a_graph_of_chains_gives_the_same_every_time() -> None:
 @torch.no_grad()
 def test_an_engine_gives_the_logits_of_separate_products(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for chain_blocks in (chained.chain_blocks, lambda decoder: None):
-        monkeypatch.setattr(convert, "chain_blocks", chain_blocks)
+    for chain_runner in (chained.chain_runner, lambda decoder: None):
+        monkeypatch.setattr(convert, "chain_runner", chain_runner)
         engine = TorchEngine(small_decoder(HALF, "cuda", hidden=256, width=384), kernels=True)
         static = engine._static
         assert static is not None

@@ -46,14 +46,9 @@ from tests.support.torch_engines import FusedOnCpu, OnHost
 from trt_runtime.kernels import packing, quantized_gemm, quantized_gemm_hopper, quantized_linear
 from trt_runtime.kernels.torch_host import ELEMENT_TYPES, execute
 from trt_runtime.torch_gpu.engine import TorchEngine
-from trt_runtime.torch_gpu.quantized_linear import (
-    AHEAD_BYTES,
-    PackedLinear,
-    QuantizedProjection,
-    fetch_ahead,
-    pack,
-    paired,
-)
+from trt_runtime.torch_gpu.linear import PREFETCH_BYTES, FusedFloatLinear, plan_prefetch
+from trt_runtime.torch_gpu.quantized_linear import FusedQuantizedLinear
+from trt_runtime.torch_gpu.weight_storage import mergeable, pack
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 FORMATS = [
@@ -135,29 +130,37 @@ def test_a_packed_layer_is_still_the_reference(linear: LinearFormat, bias: bool)
     linears = [layer(linear, bias=bias, seed=seed) for seed in (1, 2)]
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     before = [linear(x) for linear in linears]
-    pack(*linears)
-    assert all(isinstance(linear, PackedLinear) and "weight" not in linear._parameters for linear in linears)
-    assert all(torch.equal(linear(x), y) for linear, y in zip(linears, before, strict=True))
-    both = QuantizedProjection(*linears)
-    assert both.packed is not None and both.packed.shape[0] == 6
-    assert torch.equal(both.packed, torch.cat([linear.packed for linear in linears]))  # type: ignore[union-attr]
+    packed = pack(*linears)
+    assert all("weight" not in linear._parameters for linear in packed)
+    assert all(torch.equal(linear(x), y) for linear, y in zip(packed, before, strict=True))
+    for linear, original in zip(packed, linears, strict=True):
+        parameters = dict(original.named_parameters())
+        del parameters["weight"]
+        assert all(parameters.pop(name) is parameter for name, parameter in linear.named_parameters())
+        assert not parameters
+    merged = FusedQuantizedLinear(*packed)
+    assert merged.packed is not None and merged.packed.shape[0] == 6
+    assert torch.equal(merged.packed, torch.cat([linear.packed for linear in packed]))
+    assert merged.packed.data_ptr() == packed[0].packed.data_ptr()
 
 
-def test_layers_that_scale_their_own_inputs_are_no_pair() -> None:
-    assert not paired(*(layer(SCALED, bias=False, seed=seed) for seed in (1, 2)))
-    assert paired(*(layer(replace(SCALED, pre_quant_scale=False), bias=False, seed=seed) for seed in (1, 2)))
+def test_layers_that_scale_their_own_inputs_are_not_merged() -> None:
+    assert not mergeable(*(layer(SCALED, bias=False, seed=seed) for seed in (1, 2)))
+    assert mergeable(*(layer(replace(SCALED, pre_quant_scale=False), bias=False, seed=seed) for seed in (1, 2)))
 
 
-def test_what_is_fetched_ahead() -> None:
+def test_what_is_prefetched() -> None:
     """Every byte once, in the order in which it will be read, no more than the room at a time."""
-    products = [QuantizedProjection(layer(FORMATS[3], bias=False, seed=i)) for i in range(4)]
-    for size, product in zip((64, AHEAD_BYTES // 2, 3 * AHEAD_BYTES, 64), products, strict=True):
-        product.packed = torch.zeros(size // 4, dtype=torch.int32)
-    fetch_ahead([*products, torch.nn.Linear(4, 4)])
-    half = AHEAD_BYTES // 2
-    assert [[size for _, size in product.ahead] for product in products] == [[half, half], [2 * half], [64, 64], []]
-    long = products[2].packed
-    assert long is not None and products[1].ahead[0][0].data_ptr() == long.data_ptr() + half
+    layers = [FusedQuantizedLinear(layer(FORMATS[3], bias=False, seed=i)) for i in range(4)]
+    for size, linear in zip((64, PREFETCH_BYTES // 2, 3 * PREFETCH_BYTES, 64), layers, strict=True):
+        linear.packed = torch.zeros(size // 4, dtype=torch.int32)
+    floats = FusedFloatLinear(torch.zeros(4, 4), None)
+    plan_prefetch([*layers, floats])
+    half = PREFETCH_BYTES // 2
+    sizes = [[piece.nbytes for piece in linear.prefetch] for linear in layers]
+    assert sizes == [[half, half], [2 * half], [64, 64], []] and floats.prefetch == ()
+    long = layers[2].packed
+    assert long is not None and layers[1].prefetch[0].data_ptr() == long.data_ptr() + half
 
 
 @needs_kernels
@@ -177,9 +180,8 @@ def test_small_projections_scale_their_input(tokens: int) -> None:
     linear = layer(SCALED, bias=True, seed=1).half().to(DEVICE)
     x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
     wanted = linear.double()(x.double())
-    linear.half()
-    pack(linear)
-    error = float((QuantizedProjection(linear)(x).double() - wanted).norm() / wanted.norm())
+    [packed] = pack(linear.half())
+    error = float((FusedQuantizedLinear(packed)(x).double() - wanted).norm() / wanted.norm())
     assert error <= 4 * torch.finfo(HALF).eps
 
 

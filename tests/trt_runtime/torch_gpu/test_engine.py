@@ -32,6 +32,7 @@ from trt_runtime.torch_gpu.convert import fused_decoder
 from trt_runtime.torch_gpu.cuda_graph import Inputs, bucket
 from trt_runtime.torch_gpu.engine import TorchEngine
 from trt_runtime.torch_gpu.fused import FusedBlock
+from trt_runtime.torch_gpu.weight_storage import adjacent_view, make_adjacent
 
 # Some golden cases have a family's name.
 TOYS = {f"{family} toy": family for family in sorted(FAMILIES)}
@@ -113,6 +114,43 @@ def test_one_copy_of_the_weights(case: str) -> None:
             tensors += [block.gate_up.weight] if block.gate_up is not None else []
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert sum(storages.values()) == 4 * size
+
+
+def test_weights_become_adjacent_once_and_only_if_they_are_not() -> None:
+    gate, up = (torch.nn.Linear(4, 6) for _ in range(2))
+    both = torch.arange(48.0).view(12, 4)
+    # In one storage, but up first.
+    up.weight.data, gate.weight.data = both[:6], both[6:]
+    expected, bias = torch.cat([both[6:], both[:6]]), torch.cat([gate.bias, up.bias]).detach()
+    make_adjacent((gate, up), ("weight", "bias"))
+    whole = adjacent_view(gate.weight, up.weight)
+    assert torch.equal(whole, expected) and torch.equal(adjacent_view(gate.bias, up.bias), bias)
+    assert whole.data_ptr() == gate.weight.data_ptr() and gate.weight.requires_grad
+    before = gate.weight
+    make_adjacent((gate, up), ("weight", "bias"))
+    assert gate.weight is before
+
+
+def test_position_tables_are_shared() -> None:
+    decoder = load("qwen_ntk")
+    fused = fused_decoder(decoder)
+    assert fused.table_positions == 0
+    decoder.prepare_tables(20)
+    fused = fused_decoder(decoder)
+    fused.prepare_tables(18)
+    assert fused.table_positions == 20 and fused.rope_cos is decoder.rope_cos and fused.logn is decoder.logn
+    fused.prepare_tables(30)
+    assert fused.table_positions == 30 and decoder.table_positions == 20
+
+
+def test_the_engine_is_there_without_triton() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import trt_runtime.torch_gpu.engine, trt_runtime.cli, debug.command\n"
+        "assert not [name for name in sys.modules if name.startswith('trt_runtime.kernels')]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_buckets() -> None:
