@@ -36,8 +36,9 @@ def verify(
     """Compare the reference with what the upstream code computed.
 
     A golden case holds config.json, model.safetensors, io.safetensors and meta.json.  Prefill tensors are compared
-    where attention_mask is 1, greedy tokens exactly.  Default tolerances: fp32 1e-4; bf16 and fp16 bit for bit for
-    ChatGLM2, Qwen and Baichuan, else 2 units in the last place at the largest magnitude of each tensor.
+    where attention_mask is 1; greedy tokens must be equal.  The default tolerance is 1e-4 for fp32.  For bf16 and fp16,
+    ChatGLM2, Qwen and Baichuan must agree bit for bit, and the others to 2 units in the last place at the largest
+    magnitude of each tensor.
 
     Example: logitlock verify tests/goldens/qwen tests/goldens/gpt2 --json
     """
@@ -82,8 +83,8 @@ def record(
 ) -> None:
     """Record a golden case by running Hugging Face transformers.
 
-    Writes config.json, model.safetensors (fp32), io.safetensors and meta.json for `logitlock verify`.  Prompts are
-    random ids unless --prompt is given.  Needs transformers (pip install 'logitlock[record]').
+    The verb writes config.json, model.safetensors (fp32), io.safetensors and meta.json for `logitlock verify`.  Prompts
+    are random ids unless --prompt is given.  It needs transformers (pip install 'logitlock[record]').
 
     Example: logitlock record --hf ./my-model --out cases/my-model --lengths 20,13 --half bf16
     """
@@ -176,12 +177,12 @@ def diff(
 ) -> None:
     """Compare an engine with the fp64 reference, tensor by tensor, or two executors of any kind.
 
-    For every tap: the accumulated error, the local error (the reference module run on the engine's own inputs), and
-    the noise floor that the engine's dtype explains.  The first tap whose local error is above 8 floors is the
-    culprit; the fault that explains it is named if it is a known one.  With A and B both are judged in this way, so
-    that the result says which of them is wrong.
+    For every tap, the diff computes the accumulated error, the local error (the reference module run on the engine's
+    own inputs), and the noise floor (the error that the engine's dtype alone explains).  The first tap whose local
+    error is above 8 noise floors is the culprit; if a known fault explains it, the diff names the fault.  Given A and
+    B, the diff judges both against the reference, so that the result says which of them is wrong.
 
-    A side is a trace (.safetensors, from `logitlock trace`) or one of:
+    A and B are a trace (.safetensors, from `logitlock trace`) or one of:
 
     {forms}
 
@@ -198,7 +199,7 @@ def diff(
 
     named = list(sides or ())
     if (bundle is None) == (not named) or len(named) > 2:
-        raise LogitLockError("say what to test: --bundle DIR, or one or two sides ([A] B)")
+        raise LogitLockError("say what to test: --bundle DIR, or one or two executors ([A] B)")
     if html is not None:
         from debug.report import check_report, write_report
 
@@ -260,8 +261,8 @@ def trace(
 ) -> None:
     """Save every tap of an executor, to be compared on another machine.
 
-    The file holds the logits of an untapped run and all taps of a tapped one, written one by one.  `logitlock diff`
-    takes it as a side.
+    The file holds the logits of a run without taps and all taps of a second run, written one by one.  `logitlock diff`
+    takes the file as an executor.
 
     Example: logitlock trace tensorrt:engines/qwen-fp16 --out qwen.safetensors && logitlock diff qwen.safetensors
     """
@@ -303,9 +304,9 @@ def drift(
 ) -> None:
     """Show how an engine drifts from the reference while it decodes, and the first token that differs.
 
-    Teacher-forced steps give KL, top-1 and cache error by step, with the carried cache and with one made anew.  The
-    free-running decode tells the first token that differs, and whether the reference's margin there is small enough for
-    rounding to have decided it.  Exit code 1 where it is not.
+    Teacher-forced steps measure KL, top-1 agreement and cache error per step, with the cache carried along and with a
+    new one.  Free-running decoding finds the first token that differs, and whether the reference's margin there is
+    small enough for rounding to have decided it.  The exit code is 1 if it is not.
 
     Example: logitlock drift engines/qwen-fp16 --steps 32
     """
@@ -346,11 +347,11 @@ def bisect(
     seed: Seed = 0,
     json_output: Json = False,
 ) -> None:
-    """Find the fewest linear layers that must stay in fp32 to keep within a KL budget.
+    """Find the smallest set of linear layers that must stay in fp32 to keep within a KL budget.
 
-    Measures what each layer's rounding costs, keeps the most expensive ones, and checks the plan by exporting and
-    running it.  `logitlock export --precision-plan` takes the file.  Exit code 1 where the exported engine misses the
-    budget that the simulation met.
+    The verb measures the cost of rounding in each layer, keeps the most expensive layers in fp32, and checks the plan
+    by exporting and running it.  `logitlock export --precision-plan` takes the file.  The exit code is 1 if the
+    exported engine misses the budget that the simulation met.
 
     Example: logitlock bisect --model qwen --precision bf16 --budget-kl 1e-4 --out plan.json
     """

@@ -15,7 +15,7 @@ import typer
 HELP = """Say which layer of an engine differs from Hugging Face, by how much, and why.
 
 A model is a family name (chatglm2, baichuan, qwen, gpt: the bundled toys), a local Hugging Face directory or a hub id.
-From nothing to a verdict:
+Three commands lead to a verdict:
 
     logitlock export --model qwen --precision fp16
 
@@ -23,13 +23,13 @@ From nothing to a verdict:
 
     logitlock diff --model qwen --bundle engines/qwen-fp16
 
-Exit codes: 0 fine, 1 ran and found a difference, 2 bad input.
+Exit codes: 0 if all is fine, 1 if the command ran and found a difference, 2 if the input is bad.
 """
 
 
 @dataclass(frozen=True)
 class Verb:
-    """Where a verb's function lives, and its one line of help (the first of its docstring).
+    """Where a verb's function is, and its help in one line (the first line of its docstring).
 
     The functions are imported only when their verb is asked for: torch alone takes a second to import.
     """
@@ -63,12 +63,16 @@ VERBS = {
         "Show how an engine drifts from the reference while it decodes, and the first token that differs.",
     ),
     "bisect": Verb(
-        "debug.cli", "bisect", "Find the fewest linear layers that must stay in fp32 to keep within a KL budget."
+        "debug.cli",
+        "bisect",
+        "Find the smallest set of linear layers that must stay in fp32 to keep within a KL budget.",
     ),
     "eval": Verb(
-        "debug.evaluate.cli", "evaluate", "Measure what models can do, and what an engine loses against another one."
+        "debug.evaluate.cli",
+        "evaluate",
+        "Measure accuracy, perplexity, KL, ROUGE and speed, and the accuracy that an engine loses.",
     ),
-    "inspect": Verb("trt_runtime.cli", "inspect", "Show what is in a bundle."),
+    "inspect": Verb("trt_runtime.cli", "inspect", "Show the contents of a bundle."),
     "models": Verb(
         "refmodels.cli", "models", "List the model families, the published models they cover, and the bundled toys."
     ),
@@ -96,7 +100,7 @@ def main(name: str = "logitlock", *, package: str | None = None) -> None:
 
 
 def help_of(function: Callable[..., None]) -> str:
-    """The docstring; `{forms}` in it stands for the ways to name a side."""
+    """The docstring, with the ways to name an executor in the place of `{forms}`."""
     text = inspect.getdoc(function) or ""
     if "{forms}" not in text:
         return text

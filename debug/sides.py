@@ -166,7 +166,7 @@ def diff(
             not fit.
     """
     if len(sides) not in (1, 2):
-        raise LogitLockError(f"diff takes one or two sides, got {len(sides)}")
+        raise LogitLockError(f"diff takes one or two executors, got {len(sides)}")
     a, b = sides if len(sides) == 2 else (TRUTH, sides[0])
     source = source_of(model, (b, a))
     if not floats:

@@ -136,7 +136,7 @@ def inspect(
     bundle: Annotated[Path, typer.Argument(help="Directory of a bundle.", show_default=False)],
     json_output: JsonFlag = False,
 ) -> None:
-    """Show what is in a bundle.
+    """Show the contents of a bundle.
 
     Example: logitlock inspect engines/qwen-fp16
     """

@@ -117,23 +117,25 @@ def evaluate(
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """Measure what models can do, and what an engine loses against another one.
+    """Measure accuracy, perplexity, KL, ROUGE and speed, and the accuracy that an engine loses.
 
-    Task accuracy with 95 % intervals (Wilson), perplexity and bits per byte of texts, ROUGE of summaries, tokens per
-    second warm.  With --against also KL (fp64) and top-1 agreement on the same tokens, and the accuracy that is lost on
-    the same examples, whose interval is much narrower than those of two accuracies.
+    The verb measures task accuracy with 95 % intervals (Wilson), perplexity and bits per byte of texts, ROUGE of
+    summaries, and tokens per second after warm-up.  With --against, it also measures KL (fp64) and top-1 agreement on
+    the same tokens, and the accuracy lost on the same examples, whose interval is much narrower than those of two
+    accuracies.
 
-    Models that were trained as a bundled toy bring their tasks; any other gets --text, --tasks FILE.jsonl and speed.
-    The reference is the model of --model as it is: for a quantized bundle, what quantization costs.
+    The bundled toys have their own tasks; for any other model, give --text or --tasks FILE.jsonl, or measure speed
+    only.  The reference is the model of --model before quantization, so for a quantized bundle, `--against reference`
+    shows the cost of quantization.
 
-    SIDE, --against:
+    SIDE and --against are one of:
 
     {forms}
 
-    (the last two cannot be evaluated if they are recordings.)  `reference` is fp64; for a model too large for that,
+    A golden case is a recording and cannot be evaluated.  `reference` is fp64; if the model is too large for that,
     write reference:bf16.
 
-    Exit code 0: measured; 1: a side is over --max-loss or --max-kl; 2: bad input.
+    Exit code 0: measured; 1: an executor is over --max-loss or --max-kl; 2: bad input.
 
     Example: logitlock eval --bundle engines/qwen-int4 --against reference --max-loss 2
 
@@ -153,7 +155,7 @@ def evaluate(
     named = [*([] if bundle is None else [bundle_side(bundle)]), *(sides or ())]
     shapes = [parse_shape(each) for each in shape] if shape else DEFAULT_SHAPES
     if against is None and (max_loss is not None or max_kl is not None):
-        raise LogitLockError("--max-loss and --max-kl are for a comparison; name the other side with --against")
+        raise LogitLockError("--max-loss and --max-kl are for a comparison; name the other executor with --against")
     if markdown is not None:
         check_file_output(markdown, "page")
     console = Console(stderr=True)

@@ -178,19 +178,20 @@ FORMS = (
     Form(
         word="reference",
         text="reference[:DTYPE[:NUMERICS]]",
-        meaning=f"our PyTorch reference; DTYPE {', '.join(DTYPES)} (fp64), NUMERICS exact or upstream (exact)",
+        meaning=f"the PyTorch reference; DTYPE is one of {', '.join(DTYPES)} (default fp64), NUMERICS is exact "
+        "(default) or upstream",
         open=_reference,
     ),
     Form(
         word="hf",
         text="hf[:DTYPE][:DIR]",
-        meaning="Hugging Face transformers itself, of the model's directory or another (fp32)",
+        meaning="Hugging Face transformers on the model's directory or on DIR; DTYPE is fp32 by default",
         open=_huggingface,
     ),
     Form(
         word="kernels",
         text="kernels[:DTYPE]",
-        meaning="the reference with this project's kernels on a CUDA GPU (fp16)",
+        meaning="the reference with LogitLock's kernels on a CUDA GPU; DTYPE is fp16 by default",
         open=_kernels,
     ),
     Form(
@@ -201,21 +202,21 @@ FORMS = (
     ),
     Form(
         text="BUNDLE",
-        meaning="a directory with bundle.json: its graph on ONNX Runtime",
+        meaning="a directory with bundle.json, whose graph runs on ONNX Runtime",
         matches=lambda path: (path / "bundle.json").is_file(),
         open=_bundle,
     ),
     Form(
         text="CASE_DIR[:DTYPE]",
-        meaning="a golden case: what upstream computed for the recorded prompts (fp32)",
+        meaning="a golden case, that is, upstream's recorded results; DTYPE is fp32 by default",
         matches=lambda path: (path / "io.safetensors").is_file(),
         open=_golden,
     ),
     Form(
         text="FILE.onnx",
-        meaning="any decoder in ONNX on ONNX Runtime, with --map or a proposed map",
+        meaning="any decoder in ONNX, run on ONNX Runtime with the name map of --map or a proposed one",
         matches=lambda path: path.suffix == ".onnx",
         open=_onnx,
     ),
 )
-"""All ways to name a side of a comparison, in the order in which they are tried."""
+"""All ways to name an executor, in the order in which they are tried."""

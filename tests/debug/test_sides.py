@@ -94,9 +94,9 @@ def test_drift_command(clean: Path, broken: Path) -> None:
 
 
 def test_bad_input(clean: Path, tmp_path: Path) -> None:
-    logitlock("diff", "--model", MODEL).assert_bad_input("--bundle DIR, or one or two sides")
-    logitlock("diff", clean, "--bundle", clean).assert_bad_input("--bundle DIR, or one or two sides")
-    logitlock("diff", "a", "b", "c").assert_bad_input("one or two sides")
+    logitlock("diff", "--model", MODEL).assert_bad_input("--bundle DIR, or one or two executors")
+    logitlock("diff", clean, "--bundle", clean).assert_bad_input("--bundle DIR, or one or two executors")
+    logitlock("diff", "a", "b", "c").assert_bad_input("one or two executors")
     logitlock("diff", "reference:fp16").assert_bad_input("--model")
     logitlock("diff", "--model", MODEL, "nonsense").assert_bad_input("names no executor")
     logitlock("diff", "--model", "gpt", clean).assert_bad_input("not a bundle of gpt")
@@ -131,7 +131,7 @@ def test_library_use(clean: Path, broken: Path) -> None:
     assert result.first_wrong_tap == "blocks.1.attn.context"
     frame = result.to_frame()
     assert set(frame["tap"]) == {tap.tap for tap in result.taps}
-    with pytest.raises(LogitLockError, match="one or two sides"):
+    with pytest.raises(LogitLockError, match="one or two executors"):
         diff(model=MODEL)
 
 
