@@ -23,7 +23,7 @@ Three commands lead to a verdict:
 
     logitlock diff --model qwen --bundle engines/qwen-fp16
 
-Exit codes: 0 if all is fine, 1 if the command ran and found a difference, 2 if the input is bad.
+Exit codes: 0 if all is fine, 1 if the command found a difference, 2 if the input is bad.
 """
 
 

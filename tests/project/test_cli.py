@@ -68,7 +68,7 @@ def test_help_of_the_whole() -> None:
         for verb, where in VERBS.items():
             assert verb in text and where.summary[:40] in text
         assert "logitlock diff --model qwen --bundle engines/qwen-fp16" in text
-        assert "Exit codes: 0 fine, 1 ran and found a difference, 2 bad input" in text
+        assert "Exit codes: 0 if all is fine, 1 if the command found a difference, 2 if the input is bad" in text
 
 
 def test_version() -> None:
