@@ -20,10 +20,12 @@ from debug.executors.roles import FLOATS, read_roles
 from debug.executors.step import ForeignStep
 from refmodels.cache import KVCache, StepInputs
 from refmodels.errors import LogitLockError
+from refmodels.files import check_regular
 from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap, tap_names
 from trt_runtime.engine import Engine
+from trt_runtime.onnxruntime.errors import cannot_run, graph_errors
 from trt_runtime.onnxruntime.graph_edits import inline_and_type, promote
 from trt_runtime.onnxruntime.half_precision import compute_in_float
 
@@ -109,12 +111,9 @@ class OnnxFileEngine(Engine):
 
     def load_graph(self) -> ir.Model:
         """The model with function bodies in place of their calls; weights stay on disk where they are external."""
-        try:
-            model = ir.load(self.path)
-        except Exception as error:
-            # protobuf and onnx_ir raise what they like for a file that is no ONNX model.
-            raise LogitLockError(f"{self.path} cannot be read as an ONNX model: {error}") from error
-        return passes.InlinePass()(model).model
+        check_regular(self.path)
+        with graph_errors(f"{self.path} cannot be read as an ONNX model"):
+            return passes.InlinePass()(ir.load(self.path)).model
 
     def session(self, values: Iterable[str]) -> ort.InferenceSession:
         """A session that also gives these values."""
@@ -130,11 +129,9 @@ class OnnxFileEngine(Engine):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         folder = str(self.path.resolve().parent)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        try:
+        with graph_errors(cannot_run(self.path)):
             data = ir.to_proto(model).SerializeToString()
             return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise LogitLockError(f"ONNX Runtime cannot run {self.path}: {error}") from error
 
     def _session(self, *, tapped: bool) -> ort.InferenceSession:
         if tapped not in self._sessions:
@@ -204,10 +201,8 @@ class OnnxFileEngine(Engine):
             named[name] = roles.axes.from_ours(buffer[group.rows][:, :, group.kept])
         feeds = {i.name: _ort_value(named.get(i.name), i, self.path) for i in session.get_inputs()}
         names = [o.name for o in session.get_outputs()]
-        try:
+        with graph_errors(cannot_run(self.path)):
             values = session.run_with_ort_values(names, feeds)
-        except Exception as error:
-            raise LogitLockError(f"ONNX Runtime cannot run {self.path}: {error}") from error
         return {name: _tensor(value) for name, value in zip(names, values, strict=True)}
 
     def _tensors(

@@ -29,6 +29,7 @@ from refmodels.taps import is_cache_tap, tap_names, tap_width
 from trt_runtime.bundle import Bundle, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.onnxruntime.before_opset_24 import has_tensor_scatter, without_tensor_scatter
+from trt_runtime.onnxruntime.errors import cannot_run, graph_errors
 from trt_runtime.onnxruntime.graph_edits import cut_at, inline_and_type, load_graph, promote
 from trt_runtime.onnxruntime.half_precision import HALF_TYPES, compute_in_float
 from trt_runtime.onnxruntime.integer_kernels import SESSION_OPTIONS, cache_as_bytes, use_integer_kernels
@@ -161,7 +162,8 @@ class OnnxRuntimeEngine(Engine):
                 length = step.logit_index.shape[1] if tap in ("logits", "final_norm") else tokens
                 outputs[name] = torch.empty(batch, length, tap_width(self.spec, tap), dtype=dtype)
                 bind(io.bind_output, name, outputs[name])
-        session.session.run_with_iobinding(io)
+        with graph_errors(cannot_run(self.bundle.model_path)):
+            session.session.run_with_iobinding(io)
         cache.advance(step)
         return outputs
 
@@ -189,7 +191,8 @@ class OnnxRuntimeEngine(Engine):
         if mode not in self._sessions:
             if not self.keep_both_sessions:
                 self._sessions.clear()
-            self._sessions[mode] = self._open(mode)
+            with graph_errors(cannot_run(self.bundle.model_path)):
+                self._sessions[mode] = self._open(mode)
         return self._sessions[mode]
 
     def _open(self, mode: _Mode) -> _Session:
