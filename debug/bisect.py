@@ -26,6 +26,7 @@ from debug.comparison.metrics import kl_divergence
 from debug.comparison.results import to_plain
 from export.bundle import export_model
 from export.precision_plan import PrecisionPlan, linear_taps, write_plan
+from export.progress import Progress
 from refmodels.checkpoints.load import DTYPES, ModelSource, load
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
@@ -103,7 +104,7 @@ def find_precision_plan(
     precision: Precision,
     budget: float,
     prompts: Prompts,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> BisectResult:
     """Find the plan.
 

@@ -11,15 +11,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from refmodels.command import JsonFlag
+from refmodels.errors import LogitLockError
+from refmodels.text.prompts import read_prompts
+
 
 class Half(str, Enum):
     """Half-precision dtypes (typer takes a list of an Enum, not of a Literal)."""
 
     bf16 = "bf16"
     fp16 = "fp16"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 
 def verify(
@@ -31,7 +32,7 @@ def verify(
         Literal["fp32", "bf16", "fp16"],
         typer.Option(help="Dtype to compare in; bf16 and fp16 compare with io_<dtype>.safetensors."),
     ] = "fp32",
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Compare the reference with what the upstream code computed.
 
@@ -79,7 +80,7 @@ def record(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's directory.")
     ] = False,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Record a golden case by running Hugging Face transformers.
 
@@ -121,7 +122,7 @@ Model = Annotated[
     ),
 ]
 Prompt = Annotated[list[str] | None, typer.Option(help="Prompt text of at least 8 tokens; repeatable.")]
-PromptFile = Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt per line.")]
+PromptFile = Annotated[Path | None, typer.Option(help="UTF-8 file with one prompt per line; - is stdin.")]
 Seed = Annotated[int, typer.Option(help="Random seed for the prompts of models without a tokenizer.")]
 Rounding = Annotated[bool, typer.Option(help="Round every node of a half-precision graph to its dtype on the CPU.")]
 NameMap = Annotated[
@@ -173,7 +174,7 @@ def diff(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a report that works offline to this file.")
     ] = None,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Compare an engine with the fp64 reference, tensor by tensor, or two executors of any kind.
 
@@ -195,7 +196,6 @@ def diff(
     from debug.report.tables import print_diff
     from debug.sides import diff as compare
     from debug.sides import diff_bundle
-    from refmodels.errors import LogitLockError
 
     named = list(sides or ())
     if (bundle is None) == (not named) or len(named) > 2:
@@ -205,7 +205,7 @@ def diff(
 
         # What would fail after the run fails before it.
         check_report(html)
-    texts = _texts(prompt, prompt_file)
+    texts = read_prompts(prompt, prompt_file)
     if bundle is not None:
         result = diff_bundle(
             bundle,
@@ -257,7 +257,7 @@ def trace(
     emulate_rounding: Rounding = True,
     name_map: NameMap = None,
     trust_remote_code: RemoteCode = False,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Save every tap of an executor, to be compared on another machine.
 
@@ -272,7 +272,7 @@ def trace(
         side,
         out,
         model=model,
-        prompts=_texts(prompt, prompt_file),
+        prompts=read_prompts(prompt, prompt_file),
         steps=steps,
         seed=seed,
         tokens_of=tokens_of,
@@ -300,7 +300,7 @@ def drift(
     emulate_rounding: Rounding = True,
     name_map: NameMap = None,
     trust_remote_code: RemoteCode = False,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Show how an engine drifts from the reference while it decodes, and the first token that differs.
 
@@ -316,7 +316,7 @@ def drift(
     result = drift_side(
         side,
         model=model,
-        prompts=_texts(prompt, prompt_file),
+        prompts=read_prompts(prompt, prompt_file),
         steps=steps,
         seed=seed,
         reset=reset,
@@ -345,7 +345,7 @@ def bisect(
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     seed: Seed = 0,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Find the smallest set of linear layers that must stay in fp32 to keep within a KL budget.
 
@@ -355,25 +355,15 @@ def bisect(
 
     Example: logitlock bisect --model qwen --precision bf16 --budget-kl 1e-4 --out plan.json
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from debug.bisect import find_precision_plan
     from debug.report.tables import print_bisect
     from debug.sides import model_prompts
     from export.precision_plan import write_plan
+    from export.progress import progress_bar
 
-    source, prompts = model_prompts(model, _texts(prompt, prompt_file), seed=seed)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=json_output or not console.is_terminal) as bar:
-        task = bar.add_task("bisect", total=None)
-        result = find_precision_plan(
-            source,
-            precision=precision,
-            budget=budget_kl,
-            prompts=prompts,
-            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )
+    source, prompts = model_prompts(model, read_prompts(prompt, prompt_file), seed=seed)
+    with progress_bar("bisect", quiet=json_output) as progress:
+        result = find_precision_plan(source, precision=precision, budget=budget_kl, prompts=prompts, progress=progress)
     write_plan(result.plan, out)
     if json_output:
         _print_json(result.to_json())
@@ -381,21 +371,6 @@ def bisect(
         print_bisect(result, out)
     if not result.kl_engine <= budget_kl:
         raise typer.Exit(1)
-
-
-def _texts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
-    from refmodels.errors import LogitLockError
-
-    texts = list(prompt or ())
-    if prompt_file is not None:
-        try:
-            lines = prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise LogitLockError(f"the prompt file {prompt_file} cannot be read: {error}") from error
-        texts += [line for line in lines if line.strip()]
-        if not texts:
-            raise LogitLockError(f"the prompt file {prompt_file} has no prompt")
-    return texts
 
 
 def _print_json(value: object) -> None:

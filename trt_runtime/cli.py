@@ -95,6 +95,8 @@ def generate(
         stop_strings=tuple(stop or ()),
     )
     prompts = read_prompts(prompt, prompt_file)
+    if not prompts:
+        raise LogitLockError("there is no prompt: give --prompt TEXT or --prompt-file FILE")
     if (model is None) == (bundle is None):
         raise LogitLockError("give either --model (the reference) or --bundle (an engine)")
     if bundle is not None:

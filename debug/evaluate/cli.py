@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+from refmodels.command import JsonFlag
+from refmodels.errors import LogitLockError
 
 
 def evaluate(
@@ -115,7 +116,7 @@ def evaluate(
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the tables as Markdown to this file.")
     ] = None,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Measure accuracy, perplexity, KL, ROUGE and speed, and the accuracy that an engine loses.
 
@@ -141,15 +142,12 @@ def evaluate(
 
     Example: logitlock eval engines/my-qwen2 hf:bf16 --model ./my-qwen2 --against hf:fp32 --text wiki.txt --no-speed
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from debug.evaluate.run import evaluate_model
     from debug.evaluate.speed import DEFAULT_SHAPES, parse_shape
     from debug.evaluate.tables import markdown as page
     from debug.evaluate.tables import print_evaluation
     from debug.sides import bundle_side
-    from refmodels.errors import LogitLockError
+    from export.progress import progress_bar
     from refmodels.files import check_file_output, write_text
 
     named = [*([] if bundle is None else [bundle_side(bundle)]), *(sides or ())]
@@ -158,9 +156,7 @@ def evaluate(
         raise LogitLockError("--max-loss and --max-kl are for a comparison; name the other executor with --against")
     if markdown is not None:
         check_file_output(markdown, "page")
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=json_output or not console.is_terminal) as bar:
-        shown = bar.add_task("evaluate", total=None)
+    with progress_bar("evaluate", quiet=json_output) as progress:
         result = evaluate_model(
             named,
             model=model,
@@ -179,7 +175,7 @@ def evaluate(
             emulate_rounding=emulate_rounding,
             trust_remote_code=trust_remote_code,
             device=device,
-            progress=lambda what, done, total: bar.update(shown, description=what, completed=done, total=total or None),
+            progress=progress,
         )
     if max_loss is not None and all(side.loss is None for side in result.sides):
         raise LogitLockError("--max-loss needs tasks, and none was measured; give --tasks FILE.jsonl")

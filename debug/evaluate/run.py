@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from debug.evaluate.speed import DEFAULT_SHAPES, Shape, measure_speed
 from debug.evaluate.statistics import accuracy, loss, mean_loss
 from debug.executors.open import open_executor
 from debug.sides import source_of
+from export.progress import Progress
 from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load_tokenizer
 from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.files import read_text
@@ -28,9 +29,6 @@ from refmodels.text.tokenizer import Tokenizer
 from trt_runtime.engine import Engine
 from trt_runtime.inspect_bundle import describe
 from trt_runtime.torch_gpu.engine import TorchEngine
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much it is in all."""
 
 
 @dataclass(frozen=True, kw_only=True)

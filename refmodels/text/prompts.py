@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from refmodels.errors import LogitLockError
+from refmodels.files import read_text
 from refmodels.json_records import read_json
-from refmodels.spec import ModelSpec
 from refmodels.text.chat import chat_ids
 from refmodels.text.chat import stop_ids as chat_stop_ids
 from refmodels.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from refmodels.spec import ModelSpec
 
 
 def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
@@ -47,17 +52,25 @@ def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat:
     return tuple(dict.fromkeys(stops))
 
 
-def read_prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
-    prompts = list(prompt or [])
-    if prompt_file is not None:
-        try:
-            data = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
-            text = data.decode("utf-8")
-        except OSError as error:
-            raise LogitLockError(f"cannot read the prompt file {prompt_file}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise LogitLockError(f"the prompt file {prompt_file} is not UTF-8: bad byte at {error.start}") from None
-        prompts += [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise LogitLockError("there is no prompt: give --prompt TEXT or --prompt-file FILE")
+def read_prompts(texts: Sequence[str] | None, file: Path | None) -> list[str]:
+    """What `--prompt` and `--prompt-file` say: the texts, then one prompt per line of a UTF-8 file without empty lines;
+    the file - is standard input.  Without both there are none.
+
+    Raises:
+        LogitLockError: as `read_text`; standard input that is not UTF-8; a file, and no prompt.
+    """
+    prompts = list(texts or ())
+    if file is not None:
+        prompts += [line for line in _content(file).splitlines() if line.strip()]
+        if not prompts:
+            raise LogitLockError(f"the prompt file {file} has no prompt")
     return prompts
+
+
+def _content(file: Path) -> str:
+    if str(file) != "-":
+        return read_text(file, "prompt file")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LogitLockError(f"standard input is not UTF-8: bad byte at {error.start}") from None

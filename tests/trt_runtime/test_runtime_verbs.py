@@ -141,7 +141,7 @@ def test_generation_ends_at_a_declared_stop_id(tmp_path: Path, command: Command)
         (["--bundle", "BUNDLE", "--prompt", "x", "--top-k", "5"], "give a temperature"),
         (["--bundle", "BUNDLE", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["--bundle", "BUNDLE", "--prompt", "x", "--threads", "0"], "threads must be at least 1"),
-        (["--bundle", "BUNDLE", "--prompt-file", "nowhere.txt"], "cannot read the prompt file"),
+        (["--bundle", "BUNDLE", "--prompt-file", "nowhere.txt"], "the prompt file nowhere.txt cannot be read: "),
         (["--model", "gpt", "--prompt", "x", "--chat"], "has no chat format"),
     ],
 )
