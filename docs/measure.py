@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 
-from debug import diff
-from debug.golden.verify import verify_case
-from export.bundle import export_model
-from refmodels.checkpoints.load import resolve
-from refmodels.positions import rope_table
+from debug import diff, verify_case
+from export import export_model
+from refmodels import resolve, rope_table
 
 HERE = Path(__file__).parent
 GOLDENS = HERE.parent / "tests" / "goldens"

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from export.bundle import export_model
+from export import export_model
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

@@ -9,8 +9,7 @@ run again.  Exit code 1 if the file computes something else than the checkpoint.
 import sys
 from pathlib import Path
 
-from debug import diff
-from debug.report.tables import print_diff
+from debug import diff, print_diff
 
 
 def align(model: str, onnx_file: str, names: str) -> bool:

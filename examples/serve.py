@@ -11,10 +11,8 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
-from refmodels.checkpoints.load import tokenizer_in
-from refmodels.text.prompts import stop_ids_in
-from trt_runtime.generation import GenerationConfig, generate
-from trt_runtime.open import open_engine
+from refmodels import stop_ids_in, tokenizer_in
+from trt_runtime import GenerationConfig, generate, open_engine
 
 
 class Question(BaseModel):

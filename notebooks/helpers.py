@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import os
 import shlex
@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import onnx
 
-from trt_runtime.bundle import INFO_NAME, MODEL_NAME, FileInfo, file_sha256, read_bundle
+from trt_runtime import read_bundle
 
 GOLDENS = Path(__file__).parent.parent / "tests" / "goldens"
 """Recorded inputs and outputs of the upstream code (see their README)."""
@@ -74,9 +74,9 @@ def edited(bundle: Path | str, target: Path | str, change: Callable[[onnx.ModelP
     """A copy of a bundle with a change in its graph, and a manifest that vouches for it: a faulty exporter's output."""
     bundle, target = Path(bundle), Path(target)
     shutil.copytree(bundle, target)
-    model = onnx.load(target / MODEL_NAME, load_external_data=False)
+    model = onnx.load(target / "model.onnx", load_external_data=False)
     change(model)
-    onnx.save(model, target / MODEL_NAME)
+    onnx.save(model, target / "model.onnx")
     reseal(target)
     return target
 
@@ -84,11 +84,11 @@ def edited(bundle: Path | str, target: Path | str, change: Callable[[onnx.ModelP
 def reseal(bundle: Path | str) -> None:
     """Write the sizes and hashes of a bundle's files into its manifest anew."""
     bundle = Path(bundle)
-    manifest = json.loads((bundle / INFO_NAME).read_text(encoding="utf-8"))
+    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     for name in manifest["files"]:
-        path = bundle / name
-        manifest["files"][name] = dataclasses.asdict(FileInfo(sha256=file_sha256(path), bytes=path.stat().st_size))
-    (bundle / INFO_NAME).write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
+        content = (bundle / name).read_bytes()
+        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (bundle / "bundle.json").write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
     read_bundle(bundle)
 
 

@@ -20,54 +20,23 @@ import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from export.bundle import export_model
+from tests.support.code_blocks import Block, blocks
 from tests.support.command import logitlock
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_FENCE = re.compile(
-    r"(?P<why><!-- not run: (?P<reason>[^>]*) -->\n\s*)?"
-    r"^(?P<indent> *)```(?P<kind>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```",
-    re.S | re.M,
-)
 REASONS = ("needs a GPU", "needs the hub", "needs the package index", "needs a model of yours", "tests/", "make ")
 """Why a block may be left out, as its reason begins or contains."""
 
 
 _FEWER = {"eval": ["--limit", "5", "--no-speed"], "quantize": ["--samples", "16"]}
 """What is added to commands of pages, so that the test takes seconds."""
-
-
-@dataclass(frozen=True)
-class Block:
-    page: str
-    line: int
-    kind: str
-    code: str
-    reason: str | None
-    after: str
-    """The kind of the block before, where nothing but white space is between the two."""
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.line}"
-
-
-def blocks(path: Path) -> list[Block]:
-    text = path.read_text(encoding="utf-8")
-    found, end, before = [], 0, ""
-    for match in _FENCE.finditer(text):
-        code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.M)
-        line = text[: match.start("code")].count("\n")
-        after = before if not text[end : match.start()].strip() else ""
-        found.append(Block(path.name, line, match["kind"], code, match["reason"], after))
-        end, before = match.end(), match["kind"]
-    return found
 
 
 @pytest.fixture(scope="module")

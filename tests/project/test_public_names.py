@@ -1,9 +1,13 @@
-"""Each package has a handful of public names, which are imported when they are asked for."""
+"""Each package has a handful of public names, imported when they are asked for; docs and examples use no others."""
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +16,7 @@ from typing import Any
 import pytest
 
 from refmodels.lazy import declared, public_names
+from tests.support.code_blocks import Block, blocks, blocks_in
 from tests.support.paths import ROOT
 
 PACKAGES = ("refmodels", "trt_runtime", "export", "debug")
@@ -79,3 +84,119 @@ def test_a_name_is_imported_when_it_is_asked_for(tmp_path: Path) -> None:
         sample.absent  # noqa: B018
     with pytest.raises(AttributeError, match=r"module 'sample' has no attribute 'path'"):
         sample.path  # noqa: B018
+
+
+# What is written for users
+
+
+PUBLIC = {package: set(named(package)) for package in PACKAGES}
+_IMPORT = re.compile(rf"\b(?:from|import) (?:{'|'.join(PACKAGES)})\.\w+")
+
+
+def hidden(tree: ast.AST) -> list[str]:
+    """What code takes from our packages that is not public: modules, and names that a package does not export."""
+    found: list[str] = []
+    packages: dict[str, str] = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=aliases):
+                packages |= {alias.asname or alias.name: alias.name for alias in aliases if alias.name in PUBLIC}
+                found += [a.name for a in aliases if a.name not in PUBLIC and a.name.split(".")[0] in PUBLIC]
+            case ast.ImportFrom(module=str(module), names=aliases, level=0) if module.split(".")[0] in PUBLIC:
+                public = PUBLIC.get(module, set())
+                found += [f"{module}.{alias.name}" for alias in aliases if alias.name not in public]
+            case ast.Call(func=function, args=[ast.Constant(value=str(module)), *_]) if (
+                ast.unparse(function).endswith(("import_module", "__import__")) and module.split(".")[0] in PUBLIC
+            ):
+                found.append(module)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in packages:
+                if attribute not in PUBLIC[packages[name]] and not attribute.startswith("__"):
+                    found.append(f"{packages[name]}.{attribute}")
+    return found
+
+
+def private(tree: ast.AST) -> list[str]:
+    """Names with a leading underscore that code takes from elsewhere."""
+    found = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(names=aliases):
+                found += [alias.name for alias in aliases]
+            case ast.Attribute(value=value, attr=attribute) if ast.unparse(value) not in ("self", "cls"):
+                found.append(attribute)
+    return [name for name in found if re.match("_(?!_)", name)]
+
+
+def told(path: Path) -> Iterator[Block]:
+    """All code in a file: a page's blocks, a notebook's cells and the blocks in its text, a script."""
+    if path.suffix == ".py":
+        yield Block(path.name, 1, "python", path.read_text(encoding="utf-8"), None, "")
+    elif path.suffix == ".md":
+        yield from blocks(path)
+    else:
+        for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+            where, source = f"{path.name}, cell {number}", "".join(cell["source"])
+            if cell["cell_type"] == "code":
+                yield Block(where, 1, "python", source, None, "")
+            else:
+                yield from blocks_in(source, where)
+
+
+FOR_USERS = [
+    ROOT / "README.md",
+    *(path for folder in ("docs", "examples", "notebooks") for path in sorted((ROOT / folder).glob("*.*"))),
+]
+FOR_USERS = [path for path in FOR_USERS if path.suffix in (".md", ".py", ".ipynb")]
+
+
+@pytest.mark.parametrize("path", FOR_USERS, ids=lambda path: path.name)
+def test_users_are_shown_public_names_only(path: Path) -> None:
+    for block in told(path):
+        if block.kind == "python":
+            tree = ast.parse(block.code)
+            assert not hidden(tree) + private(tree), block
+        elif block.kind != "diff":  # a diff shows our own source
+            assert not _IMPORT.findall(block.code), block
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "hooks").glob("*.py")), ids=lambda path: path.name)
+def test_the_hooks_of_the_site_use_nothing_private(path: Path) -> None:
+    assert not private(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_all_that_users_are_shown_is_read() -> None:
+    read = [block for path in FOR_USERS for block in told(path) if block.kind == "python"]
+    assert {Path(block.page.split(",")[0]).suffix for block in read} == {".md", ".py", ".ipynb"}
+    assert len([block for block in read if ".ipynb" in block.page]) > 40
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from refmodels.checkpoints.load import load", ["refmodels.checkpoints.load.load"]),
+        ("import trt_runtime.bundle", ["trt_runtime.bundle"]),
+        ("def f():\n    from export import graph, export_model", ["export.graph"]),
+        ("import refmodels as r\nr.load('qwen'), r.taps.tap_names", ["refmodels.taps"]),
+        ("import refmodels\nrefmodels.nonsense()", ["refmodels.nonsense"]),
+        ("import importlib\nimportlib.import_module('debug.sides')", ["debug.sides"]),
+        ("from debug import *", ["debug.*"]),
+        ("from debug import diff\nimport refmodels, torch.nn\nrefmodels.load; refmodels.__file__; diff.taps", []),
+        ("import exporter.graph, debugger\nfrom . import debug\nexport.graph", []),
+    ],
+)
+def test_the_check_sees_what_is_not_public(code: str, found: list[str]) -> None:
+    assert hidden(ast.parse(code)) == found
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from helpers import _secret, open_", ["_secret"]),
+        ("inspect.getsource(baichuan._spec)", ["_spec"]),
+        ("self._mine, cls._mine, x.__class__, x.y_", []),
+    ],
+)
+def test_the_check_sees_what_is_private(code: str, found: list[str]) -> None:
+    assert private(ast.parse(code)) == found
