@@ -61,6 +61,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "chatglm2-6b": {
         "model_type": "chatglm",
+        "glm_generation": "chatglm2",
         "padded_vocab_size": 65024,
         "hidden_size": 4096,
         "num_layers": 28,

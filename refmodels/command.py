@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ import typer
 
 from refmodels.errors import LogitLockError
 from refmodels.files import reason
+from refmodels.notices import LOGGER
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 """Type of the `--json` option of every verb."""
@@ -65,7 +67,12 @@ def run(app: typer.Typer) -> None:
 
 
 def _prepare() -> None:
-    """Text that a terminal or pipe cannot show is escaped, and a termination cleans up as an interruption does."""
+    """Text that a terminal or pipe cannot show is escaped, notices say what they are, and a termination cleans up as an
+    interruption does."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    LOGGER.addHandler(handler)
+    LOGGER.propagate = False
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -19,16 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from refmodels.checkpoints.beside import Beside
 from refmodels.checkpoints.quantized_config import MODELOPT_NAME, read_config
 from refmodels.checkpoints.quantized_layouts import Storage
 from refmodels.checkpoints.quantized_reader import QuantizedReader
 from refmodels.checkpoints.shards import StoredTensor, WeightFiles
 from refmodels.checkpoints.weights import WeightMap
 from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES, family_of, spec_from_config
-from refmodels.families.config import Family
+from refmodels.families import FAMILIES, family_of
+from refmodels.families.config import Config, Family
 from refmodels.json_records import read_json
 from refmodels.model import Decoder
+from refmodels.notices import say_once
 from refmodels.spec import ModelSpec, Numerics
 
 if TYPE_CHECKING:
@@ -63,7 +65,8 @@ class ModelSource:
     """A model that has been found: its directory, its parsed config.json, and what they mean.
 
     `name` is for people (family name, directory name or hub id).  `storage`: how quantized modules are stored, where
-    `spec.quantization` says that there are any.
+    `spec.quantization` says that there are any.  `facts`: sentences that say what tells which model it is, where that
+    takes more than a key of config.json.
     """
 
     directory: Path
@@ -72,6 +75,7 @@ class ModelSource:
     family: Family
     name: str
     storage: Storage | None = None
+    facts: tuple[str, ...] = ()
 
 
 def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> ModelSource:
@@ -88,9 +92,17 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     where = directory / "config.json"
     if not where.is_file():
         raise LogitLockError(f"{directory} has no config.json; a model directory in Hugging Face layout has one")
-    config = read_json(where)
-    spec, family = spec_from_config(config, variant=variant, where=str(where)), family_of(config, str(where))
-    return moved(ModelSource(directory=directory, config=config, spec=spec, family=family, name=name), directory)
+    data = read_json(where)
+    family = family_of(data, str(where))
+    config = Config(data, variant or {}, str(where), Beside(directory))
+    spec = family.spec(config)
+    source = ModelSource(
+        directory=directory, config=data, spec=spec, family=family, name=name, facts=tuple(config.facts)
+    )
+    found = moved(source, directory)
+    for text in config.warnings:
+        say_once(text)
+    return found
 
 
 def moved(source: ModelSource, directory: Path) -> ModelSource:

@@ -37,7 +37,7 @@ def spec_from_config(
 
     Args:
         config: the parsed config.json.
-        variant: facts that no config key says (Baichuan's `norm_head` and `position`, `chatglm3`), by name.
+        variant: facts that no config key says (Baichuan's `norm_head` and `position`, `glm_generation`), by name.
         where: how errors name the config.
     Raises:
         LogitLockError: a missing key, an unknown model_type, or a setting that is not supported.

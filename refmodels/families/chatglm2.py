@@ -1,7 +1,8 @@
-"""ChatGLM2-6B, ChatGLM2-6B-32k, ChatGLM3-6B.
+"""ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B (the remote code, model_type "chatglm"), with their long-context models.
 
-Upstream: modeling_chatglm.py of THUDM/chatglm2-6b.  The rotary table is made wholly in the working dtype there, angles
-included; the first half of each head is rotated in interleaved pairs.
+Upstream: modeling_chatglm.py of THUDM/chatglm2-6b, chatglm3-6b, chatglm3-6b-128k and glm-4-9b-chat.  The first half of
+each head is rotated in interleaved pairs.  ChatGLM2 makes the rotary table wholly in the working dtype, angles
+included, and divides positions by `rope_ratio`; the others make it in fp32, cast it, and multiply the base.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from refmodels.checkpoints.weights import Layout
+from refmodels.families.chatglm2_generation import generation_of
 from refmodels.families.config import Config, Family
 from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
 
 def _spec(config: Config) -> ModelSpec:
+    config.require("position_encoding_2d", None, None)
+    config.require("vision_config", None, None)
+    config.require("rotary_percent", 0.5, 0.5)
+    config.require("interleaved_qkv", False, False)
     config.require("rmsnorm", True, True)
     config.require("post_layer_norm", True, True)
     config.require("apply_residual_connection_post_layernorm", False, False)
@@ -24,12 +30,14 @@ def _spec(config: Config) -> ModelSpec:
     head_dim = config.get(int, "kv_channels")
     multi_query = config.get(bool, "multi_query_attention", default=False)
     ratio = config.get(float, "rope_ratio", default=1.0)
-    third = bool(config.variant.get("chatglm3", "chatglm3" in str(config.data.get("_name_or_path", ""))))
+    generation = generation_of(config)
+    second = generation == "chatglm2"
     bias = config.get(bool, "add_bias_linear", default=False)
-    variant = ("chatglm3" if third else "chatglm2") + ("-32k" if ratio != 1.0 else "")
+    # GLM-4 was made with a ratio from the start.
+    longer = {"chatglm2": "-32k", "chatglm3": "-long"}.get(generation, "") if ratio != 1.0 else ""
     return ModelSpec(
         family="chatglm2",
-        variant=variant,
+        variant=f"{generation}{longer}",
         vocab_size=config.get(int, "padded_vocab_size"),
         hidden_size=config.get(int, "hidden_size"),
         layers=config.get(int, "num_layers"),
@@ -48,13 +56,12 @@ def _spec(config: Config) -> ModelSpec:
         position="rope",
         rope=RopeSpec(
             dim=head_dim // 2,
-            # ChatGLM3-32k multiplies the base; ChatGLM2-32k divides the position.
-            theta=10000.0 * (ratio if third else 1.0),
-            position_divisor=1.0 if third else ratio,
+            theta=10000.0 * (1.0 if second else ratio),
+            position_divisor=ratio if second else 1.0,
             interleaved=True,
-            table="working_arithmetic",
+            table="working_arithmetic" if second else "working",
         ),
-        chat_format="chatglm3" if third else "chatglm2",
+        chat_format=generation,
     )
 
 
@@ -80,7 +87,7 @@ def _layout(spec: ModelSpec) -> Layout:
 FAMILY = Family(
     name="chatglm2",
     model_types=("chatglm",),
-    describes="ChatGLM2-6B, ChatGLM2-6B-32k, ChatGLM3-6B",
+    describes="ChatGLM2-6B, ChatGLM3-6B and their long-context models, GLM-4-9B (remote code)",
     spec=_spec,
     layout=_layout,
     ignored=(r"transformer\.rotary_pos_emb\.inv_freq",),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from refmodels.checkpoints.beside import Beside
 from refmodels.checkpoints.weights import Layout, WeightMap, weight_map
 from refmodels.errors import LogitLockError
 from refmodels.spec import Activation, ModelSpec
@@ -40,31 +41,51 @@ LLAMA_LAYOUT = Layout(
 
 @dataclass(frozen=True)
 class Config:
-    """A parsed config.json; every getter takes aliases, the first one present wins."""
+    """A parsed config.json; every getter takes aliases, the first one present wins.
+
+    Attributes:
+        variant: facts that the caller gives, because no key says them.
+        where: how errors name the file.
+        beside: the other files of the model's directory.
+        facts: what tells which model this is, where more than one key does; in sentences.
+        warnings: what the user should know of how the config is understood.
+    """
 
     data: Mapping[str, Any]
     variant: Mapping[str, Any]
     where: str
+    beside: Beside = field(default_factory=Beside)
+    facts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def raw(self, key: str) -> Any:
+        """The value of a key, of whatever type; None where it is absent."""
+        return self.data.get(key)
 
     def has(self, key: str) -> bool:
-        return self.data.get(key) is not None
+        return self.raw(key) is not None
 
-    def get(self, kind: type[T], *keys: str, default: T | None = None) -> T:
+    def option(self, key: str) -> Any:
+        """A fact that upstream has no key for, from the variant or from the config; None: neither says it."""
+        given = self.variant.get(key)
+        return self.raw(key) if given is None else given
+
+    def get(self, kind: type[T], *keys: str, default: T | None = None, minimum: int = 1) -> T:
         """The value of the first key present (null counts as absent).
 
         Raises:
-            LogitLockError: no key present and no default, or a value of another type.
+            LogitLockError: no key present and no default, a value of another type, or an integer below `minimum`.
         """
         for key in keys:
-            value = self.data.get(key)
+            value = self.raw(key)
             if value is None:
                 continue
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise LogitLockError(f"{self.where}: {key} is {value!r}; it must be of type {kind.__name__}")
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise LogitLockError(f"{self.where}: {key} is {value!r}; it must be at least 1")
+            if isinstance(value, int) and not isinstance(value, bool) and value < minimum:
+                raise LogitLockError(f"{self.where}: {key} is {value!r}; it must be at least {minimum}")
             return value
         if default is None:
             raise LogitLockError(f"{self.where} lacks the key {' or '.join(map(repr, keys))}")
@@ -72,7 +93,7 @@ class Config:
 
     def require(self, key: str, expected: object, default: object) -> None:
         """Refuse a setting that changes the mathematics and is not implemented."""
-        value = self.data.get(key, default)
+        value = self.raw(key)
         if value is None:
             value = default
         if value != expected:
@@ -92,7 +113,7 @@ class Config:
         Raises:
             LogitLockError: a rope type other than the default one.
         """
-        nested = self.data.get("rope_parameters") or self.data.get("rope_scaling") or {}
+        nested = self.raw("rope_parameters") or self.raw("rope_scaling") or {}
         kind = nested.get("rope_type", nested.get("type", "default")) if isinstance(nested, Mapping) else nested
         if kind != "default":
             raise LogitLockError(f"{self.where}: rope type {kind!r} is not supported; only 'default' is")

@@ -7,6 +7,7 @@ A family names its format by a string, a key of `FORMATS`; everything else is he
 | `raw` | base models, GPT | the text of one user message, as the tokenizer encodes a bare prompt |
 | `chatglm2` | ChatGLM2 | `[gMASK] sop`, then "[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]…" as one text |
 | `chatglm3` | ChatGLM3 | `[gMASK] sop`, then role id, "\\n" and content encoded separately; ends with assistant's id |
+| `glm4` | GLM-4 | the same; its prefix is written `[gMASK]<sop>` |
 | `baichuan` | Baichuan v1 13B chat | marker id (195 user, 196 assistant) and content, ends with 196; no system |
 | `baichuan2` | Baichuan2 chat | the same after the bare system text; whole rounds are dropped from the oldest |
 | `qwen` | Qwen v1 chat | ChatML, role, newline and content encoded separately; a default system message |
@@ -133,9 +134,9 @@ def _chatglm3(tokenizer: Tokenizer, conversation: Conversation, limit: int | Non
     system = () if conversation.system is None else (Message(role="system", content=conversation.system),)
     ids = list(tokenizer.prefix)
     for message in (*system, *conversation.turns):
-        ids.append(_control(tokenizer, f"<|{message.role}|>", "chatglm3"))
+        ids.append(_control(tokenizer, f"<|{message.role}|>", "chatglm3 or glm4"))
         ids += _plain(tokenizer, f"{message.metadata}\n") + _plain(tokenizer, message.content)
-    return [*ids, _control(tokenizer, "<|assistant|>", "chatglm3")]
+    return [*ids, _control(tokenizer, "<|assistant|>", "chatglm3 or glm4")]
 
 
 def _baichuan(tokenizer: Tokenizer, conversation: Conversation, limit: int | None) -> list[int]:
@@ -202,16 +203,19 @@ def _qwen2(tokenizer: Tokenizer, conversation: Conversation, limit: int | None) 
     return [*ids, start, *_plain(tokenizer, "assistant\n")]
 
 
+_CHATGLM3 = ChatFormat(
+    roles=("system", "user", "assistant", "observation"),
+    last=("user", "observation"),
+    keys=("role", "content", "metadata"),
+    build=_chatglm3,
+    stops=(END, "<|user|>", "<|observation|>"),
+)
+
 FORMATS: dict[str, ChatFormat] = {
     "raw": ChatFormat(roles=("user",), build=_raw, stops=(END, "<|endoftext|>")),
     "chatglm2": ChatFormat(roles=("user", "assistant"), build=_chatglm2, stops=(END,)),
-    "chatglm3": ChatFormat(
-        roles=("system", "user", "assistant", "observation"),
-        last=("user", "observation"),
-        keys=("role", "content", "metadata"),
-        build=_chatglm3,
-        stops=(END, "<|user|>", "<|observation|>"),
-    ),
+    "chatglm3": _CHATGLM3,
+    "glm4": _CHATGLM3,
     "baichuan": ChatFormat(roles=("user", "assistant"), build=_baichuan, stops=(END,), drops_oldest=True),
     "baichuan2": ChatFormat(
         roles=("system", "user", "assistant"),

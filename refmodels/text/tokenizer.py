@@ -2,12 +2,12 @@
 
 Three file formats cover all families, and `read_tokenizer` picks by the files that are there:
 
-* `qwen.tiktoken` (Qwen v1): ranks of a byte BPE; special tokens follow them.
-* `tokenizer.model` (ChatGLM, Baichuan): SentencePiece; ChatGLM appends its special tokens after the pieces.
+* `qwen.tiktoken` (Qwen v1), `tokenizer.model` of GLM-4: ranks of a byte BPE; special tokens follow them.
+* `tokenizer.model` (ChatGLM2 and 3, Baichuan): SentencePiece; ChatGLM appends its special tokens after the pieces.
 * `tokenizer.json`, or `vocab.json` and `merges.txt` (GPT, StarCoder, Qwen2, the bundled toys): byte-level BPE.
 
 All of them answer to one class, `Tokenizer`. Two switches of `encode` matter for fidelity: `add_special` adds what the
-upstream tokenizer puts around a bare prompt (ChatGLM: `[gMASK] sop`), and `parse_special` says whether text that spells
+upstream tokenizer puts around a bare prompt (GLM: `[gMASK] sop`), and `parse_special` says whether text that spells
 a control token becomes that token. Upstream differs (Qwen's plain `encode` does, its chat prompt does not), so the
 default follows the upstream tokenizer and `refmodels.text.chat` turns it off in chats.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import base64
 import binascii
 import importlib
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,17 +61,27 @@ QWEN_SPECIAL: dict[str, tuple[str, ...]] = {
 }
 """Names of the ids that follow Qwen's ranks, by the revision that named them; both have 208."""
 
+GLM4_PATTERN = QWEN_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+"""As Qwen's, but digits in threes."""
+
 CHATGLM2_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 CHATGLM3_SPECIAL = (*CHATGLM2_SPECIAL, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-CHATGLM_PREFIX = ("[gMASK]", "sop")
+GLM4_SPECIAL = (
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
+)
+"""Names of the ids that follow GLM-4's ranks, where tokenizer_config.json does not give them."""
+GLM_PREFIX = {"chatglm2": ("[gMASK]", "sop"), "chatglm3": ("[gMASK]", "sop"), "glm4": ("[gMASK]", "<sop>")}
 BAICHUAN_USER_ID, BAICHUAN_ASSISTANT_ID = 195, 196
 
 
 def read_tokenizer(directory: str | Path, *, family: str, generation: str | None = None) -> Tokenizer:
     """The tokenizer of a model directory.
 
-    family: the family's name (`chatglm2`, `chatglm3`, `baichuan`, `qwen`, `qwen2`, `gpt` …); it decides what the files
-        leave open: ChatGLM's control tokens and prefix, Baichuan's role markers, how a bare vocabulary splits text.
+    family: the family's name or its chat format (`chatglm2`, `chatglm3`, `glm4`, `baichuan`, `qwen`, `qwen2`, `gpt` …);
+        it decides what the files leave open: GLM's control tokens and prefix, Baichuan's role markers, how a bare
+        vocabulary splits text.
     generation: which names Qwen v1's control tokens have, `dec2023` or `aug2023`; None reads it off `config.json`.
     Raises LogitLockError when no tokenizer file is there, one is damaged, or its library is not installed.
     """
@@ -81,15 +91,17 @@ def read_tokenizer(directory: str | Path, *, family: str, generation: str | None
     if (folder / "qwen.tiktoken").is_file():
         return _load_tiktoken(folder, generation)
     pieces = folder / "tokenizer.model"
-    if pieces.is_file() and family.startswith("chatglm"):
-        return _load_chatglm(folder, pieces, family)
+    if pieces.is_file() and family == "glm4":
+        return _load_glm4(folder, pieces)
+    if pieces.is_file() and family in GLM_PREFIX:
+        return _load_chatglm(pieces, family)
     if pieces.is_file() and family.startswith("baichuan"):
         return _load_baichuan(folder, pieces)
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
         return _load_byte_bpe(folder, family)
     wanted = (
         "tokenizer.model or tokenizer.json"
-        if family.startswith(("chatglm", "baichuan"))
+        if family in GLM_PREFIX or family.startswith("baichuan")
         else (
             "qwen.tiktoken or tokenizer.json" if family == "qwen" else "tokenizer.json, or vocab.json with merges.txt"
         )
@@ -99,16 +111,7 @@ def read_tokenizer(directory: str | Path, *, family: str, generation: str | None
 
 def _load_tiktoken(folder: Path, generation: str | None) -> Tokenizer:
     path = folder / "qwen.tiktoken"
-    tiktoken = _library("tiktoken", path)
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise LogitLockError(f"{path} is damaged: line {number} is not a base64 token and a rank") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-        raise LogitLockError(f"{path} is damaged: its ranks must be 0, 1, 2 … without gaps and cover all 256 bytes")
+    ranks = _read_ranks(path)
     declared = _read_json(folder / "generation_config.json").get("eos_token_id")
     if isinstance(declared, int) and declared != len(ranks):
         raise LogitLockError(
@@ -121,8 +124,55 @@ def _load_tiktoken(folder: Path, generation: str | None) -> Tokenizer:
     if generation not in QWEN_SPECIAL:
         raise LogitLockError(f"Qwen's tokenizer has no generation {generation!r}: use one of {', '.join(QWEN_SPECIAL)}")
     special = {name: len(ranks) + offset for offset, name in enumerate(QWEN_SPECIAL[generation])}
-    encoding = tiktoken.Encoding("qwen", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    return TiktokenTokenizer(encoding, special_tokens=special, parses_special=generation == "dec2023")
+    encoding = _library("tiktoken", path).Encoding(
+        "qwen", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    end = special["<|endoftext|>"]
+    return TiktokenTokenizer(
+        encoding,
+        special=SpecialIds(bos=end, eos=end, pad=end, unk=end),
+        control=special.values(),
+        parses_special=generation == "dec2023",
+        normal_form="NFC",
+    )
+
+
+def _load_glm4(folder: Path, path: Path) -> Tokenizer:
+    ranks, declared = _read_ranks(path), _added_tokens(folder)
+    special = {surface: i for i, (surface, _) in declared.items()} or {
+        name: len(ranks) + offset for offset, name in enumerate(GLM4_SPECIAL)
+    }
+    missing = [name for name in ("<|endoftext|>", *GLM_PREFIX["glm4"]) if name not in special]
+    if missing or min(special.values()) < len(ranks):
+        raise LogitLockError(
+            f"{folder / 'tokenizer_config.json'} is not GLM-4's: "
+            + (f"it lacks the token {missing[0]}" if missing else f"a control token lies among {len(ranks)} ranks")
+        )
+    encoding = _library("tiktoken", path).Encoding(
+        "glm4", pat_str=GLM4_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    end = special["<|endoftext|>"]
+    return TiktokenTokenizer(
+        encoding,
+        special=SpecialIds(eos=end, pad=end),
+        control=special.values(),
+        parses_special=True,
+        prefix=[special[name] for name in GLM_PREFIX["glm4"]],
+    )
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """The byte BPE of a file whose lines hold a token in base64 and its rank."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise LogitLockError(f"{path} is damaged: line {number} is not a base64 token and a rank") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        raise LogitLockError(f"{path} is damaged: its ranks must be 0, 1, 2 … without gaps and cover all 256 bytes")
+    return ranks
 
 
 def _load_sentencepiece(path: Path) -> Any:
@@ -133,24 +183,17 @@ def _load_sentencepiece(path: Path) -> Any:
         raise LogitLockError(f"{path} is not a SentencePiece model (damaged or cut short?): {error}") from None
 
 
-def _load_chatglm(folder: Path, path: Path, family: str) -> Tokenizer:
+def _load_chatglm(path: Path, family: str) -> Tokenizer:
     processor = _load_sentencepiece(path)
-    appended = CHATGLM3_SPECIAL if family == "chatglm3" or _is_chatglm3(folder) else CHATGLM2_SPECIAL
+    appended = CHATGLM3_SPECIAL if family == "chatglm3" else CHATGLM2_SPECIAL
     first = int(processor.vocab_size())
     unk = int(processor.unk_id())
     return SentencePieceTokenizer(
         processor,
         special=SpecialIds(bos=int(processor.bos_id()), eos=int(processor.eos_id()), pad=unk, unk=unk),
         appended=appended,
-        prefix=[first + appended.index(name) for name in CHATGLM_PREFIX],
+        prefix=[first + appended.index(name) for name in GLM_PREFIX[family]],
     )
-
-
-def _is_chatglm3(folder: Path) -> bool:
-    # ChatGLM3 ships the same piece file and the same kind of config as ChatGLM2; only the names tell.
-    settings = _read_json(folder / "tokenizer_config.json")
-    names = (settings.get("name_or_path"), _read_json(folder / "config.json").get("_name_or_path"))
-    return "<|observation|>" in json.dumps(settings) or any("chatglm3" in str(name).lower() for name in names)
 
 
 def _load_baichuan(folder: Path, path: Path) -> Tokenizer:
@@ -200,8 +243,8 @@ def _load_byte_bpe(folder: Path, family: str) -> Tokenizer:
     framed = list(model.encode("a", add_special_tokens=True).ids)
     split = next((n for n in range(len(around) + 1) if framed == around[:n] + probe + around[n:]), len(around))
     prefix, suffix = around[:split], around[split:]
-    if not around and family.startswith("chatglm"):
-        found = [model.token_to_id(name) for name in CHATGLM_PREFIX]
+    if not around and family in GLM_PREFIX:
+        found = [model.token_to_id(name) for name in GLM_PREFIX[family]]
         prefix = found if None not in found else []
     return ByteBpeTokenizer(model, special=_declared_ids(folder, special), prefix=prefix, suffix=suffix)
 
@@ -226,20 +269,38 @@ def _bpe_from_vocabulary(folder: Path, settings: dict[str, Any], family: str, li
     else:
         model.pre_tokenizer = byte_level(add_prefix_space=bool(settings.get("add_prefix_space", False)))
     model.decoder = library.decoders.ByteLevel()
-    added = {int(i): dict(token) for i, token in dict(settings.get("added_tokens_decoder") or {}).items()}
-    for surface, i in _read_json(folder / "added_tokens.json").items():
-        added.setdefault(int(i), {"content": surface, "special": True})
+    added = _added_tokens(folder)
     named = [_surface(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")]
-    for i in sorted(added):
-        token = library.AddedToken(added[i]["content"], special=bool(added[i].get("special")), normalized=False)
-        model.add_tokens([token])
-        if model.token_to_id(added[i]["content"]) != i:
+    for i, (surface, is_special) in sorted(added.items()):
+        model.add_tokens([library.AddedToken(surface, special=is_special, normalized=False)])
+        if model.token_to_id(surface) != i:
             raise LogitLockError(
-                f"{folder} declares the added token {added[i]['content']!r} as id {i}, but after {vocabulary.name} "
-                f"it would be {model.token_to_id(added[i]['content'])}: the vocabulary is not the one of this model"
+                f"{folder} declares the added token {surface!r} as id {i}, but after {vocabulary.name} it would be "
+                f"{model.token_to_id(surface)}: the vocabulary is not the one of this model"
             )
     model.add_special_tokens([surface for surface in named if surface and model.token_to_id(surface) is not None])
     return model
+
+
+def _added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
+    """Tokens that the configs add to the vocabulary: id to surface and whether it is a control token."""
+    found: dict[int, tuple[str, bool]] = {}
+    settings, older = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    declared = _settings(folder).get("added_tokens_decoder") or {}
+    entries = [
+        *(
+            (settings, i, token)
+            for i, token in (declared.items() if isinstance(declared, dict) else [(None, declared)])
+        ),
+        *((older, i, {"content": surface, "special": True}) for surface, i in _read_json(older).items()),
+    ]
+    for file, i, token in entries:
+        surface = _surface(token) if isinstance(token, dict) else None
+        number = int(i) if isinstance(i, str) and re.fullmatch(r"\d{1,9}", i) else i
+        if surface is None or not isinstance(number, int) or isinstance(number, bool):
+            raise LogitLockError(f"{file} is damaged: an added token needs an id and its text, got {i!r}: {token!r}")
+        found.setdefault(number, (surface, bool(token.get("special"))))
+    return found
 
 
 def _declared_ids(folder: Path, special: SpecialIds) -> SpecialIds:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import codecs
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from refmodels.errors import LogitLockError
 
@@ -166,17 +166,27 @@ class TextStream:
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Qwen v1: byte BPE over NFC-normalized text; bos, eos, pad and unk all are `<|endoftext|>`."""
+    """Qwen v1 and GLM-4: byte BPE, over text in `normal_form` where that is given."""
 
-    def __init__(self, encoding: Any, *, special_tokens: Mapping[str, int], parses_special: bool) -> None:
-        end = special_tokens["<|endoftext|>"]
+    def __init__(
+        self,
+        encoding: Any,
+        *,
+        special: SpecialIds,
+        control: Iterable[int],
+        parses_special: bool,
+        prefix: Sequence[int] = (),
+        normal_form: Literal["NFC"] | None = None,
+    ) -> None:
         super().__init__(
             vocab_size=encoding.n_vocab,
-            special=SpecialIds(bos=end, eos=end, pad=end, unk=end),
-            hidden_ids=special_tokens.values(),
+            special=special,
+            hidden_ids=control,
             parses_special=parses_special,
+            prefix=prefix,
         )
         self._encoding = encoding
+        self._normal_form = normal_form
 
     def token_id(self, surface: str) -> int | None:
         try:
@@ -185,13 +195,17 @@ class TiktokenTokenizer(Tokenizer):
             return None
 
     def token_bytes(self, token_id: int) -> bytes:
-        return bytes(self._encoding.decode_single_token_bytes(token_id))
+        try:
+            return bytes(self._encoding.decode_single_token_bytes(token_id))
+        except KeyError:
+            return b""
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
-        normal = unicodedata.normalize("NFC", text)
+        if self._normal_form is not None:
+            text = unicodedata.normalize(self._normal_form, text)
         if parse_special:
-            return list(self._encoding.encode(normal, allowed_special="all"))
-        return list(self._encoding.encode_ordinary(normal))
+            return list(self._encoding.encode(text, allowed_special="all"))
+        return list(self._encoding.encode_ordinary(text))
 
 
 class SentencePieceTokenizer(Tokenizer):

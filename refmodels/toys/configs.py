@@ -22,6 +22,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_softmax_in_fp32": True,
         "ffn_hidden_size": 352,
         "fp32_residual_connection": False,
+        # Which no upstream key says.
+        "glm_generation": "chatglm2",
         "hidden_size": 128,
         "kv_channels": 32,
         "layernorm_epsilon": 1e-05,

@@ -43,6 +43,7 @@ def test_variants_are_told_apart() -> None:
     assert {found[c] for c in ("baichuan_7b", "baichuan_13b", "baichuan2_7b", "baichuan2_13b")} == {
         "baichuan-7b", "baichuan-13b", "baichuan2-7b", "baichuan2-13b",
     }  # fmt: skip
+    assert found["chatglm3_128k"] == "chatglm3-long" and found["glm4_remote_b1"] == "glm4"
     assert found["chatglm2_32k"] == "chatglm2-32k" and found["qwen2"] == "qwen2" and found["gpt2"] == "gpt2"
 
 
@@ -53,14 +54,6 @@ def test_real_vocabularies_decide_norm_head_and_others_must_say() -> None:
     assert spec_from_config(config | {"norm_head": True}).head_normalized
     with pytest.raises(LogitLockError, match="neither 64000 nor 125696"):
         spec_from_config(config)
-
-
-def test_chatglm3_32k_scales_the_base_and_chatglm2_32k_the_position() -> None:
-    config, _ = config_of("chatglm2_32k")
-    second = spec_from_config(config).rope
-    third = spec_from_config(config | {"_name_or_path": "THUDM/chatglm3-6b-32k"}).rope
-    assert second is not None and (second.theta, second.position_divisor) == (10000.0, 4.0)
-    assert third is not None and (third.theta, third.position_divisor) == (40000.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def variant(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_all_goldens_are_here() -> None:
-    assert len(CASES) == 34
-    assert len(RUNS) == 72
+    assert len(CASES) == 37
+    assert len(RUNS) == 79
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS)

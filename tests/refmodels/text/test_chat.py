@@ -282,7 +282,9 @@ def test_raw_is_the_bare_prompt(chatml: Tokenizer, chatglm3: Tokenizer) -> None:
 
 
 def test_stops_name_every_format() -> None:
-    assert set(STOPS) == set(FORMATS) == {"raw", "chatglm2", "chatglm3", "baichuan", "baichuan2", "qwen", "qwen2"}
+    assert (
+        set(STOPS) == set(FORMATS) == {"raw", "chatglm2", "chatglm3", "glm4", "baichuan", "baichuan2", "qwen", "qwen2"}
+    )
     assert all(STOPS.values())
 
 

@@ -1,0 +1,20 @@
+"""What a user should know though nothing is wrong: each sentence once a process, through the logger `logitlock`.
+
+Without any set-up of logging Python writes it to stderr; the command line puts "warning: " before it.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from refmodels.errors import LogitLockError
+
+LOGGER = logging.getLogger("logitlock")
+
+
+@cache
+def say_once(text: str) -> None:
+    """Say one sentence, unless it has been said."""
+    # The error's text is the same one with what cannot be printed escaped.
+    LOGGER.warning("%s", LogitLockError(text))
