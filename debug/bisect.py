@@ -27,7 +27,8 @@ from debug.comparison.results import to_plain
 from export.bundle import export_model
 from export.precision_plan import PrecisionPlan, linear_taps, write_plan
 from export.progress import Progress
-from refmodels.checkpoints.load import DTYPES, ModelSource, load
+from refmodels.checkpoints.load import ModelSource, load
+from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.taps import linear_name

@@ -24,7 +24,6 @@ from export.quantization.schemes import QuantizeOptions, quantization_of
 from export.tensorrt.backends import build_engine, check_backend
 from refmodels.checkpoints.load import (
     COMPANION_FILES,
-    DTYPES,
     ModelSource,
     checkpoint_hash,
     moved,
@@ -33,6 +32,7 @@ from refmodels.checkpoints.load import (
     resolve,
     stream_parameters,
 )
+from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.options import with_fields
 from refmodels.spec import ModelSpec, Numerics

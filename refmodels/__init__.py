@@ -14,7 +14,7 @@
     checkpoints/  resolve, stream and load weights  quantization/  formats and arithmetic of quantized layers
     text/         tokenizers, chats, prompts        toys/          one trained toy per family
     command.py    the frame of every command line   cli.py         the verb models
-    lazy.py       public names of a package
+    dtypes.py     one table of dtypes               lazy.py        public names of a package
 
 May import at module level: the standard library and torch.  Everything else (safetensors, tokenizers, huggingface_hub,
 typer in cli.py ...) is imported where it is needed.  It never imports export, trt_runtime or debug.
@@ -29,7 +29,6 @@ from refmodels.lazy import public_names
 if TYPE_CHECKING:
     from refmodels.cache import KVCache as KVCache
     from refmodels.cache import StepInputs as StepInputs
-    from refmodels.checkpoints.load import DTYPES as DTYPES
     from refmodels.checkpoints.load import ModelSource as ModelSource
     from refmodels.checkpoints.load import checkpoint_hash as checkpoint_hash
     from refmodels.checkpoints.load import empty_decoder as empty_decoder
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from refmodels.checkpoints.load import resolve as resolve
     from refmodels.checkpoints.load import stream_parameters as stream_parameters
     from refmodels.checkpoints.load import tokenizer_in as tokenizer_in
+    from refmodels.dtypes import DTYPES as DTYPES
     from refmodels.errors import LogitLockError as LogitLockError
     from refmodels.families import FAMILIES as FAMILIES
     from refmodels.families import spec_from_config as spec_from_config

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 import refmodels
-from refmodels.checkpoints.load import DTYPES, tokenizer_in
+from refmodels.checkpoints.load import tokenizer_in
 from refmodels.command import JsonFlag
+from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.text.prompts import prompt_ids, read_prompts, stop_ids_in
 from trt_runtime.bundle import read_bundle

@@ -19,7 +19,7 @@ from torch import Tensor
 from debug.capture.capture import Capture, Forward, run_steps
 from debug.capture.prompts import Prompts
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoints.load import DTYPES
+from refmodels.dtypes import BY_TORCH, DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.files import check_regular, parse_json, write_file
 from refmodels.recorder import Recorder
@@ -29,8 +29,6 @@ from trt_runtime.engine import Engine
 
 SCHEMA = 1
 _METADATA = ("model", "numerics", "spec", "dtype", "taps", "arithmetic", "prompts")
-_SPELLINGS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_INTEGERS = {torch.int64: "I64"}
 _HEADER_ROOM = 1 << 16
 
 
@@ -51,7 +49,7 @@ class _SafetensorsWriter:
         data = tensor.detach().to("cpu").contiguous()
         count = data.numel() * data.element_size()
         self.entries[name] = {
-            "dtype": (_SPELLINGS | _INTEGERS)[data.dtype],
+            "dtype": BY_TORCH[data.dtype].safetensors,
             "shape": list(data.shape),
             "data_offsets": [self.size, self.size + count],
         }
@@ -102,7 +100,7 @@ def write_trace(
                 "model": model,
                 "numerics": numerics,
                 "spec": json.dumps(engine.spec.to_dict()),
-                "dtype": next(n for n, d in DTYPES.items() if d == engine.dtype),
+                "dtype": BY_TORCH[engine.dtype].name,
                 "taps": json.dumps(engine.tap_names),
                 "arithmetic": engine.arithmetic,
                 "prompts": prompts.origin,

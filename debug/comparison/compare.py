@@ -45,7 +45,7 @@ from debug.comparison.results import (
     TapError,
 )
 from debug.comparison.systematic import systematic
-from refmodels.dtypes import wide_dtype
+from refmodels.dtypes import torch_name, unit_roundoff, wide_dtype
 from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
@@ -140,7 +140,7 @@ class _Pair(Recorder):
 class _Diff:
     def __init__(self, capture: Capture, truth: Reference, rounded: Reference, multiple: float) -> None:
         self.capture, self.truth, self.rounded, self.multiple = capture, truth, rounded, multiple
-        self.unit = torch.finfo(capture.dtype).eps / 2
+        self.unit = unit_roundoff(capture.dtype)
         self.whole = capture.whole()
         self.floors: dict[str, tuple[Tensor, Tensor]] = {}
         self.errors: dict[str, list[_Errors]] = {}
@@ -158,7 +158,7 @@ class _Diff:
         logits = self.logits.result()
         culprits = self._culprits(logits)
         spoiled = logits.nonfinite or any(t.nonfinite for t in self.taps)
-        name = str(self.capture.dtype).removeprefix("torch.")
+        name = torch_name(self.capture.dtype)
         return DiffResult(
             verdict="nonfinite" if spoiled else "diverged" if culprits else "aligned",
             culprits=culprits,
@@ -231,7 +231,7 @@ class _Diff:
         """Numbers that all fit a narrower dtype were rounded to it, unless the reference's own do too."""
         narrow = stored_as(engine, self.capture.dtype)
         if narrow is not None and stored_as(floor, self.capture.dtype) is None:
-            self.narrow[name] = narrow
+            self.narrow[name] = torch_name(narrow)
 
     def _written(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """For each step the engine's cache, and the slots [batch, slots] that it has written in this step.
@@ -433,5 +433,5 @@ def lower_bound(spec: ModelSpec, tap: str, dtype: torch.dtype, *, slots: int) ->
         "mlp.out": spec.mlp.width,
         "logits": spec.hidden_size,
     }.get(tap.split(".", 2)[-1], 0)
-    unit, sum_unit = torch.finfo(dtype).eps / 2, torch.finfo(wide_dtype(dtype)).eps / 2
+    unit, sum_unit = unit_roundoff(dtype), unit_roundoff(wide_dtype(dtype))
     return float(max(unit, sum_unit * math.sqrt(terms / 6)))

@@ -19,6 +19,7 @@ from debug.comparison.faults.generic import rounded_sums, stored_as, transformed
 from debug.comparison.metrics import ErrorStats, compare
 from debug.comparison.modules import Module, module_at
 from debug.comparison.results import Diagnosis, Evidence, TokenView
+from refmodels.dtypes import torch_name
 from refmodels.model import Decoder
 from refmodels.taps import is_cache_tap
 
@@ -101,9 +102,9 @@ def _of_rounding(
     shown, right = (_by_token(t, module)[real].flatten(1) for t in (engine, expected))
     narrow = stored_as(shown, dtype)
     if narrow is not None:
-        name, after = f"output rounded to {narrow}", right.to(getattr(torch, narrow)).double()
+        name, after = f"output rounded to {torch_name(narrow)}", right.to(narrow).double()
     elif rounded_sums(module, shown - right, right, dtype):
-        name, after = f"wrong dtype accumulate: sums rounded in {str(dtype).removeprefix('torch.')}", right
+        name, after = f"wrong dtype accumulate: sums rounded in {torch_name(dtype)}", right
     else:
         return []
     left = float((shown - after).norm() / right.norm())

@@ -12,7 +12,8 @@ from debug.capture.prompts import Prompts
 from debug.executors.step import CacheAxes, ForeignStep
 from debug.golden.case import past_layout, read_case
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoints.load import DTYPES, resolve
+from refmodels.checkpoints.load import resolve
+from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder
 from refmodels.taps import is_cache_tap, tap_names

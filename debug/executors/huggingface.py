@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from debug.executors.step import CacheAxes, ForeignStep, regroup_heads
 from debug.golden.case import past_layout
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoints.load import DTYPES
 from refmodels.checkpoints.weights import Layout
+from refmodels.dtypes import DTYPES, torch_name
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.json_records import read_json
@@ -225,7 +225,7 @@ class HuggingFaceEngine(Engine):
     def _describe(self, absent: list[str]) -> str:
         attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
         text = f"transformers {transformers_package().__version__} {type(self.model).__name__} on {self.device.type} "
-        text += f"in {str(self.dtype).removeprefix('torch.')}" + (f", {attention} attention" if attention else "")
+        text += f"in {torch_name(self.dtype)}" + (f", {attention} attention" if attention else "")
         return text + (f"; it shows no {', '.join(absent)}" if absent else "")
 
     def _returns_tuples(self) -> bool:

@@ -19,6 +19,7 @@ from debug.executors.name_map import NameMap, check_width, read_name_map
 from debug.executors.roles import FLOATS, read_roles
 from debug.executors.step import ForeignStep
 from refmodels.cache import KVCache, StepInputs
+from refmodels.dtypes import BY_ONNX, BY_ONNXRUNTIME, BY_TORCH, DTYPE_TABLE, torch_name
 from refmodels.errors import LogitLockError
 from refmodels.files import check_regular
 from refmodels.recorder import Recorder
@@ -29,16 +30,6 @@ from trt_runtime.onnxruntime.errors import cannot_run, graph_errors
 from trt_runtime.onnxruntime.graph_edits import inline_and_type, promote
 from trt_runtime.onnxruntime.half_precision import compute_in_float
 
-_TORCH = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.DOUBLE: torch.float64,
-    ir.DataType.INT64: torch.int64,
-    ir.DataType.INT32: torch.int32,
-    ir.DataType.BOOL: torch.bool,
-}
-_HALF = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 _LOG_SEVERITY = 3
 
 
@@ -99,7 +90,7 @@ class OnnxFileEngine(Engine):
         self._session(tapped=False)
 
     def _describe(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = torch_name(self.dtype)
         text = f"{self.path.name} on ONNX Runtime on the CPU, {dtype}"
         if self.emulate_rounding:
             text += f", every node computed in float32 and rounded to {dtype}"
@@ -120,7 +111,7 @@ class OnnxFileEngine(Engine):
         model = self.load_graph()
         if self.emulate_rounding:
             model = inline_and_type(model)
-            compute_in_float(model, _HALF[self.dtype], rounded=True)
+            compute_in_float(model, ir.DataType(BY_TORCH[self.dtype].onnx), rounded=True)
         promote(model, values)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -252,27 +243,21 @@ def _working_dtype(graph: ir.Graph, cache: list[str]) -> torch.dtype:
     sizes: dict[ir.DataType, int] = {}
     for value in graph.inputs:
         if value.name in cache and value.dtype is not None:
-            return _TORCH[value.dtype]
+            return BY_ONNX[value.dtype].torch
     for value in graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.dtype in FLOATS:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
-    return _TORCH[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else torch.float32
-
-
-_TYPES = {f"tensor({name})": dtype for name, dtype in (
-    ("float", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64),
-    ("int64", torch.int64), ("int32", torch.int32), ("bool", torch.bool),
-)}  # fmt: skip
+    return BY_ONNX[max(sizes, key=lambda dtype: sizes[dtype])].torch if sizes else torch.float32
 
 
 def _ort_value(tensor: Tensor | None, argument: Any, path: Path) -> ort.OrtValue:
     if tensor is None:
         raise LogitLockError(f"{path} asks for {argument.name}, which this model has not")
-    tensor = tensor.to(_TYPES[argument.type]).contiguous()
+    tensor = tensor.to(BY_ONNXRUNTIME[argument.type].torch).contiguous()
     if tensor.dtype == torch.bfloat16:
         bits = tensor.view(torch.uint16).numpy()
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, int(ir.DataType.BFLOAT16))
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, DTYPE_TABLE["bf16"].onnx)
     return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 

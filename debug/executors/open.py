@@ -10,7 +10,8 @@ from typing import get_args
 import torch
 
 from debug.executors.golden import GoldenEngine
-from refmodels.checkpoints.load import DTYPES, ModelSource, load
+from refmodels.checkpoints.load import ModelSource, load
+from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.spec import Numerics
 from trt_runtime.engine import Engine

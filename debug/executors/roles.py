@@ -11,10 +11,11 @@ import onnx_ir as ir
 
 from debug.executors.name_map import NameMap
 from debug.executors.step import CacheAxes
+from refmodels.dtypes import DTYPE_TABLE, DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec
 
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+FLOATS = tuple(DTYPE_TABLE[name].onnx for name in DTYPES)
 _STEP_INPUTS = {
     "cache_position": r"cache_?position",
     "use_cache_branch": r"use_cache",

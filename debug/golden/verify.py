@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 from debug.comparison.metrics import json_number, ulp
 from debug.golden.case import _PAST, GoldenCase, _natural, past_layout, read_case
 from refmodels.checkpoints.load import load
+from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
 
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP32_ATOL = 1e-4
 HALF_ULPS = 2
 RECORDED_INSTRUCTIONS = "AVX512_CORE_BF16"

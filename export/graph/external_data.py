@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 
 from refmodels.checkpoints.load import empty_parameters
+from refmodels.dtypes import BY_ONNX, BY_TORCH, DTYPE_TABLE
 from refmodels.quantization.arithmetic import code_range, pack_int4
 from refmodels.quantization.formats import LinearFormat
 from refmodels.spec import ModelSpec
 
 DATA_NAME = "model.onnx.data"
-_ELEMENT_TYPES: Mapping[torch.dtype, int] = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16,
-    torch.int64: onnx.TensorProto.INT64,
-    torch.int8: onnx.TensorProto.INT8,
-    torch.float8_e4m3fn: onnx.TensorProto.FLOAT8E4M3FN,
-}
 
 ByteLayout = Literal["plain", "transposed", "row", "int4"]
 """How a tensor is stored: as it is; a matrix with its axes swapped; a matrix of one column as a vector; int8 codes of
@@ -64,7 +57,7 @@ class WeightWriter:
         dims = {"transposed": tensor.shape[::-1], "row": tensor.shape[:1]}.get(layout, tensor.shape)
         proto = onnx.TensorProto(
             name=name,
-            data_type=onnx.TensorProto.INT4 if layout == "int4" else _ELEMENT_TYPES[tensor.dtype],
+            data_type=(DTYPE_TABLE["int4"] if layout == "int4" else BY_TORCH[tensor.dtype]).onnx,
             dims=dims,
             data_location=onnx.TensorProto.EXTERNAL,
         )
@@ -114,12 +107,11 @@ def mapped_weights(model: onnx.ModelProto, directory: Path) -> dict[str, Tensor]
     """The initializers of a graph in `directory`, by name, as `WeightWriter` stored them: mapped, not read."""
     path = directory / DATA_NAME
     data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    dtypes = {element: dtype for dtype, element in _ELEMENT_TYPES.items()}
     tensors = {}
     for proto in model.graph.initializer:
         where = {entry.key: entry.value for entry in proto.external_data}
         raw = data.narrow(0, int(where["offset"]), int(where["length"]))
-        tensors[proto.name] = raw.view(dtypes[proto.data_type]).view(*proto.dims)
+        tensors[proto.name] = raw.view(BY_ONNX[proto.data_type].torch).view(*proto.dims)
     return tensors
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
 
 import onnx
 import onnx.parser
 
+from refmodels.dtypes import DTYPE_TABLE
 from refmodels.quantization.formats import Code
 
 DOMAIN = "refmodels"
 OPSET = 24
 WIDE = onnx.TensorProto.FLOAT
-CODE_ELEMENTS: Mapping[Code, int] = {
-    "int8": onnx.TensorProto.INT8,
-    "int4": onnx.TensorProto.INT4,
-    "fp8": onnx.TensorProto.FLOAT8E4M3FN,
-}
+CODE_ELEMENTS: Mapping[Code, int] = {code: DTYPE_TABLE[code].onnx for code in get_args(Code)}
 PLUGIN = 'plugin_namespace: string = "refmodels", plugin_version: string = "1"'
 
 

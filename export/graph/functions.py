@@ -8,22 +8,15 @@ the plugin.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import onnx
 
 from export.graph.attention_body import attention_body
 from export.graph.function_text import PLUGIN, WIDE, ints, make_function
 from export.graph.native_attention_body import native_attention_body, native_functions
+from refmodels.dtypes import DTYPE_TABLE
 from refmodels.quantization.arithmetic import LEAST_AMAX
 from refmodels.spec import ModelSpec, Numerics
 from trt_runtime.bundle import AttentionMode, Precision
-
-ELEMENT_TYPES: Mapping[Precision, int] = {
-    "fp32": onnx.TensorProto.FLOAT,
-    "fp16": onnx.TensorProto.FLOAT16,
-    "bf16": onnx.TensorProto.BFLOAT16,
-}
 
 CACHE_SCALES = ("key_scale", "value_scale")
 """Inputs of a CachedAttention node with a quantized cache, [kv_heads] each."""
@@ -33,7 +26,7 @@ def make_functions(
     spec: ModelSpec, *, precision: Precision, numerics: Numerics, attention: AttentionMode = "plugin"
 ) -> dict[str, onnx.FunctionProto]:
     """The functions that a graph of this spec may call, by op type."""
-    dtype = ELEMENT_TYPES[precision]
+    dtype = DTYPE_TABLE[precision].onnx
     native = attention == "native"
     body = native_attention_body(spec, dtype, numerics) if native else attention_body(spec, dtype, numerics)
     functions = [_attention(spec, body), _gelu_new(dtype)]

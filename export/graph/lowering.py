@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from export.graph.external_data import ByteLayout
 from export.graph.function_text import CODE_ELEMENTS, DOMAIN, OPSET
-from export.graph.functions import ELEMENT_TYPES, inline, make_functions
+from export.graph.functions import inline, make_functions
+from refmodels.dtypes import DTYPE_TABLE
 from refmodels.model import Decoder
 from refmodels.recorder import tap
 from refmodels.spec import ModelSpec, Numerics
@@ -76,7 +77,7 @@ class Lowering:
     coded: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.dtype = ELEMENT_TYPES[self.precision]
+        self.dtype = DTYPE_TABLE[self.precision].onnx
         code = self.spec.cache_code
         self.cache_dtype = self.dtype if code is None else CODE_ELEMENTS[code]
         self.functions = make_functions(

@@ -36,7 +36,7 @@ from export.graph.function_text import WIDE, make_function
 from refmodels.spec import ModelSpec, Numerics
 
 DOMAIN = "trt"
-_HIDDEN = -65504.0
+HIDDEN = -65504.0
 """What a hidden key gets from a float mask: finite in fp16, and far below every score."""
 
 
@@ -69,7 +69,7 @@ def _attended(spec: ModelSpec, dtype: int, *, relative: bool) -> list[str]:
     if spec.position == "alibi":
         return [
             *alibi_bias(spec, relative=relative),
-            f"hidden = Constant <value_float = {_HIDDEN}> ()",
+            f"hidden = Constant <value_float = {HIDDEN}> ()",
             "bias_seen = Where (seen, bias, hidden)",
             f"attended = Cast <to = {dtype}> (bias_seen)",
         ]

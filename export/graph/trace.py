@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from export.graph.lowering import TABLES, Graph, Lowering
 from export.graph.rules import RULES
-from refmodels.checkpoints.load import DTYPES, empty_decoder
+from refmodels.checkpoints.load import empty_decoder
+from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder, gelu_new
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens

@@ -46,6 +46,7 @@ from refmodels.checkpoints.quantized_layouts import CheckpointFormat, Storage
 from refmodels.errors import LogitLockError
 from refmodels.files import write_directory
 from refmodels.options import check_choice
+from refmodels.quantization.arithmetic import LEAST_SCALE
 from refmodels.quantization.formats import LIMITS, LinearFormat, QuantizationSpec
 from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
@@ -263,7 +264,7 @@ class _BlockQuantizer:
                 largest = largest / divisor.view(a.kv_heads, -1, a.head_dim)[:, 0].to(largest.device)
             by_head = largest.amax(1)
             largest = by_head.amax().expand_as(by_head) if self.method.per_tensor else by_head
-            found[f"{prefix}attn.{part}_scale"] = (largest / LIMITS[self.cache]).clamp(min=2.0**-24)
+            found[f"{prefix}attn.{part}_scale"] = (largest / LIMITS[self.cache]).clamp(min=LEAST_SCALE)
         return found
 
     def _write(

@@ -24,14 +24,11 @@ from export.quantization.gptq import Hessian, damped_root, gptq, layer_error, ro
 from export.quantization.observers import MaxObserver, PercentileObserver, TokenSample
 from export.quantization.smoothquant import smooth_scale
 from refmodels.errors import LogitLockError
-from refmodels.quantization.arithmetic import QuantizedWeight, quantize_weight, weight_scale
+from refmodels.quantization.arithmetic import LEAST_SCALE, QuantizedWeight, quantize_weight, weight_scale
 from refmodels.quantization.formats import LIMITS, LinearFormat
 from refmodels.spec import ModelSpec
 
 Method = Literal["rtn", "awq", "gptq", "smoothquant"]
-
-_LEAST_SCALE = 2.0**-24
-"""Input scales of inputs that were always zero: positive in every working dtype."""
 
 Formats = Mapping[str, LinearFormat | None]
 """By the linear's name relative to the block, 'attn.qkv', or 'head'; None or absent: not quantized."""
@@ -380,7 +377,7 @@ def _input_scale(
     else:
         channel = observer.maximum.channel
         found = (channel if divisor is None else channel / divisor.to(channel.device)).amax()
-    return (found / LIMITS[linear.input]).clamp(min=_LEAST_SCALE)
+    return (found / LIMITS[linear.input]).clamp(min=LEAST_SCALE)
 
 
 def _static(linear: LinearFormat) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import onnx
 
+from refmodels.dtypes import DTYPE_TABLE, torch_name
 from trt_runtime.bundle import TensorInfo
 from trt_runtime.plan_layers import Layer, PlanLayers
 
@@ -23,7 +24,8 @@ _METADATA = re.compile(r", Metadata: (.*)$")
 _REF = re.compile(r"\[(?:ONNX Layer|torch): (.*?)\]\s*(?:\x1f|$)")
 _PROFILE = re.compile(r" \[profile (\d+)\]")
 _SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
-_DTYPES: Mapping[str, str] = {"half": "float16", "float": "float32"}
+_DTYPES = {str(d.tensorrt).lower(): torch_name(d.torch) for d in (DTYPE_TABLE["fp32"], DTYPE_TABLE["fp16"])}
+"""The two dtypes that the log spells otherwise than torch: "float" and "half"."""
 
 
 def parse_log(messages: Iterable[str], *, plan: str, taps: Mapping[str, Sequence[str]]) -> PlanLayers:

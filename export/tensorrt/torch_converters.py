@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from export.graph.native_attention_body import HIDDEN
 from refmodels.errors import LogitLockError
 from trt_runtime.tensorrt.api import trt
 from trt_runtime.tensorrt.plugins import CREATORS
-
-_HIDDEN = -65504.0
-"""What a hidden key gets from a float mask: finite in fp16, and far below every score."""
 
 
 class Layers:
@@ -177,7 +175,7 @@ def attention_layers(
     else:
         distance = layers.cast(layers.binary("SUB", key_slot, query_slot), trt.float32)
         bias = layers.binary("PROD", distance, layers.reshape(alibi_slopes, 1, heads, 1, 1))
-        hidden = layers.constant([[[[_HIDDEN]]]], np.float32)
+        hidden = layers.constant([[[[HIDDEN]]]], np.float32)
         mask = layers.cast(layers.output(layers.network.add_select(seen, bias, hidden)), dtype)
 
     attention = layers.network.add_attention_v2(

@@ -16,7 +16,7 @@ import functools
 import importlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,7 @@ from export.tensorrt.builder_log import parse_log
 from export.tensorrt.options import BuildOptions
 from export.tensorrt.torch_converters import register_converters
 from refmodels.checkpoints.load import empty_decoder
+from refmodels.dtypes import BY_ONNX
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.ops import cached_attention
@@ -39,7 +40,7 @@ from refmodels.recorder import tap
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap_names
 from trt_runtime.bundle import MODEL_NAME, PLAN_NAME, TAPS_PLAN_NAME, AttentionMode
-from trt_runtime.tensorrt.api import IS_RTX, LOGGER, errors_of, package_version, trt, warnings_of
+from trt_runtime.tensorrt.api import IS_RTX, LOGGER, errors_of, package_version, tensorrt_type, trt, warnings_of
 from trt_runtime.tensorrt.plugins import CREATORS, PLUGIN_VERSION, register_plugins
 
 _LIBRARY = torch.library.Library("refmodels", "FRAGMENT")
@@ -65,12 +66,6 @@ torch.library.register_fake("refmodels::cached_attention_functional", _functiona
 _RMS_NORM = torch.ops.refmodels.fused_rms_norm.default
 _TAP = torch.ops.refmodels.tap.default
 _ATTENTION = torch.ops.refmodels.cached_attention_functional.default
-_TYPES: Mapping[int, Any] = {
-    onnx.TensorProto.FLOAT: trt.float32,
-    onnx.TensorProto.FLOAT16: trt.float16,
-    onnx.TensorProto.BFLOAT16: trt.bfloat16,
-    onnx.TensorProto.INT64: trt.int64,
-}
 
 
 def build_plan(
@@ -264,7 +259,7 @@ def _convert(
         def placeholder(self, target: str, args: Any, kwargs: Any) -> Any:
             tensor = infos[target].type.tensor_type
             shape = [dim.dim_value or -1 for dim in tensor.shape.dim]
-            return self.ctx.net.add_input(infos[target].name, _TYPES[tensor.elem_type], shape)
+            return self.ctx.net.add_input(infos[target].name, tensorrt_type(BY_ONNX[tensor.elem_type].name), shape)
 
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)

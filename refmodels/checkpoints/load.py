@@ -25,6 +25,7 @@ from refmodels.checkpoints.quantized_layouts import Storage
 from refmodels.checkpoints.quantized_reader import QuantizedReader
 from refmodels.checkpoints.shards import StoredTensor, WeightFiles
 from refmodels.checkpoints.weights import WeightMap
+from refmodels.dtypes import DTYPES, torch_name
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES, family_of
 from refmodels.families.config import Config, Family
@@ -35,9 +36,6 @@ from refmodels.spec import ModelSpec, Numerics
 
 if TYPE_CHECKING:
     from refmodels.text.tokenizer import Tokenizer
-
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Working dtypes of the reference, by the names that the command line uses."""
 
 COMPANION_FILES = (
     "generation_config.json",
@@ -383,7 +381,7 @@ def _check_finite(value: Tensor, rows: Tensor, tensor: StoredTensor) -> None:
     if _finite(rows):
         largest = float(rows.abs().max())
         raise LogitLockError(
-            f"{tensor.name} in {tensor.file} does not fit in {str(value.dtype).removeprefix('torch.')}: "
+            f"{tensor.name} in {tensor.file} does not fit in {torch_name(value.dtype)}: "
             f"it holds values up to {largest:.3g}"
         )
     kind = "NaN" if bool(rows.isnan().any()) else "Inf"

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from refmodels.dtypes import torch_name
 from refmodels.errors import LogitLockError
 from refmodels.quantization.arithmetic import QuantizedWeight, pack_int4, unpack_int4
 from refmodels.quantization.formats import CODE_TYPES, Code, InputScale, LinearFormat, describe_format
@@ -196,7 +197,8 @@ class Storage:
             codes, wanted = _get(tensors, "weight", where), MODELOPT_TYPES[linear.weight]
             if codes.dtype != wanted:
                 raise LogitLockError(
-                    f"the weight of {where} is {_name(codes.dtype)}; in this layout {linear.weight} is {_name(wanted)}"
+                    f"the weight of {where} is {torch_name(codes.dtype)}; in this layout {linear.weight} is "
+                    f"{torch_name(wanted)}"
                 )
             return (unpack_int4(codes.t()).t() if linear.weight == "int4" else codes), None
         if self.layout == "compressed-tensors":
@@ -316,10 +318,6 @@ def _constants(linear: LinearFormat) -> list[str]:
 def no_place(layout: CheckpointFormat, linear: LinearFormat) -> LogitLockError:
     """The error of a format that a layout cannot store."""
     return LogitLockError(f"the layout {layout} has no place for {describe_format(linear)}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _packed_bits(linear: LinearFormat, where: str) -> int:

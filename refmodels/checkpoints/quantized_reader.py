@@ -10,6 +10,7 @@ from torch import Tensor
 from refmodels.checkpoints.quantized_layouts import Storage
 from refmodels.checkpoints.shards import StoredTensor, WeightFiles
 from refmodels.checkpoints.weights import Part, WeightMap
+from refmodels.dtypes import torch_name
 from refmodels.errors import LogitLockError
 from refmodels.quantization.arithmetic import QuantizedWeight
 from refmodels.quantization.formats import LinearFormat
@@ -156,5 +157,5 @@ def _positive(scale: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     """Scales in the working dtype, as an own tensor."""
     cast = scale.to(dtype).contiguous().clone()
     if not bool((cast.isfinite() & ((cast != 0) | (scale == 0))).all()):
-        raise LogitLockError(f"a scale of {where} does not fit in {str(dtype).removeprefix('torch.')}")
+        raise LogitLockError(f"a scale of {where} does not fit in {torch_name(dtype)}")
     return cast

@@ -14,6 +14,7 @@ from pathlib import Path, PureWindowsPath
 import torch
 from torch import Tensor
 
+from refmodels.dtypes import DTYPE_TABLE, DTYPES, torch_name
 from refmodels.errors import LogitLockError
 from refmodels.json_records import read_json
 
@@ -25,7 +26,7 @@ LAYOUTS = (
 )
 """What the weights of a model directory may be called; the first one that is there is read."""
 
-FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATING = {DTYPE_TABLE[name].safetensors: dtype for name, dtype in DTYPES.items()}
 _REOPEN_BYTES = 64 * 2**20
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -94,8 +95,8 @@ class WeightFiles:
                     name=name,
                     file=file,
                     shape=tuple(value.shape),
-                    dtype=value.dtype if value.dtype in FLOATING.values() else None,
-                    dtype_name=str(value.dtype).removeprefix("torch."),
+                    dtype=value.dtype if value.dtype in DTYPES.values() else None,
+                    dtype_name=torch_name(value.dtype),
                 )
                 for name, value in self._open_bin(file).items()
             ]
@@ -109,7 +110,7 @@ class WeightFiles:
                         name=name,
                         file=file,
                         shape=tuple(part.get_shape()),
-                        dtype=FLOATING.get(part.get_dtype()),
+                        dtype=_FLOATING.get(part.get_dtype()),
                         dtype_name=part.get_dtype(),
                     )
                     for name, part in slices.items()

@@ -24,8 +24,8 @@ from refmodels.quantization.formats import CODE_TYPES, LIMITS, Code, EightBit, L
 LEAST_AMAX = 2.0**-96
 """Stands for the largest magnitude of a row or token that is all zeros: its scale then divides nothing by zero."""
 
-_LEAST_SCALE = 2.0**-24
-"""The smallest positive fp16 number: scales of all-zero weights, which no working dtype flushes to zero."""
+LEAST_SCALE = 2.0**-24
+"""The smallest positive fp16 number: the scale of what is all zero, which no working dtype flushes to zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ def weight_scale(weight: Tensor, linear: LinearFormat) -> tuple[Tensor, Tensor |
     least, most = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
     if linear.symmetric:
         # The lowest code is used too: one of sixteen in int4, and a tenth less squared error.
-        return torch.maximum(most / high, least / low).clamp(min=_LEAST_SCALE), None
-    scale = ((most - least) / (high - low)).clamp(min=_LEAST_SCALE)
+        return torch.maximum(most / high, least / low).clamp(min=LEAST_SCALE), None
+    scale = ((most - least) / (high - low)).clamp(min=LEAST_SCALE)
     return scale, (low - least / scale).round().clamp(low, high).to(torch.int8)
 
 

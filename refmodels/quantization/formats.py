@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
+from refmodels.dtypes import DTYPE_TABLE
 from refmodels.errors import LogitLockError
 
 Code = Literal["int8", "int4", "fp8"]
@@ -26,7 +27,7 @@ InputScale = Literal["tensor", "token", "group"]
 LIMITS: Mapping[Code, float] = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 """The largest code.  Integer weights go down one further (`arithmetic.code_range`); inputs and caches do not."""
 
-CODE_TYPES: Mapping[Code, torch.dtype] = {"int8": torch.int8, "int4": torch.int8, "fp8": torch.float8_e4m3fn}
+CODE_TYPES: Mapping[Code, torch.dtype] = {code: DTYPE_TABLE[code].torch for code in get_args(Code)}
 """dtype of a tensor of codes; int4 codes lie in int8, one a byte, until they are packed for storage or a kernel."""
 
 

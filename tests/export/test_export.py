@@ -23,9 +23,9 @@ import refmodels
 from export.__main__ import app
 from export.bundle import default_output, export_model
 from export.graph.external_data import WeightWriter
-from export.graph.functions import ELEMENT_TYPES, attention_inputs, make_functions
+from export.graph.functions import attention_inputs, make_functions
 from export.graph.trace import build_graph
-from refmodels.checkpoints.load import DTYPES
+from refmodels.dtypes import DTYPE_TABLE, DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.ops import cached_attention
 from refmodels.positions import build_tables
@@ -142,7 +142,7 @@ def test_attention_body_is_the_op(case: str, precision: Any, numerics: Any) -> N
     node = onnx.helper.make_node("CachedAttention", list(inputs), ["context", "key", "value"], "a", domain="refmodels")
     node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
     body = make_functions(spec, precision=precision, numerics=numerics)["CachedAttention"]
-    element = ELEMENT_TYPES[precision]
+    element = DTYPE_TABLE[precision].onnx
     model = onnx.helper.make_model(
         onnx.helper.make_graph(
             [node],

@@ -28,7 +28,8 @@ from export.graph.functions import make_functions
 from export.graph.quantized_rules import check_quantization
 from export.graph.trace import build_graph
 from export.tensorrt.options import BuildOptions
-from refmodels.checkpoints.load import DTYPES, ModelSource, empty_decoder
+from refmodels.checkpoints.load import ModelSource, empty_decoder
+from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.ops import fused_rms_norm

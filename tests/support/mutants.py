@@ -14,7 +14,7 @@ import refmodels
 from debug.capture.prompts import random_prompts
 from debug.comparison.compare import diff_engine
 from export.bundle import export_model
-from refmodels.checkpoints.load import DTYPES
+from refmodels.dtypes import DTYPES
 from tests.support.goldens import GOLDENS, case_source
 from tests.support.mutate import mutated
 from tests.support.mutations import model_wide, mutations

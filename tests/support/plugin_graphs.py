@@ -6,9 +6,9 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from export.graph.functions import ELEMENT_TYPES
 from export.graph.trace import build_graph
-from refmodels.checkpoints.load import DTYPES, empty_decoder
+from refmodels.checkpoints.load import empty_decoder
+from refmodels.dtypes import BY_TORCH, DTYPES
 from tests.support.goldens import case_source
 from trt_runtime.bundle import Precision
 
@@ -34,9 +34,8 @@ def graph_of(case: str, precision: Precision) -> onnx.ModelProto:
     for name, layout in graph.parameters.items():
         weight = 0.02 * torch.randn(tuple(shapes[name]), generator=generator)
         tensors[name] = (weight.T if layout == "transposed" else weight).to(DTYPES[precision])
-    types = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     for name, tensor in tensors.items():
-        kind = ELEMENT_TYPES[types[tensor.dtype]]  # type: ignore[index]
+        kind = BY_TORCH[tensor.dtype].onnx
         raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
         initializer = TensorProto(name=name, data_type=kind, dims=tensor.shape, raw_data=raw)
         graph.model.graph.initializer.append(initializer)

@@ -12,21 +12,18 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from refmodels import ops
+from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from trt_runtime.kernels import attention, rms_norm
 from trt_runtime.kernels.launch import AttentionShape, ElementType, Launch, NormShape
 
-ELEMENT_TYPES: dict[torch.dtype, ElementType] = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-}
+ELEMENT_TYPES: dict[torch.dtype, ElementType] = {DTYPES[name]: name for name in get_args(ElementType)}
 
 
 @dataclass(frozen=True, kw_only=True)

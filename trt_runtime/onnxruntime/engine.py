@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoints.load import DTYPES
+from refmodels.dtypes import BY_ONNXRUNTIME, BY_TORCH, DTYPE_TABLE, DTYPES, torch_name
 from refmodels.errors import LogitLockError
 from refmodels.quantization.formats import CODE_TYPES
 from refmodels.recorder import Recorder
@@ -34,22 +34,8 @@ from trt_runtime.onnxruntime.graph_edits import cut_at, inline_and_type, load_gr
 from trt_runtime.onnxruntime.half_precision import HALF_TYPES, compute_in_float
 from trt_runtime.onnxruntime.integer_kernels import SESSION_OPTIONS, cache_as_bytes, use_integer_kernels
 
-# fp8 caches are bound as bytes: ONNX Runtime's kernels do not move fp8 (see `cache_as_bytes`).
-_ELEMENT_TYPES = {
-    torch.float32: 1,
-    torch.float8_e4m3fn: 2,
-    torch.int8: 3,
-    torch.int64: 7,
-    torch.float16: 10,
-    torch.bfloat16: 16,
-}
-_TORCH_TYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(bfloat16)": torch.bfloat16,
-    "tensor(int8)": torch.int8,
-    "tensor(uint8)": torch.float8_e4m3fn,
-}
+_FP8, _BYTES = DTYPE_TABLE["fp8"], DTYPE_TABLE["uint8"]
+"""fp8 caches are bound as bytes: ONNX Runtime's kernels do not move fp8 (see `cache_as_bytes`)."""
 _BOTH_SESSIONS_BYTES = 2 << 30
 """Up to this size of weights the tapped and the untapped session stay loaded together."""
 _LOG_SEVERITY = 3
@@ -73,7 +59,7 @@ class _Session:
     def __init__(self, session: ort.InferenceSession) -> None:
         self.session = session
         self.step_inputs = [i.name for i in session.get_inputs() if not i.name.startswith("past.")]
-        self.outputs = {o.name: _TORCH_TYPES[o.type] for o in session.get_outputs()}
+        self.outputs = {o.name: _torch_type(o.type) for o in session.get_outputs()}
         self._bindings: weakref.WeakKeyDictionary[KVCache, _Binding] = weakref.WeakKeyDictionary()
 
     def binding(self, cache: KVCache) -> Any:
@@ -94,7 +80,14 @@ class _Session:
 
 def bind(binder: Any, name: str, tensor: Tensor) -> None:
     """Bind the memory of a contiguous CPU tensor; the tensor must outlive the run."""
-    binder(name, "cpu", 0, _ELEMENT_TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+    dtype = BY_TORCH[tensor.dtype]
+    number = (_BYTES if dtype == _FP8 else dtype).onnx
+    binder(name, "cpu", 0, number, tuple(tensor.shape), tensor.data_ptr())
+
+
+def _torch_type(spelled: str) -> torch.dtype:
+    dtype = BY_ONNXRUNTIME[spelled]
+    return (_FP8 if dtype == _BYTES else dtype).torch
 
 
 class OnnxRuntimeEngine(Engine):
@@ -231,7 +224,7 @@ class OnnxRuntimeEngine(Engine):
 
 
 def _describe(dtype: torch.dtype, spec: ModelSpec, *, emulated: bool) -> str:
-    name = str(dtype).removeprefix("torch.")
+    name = torch_name(dtype)
     codes = "" if spec.quantization is None else f"; {spec.quantization.describe()}"
     if dtype == torch.float32:
         return f"ONNX Runtime on the CPU in float32{codes}"

@@ -10,9 +10,10 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
+from refmodels.dtypes import BY_ONNX, DTYPE_TABLE
 from trt_runtime.onnxruntime.graph_edits import emit
 
-HALF_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+HALF_TYPES = {name: ir.DataType(DTYPE_TABLE[name].onnx) for name in ("fp16", "bf16")}
 _FLOAT = ir.DataType.FLOAT
 _MOVES = frozenset((
     "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape",
@@ -117,7 +118,7 @@ def _is_bare_product(node: ir.Node) -> bool:
 
 def _ops_with_kernel(dtype: ir.DataType) -> frozenset[str]:
     """Standard ops that ONNX Runtime's CPU provider runs on this dtype."""
-    name = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor(bfloat16)"}[dtype]
+    name = BY_ONNX[dtype].onnxruntime
     return frozenset(
         kernel.op_name
         for kernel in ort_state.get_all_opkernel_def()

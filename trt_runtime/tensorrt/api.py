@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from refmodels.dtypes import DTYPE_TABLE
 from refmodels.errors import LogitLockError
 
 _MINIMUM = {"tensorrt": (11, 0), "tensorrt_rtx": (1, 5)}
@@ -50,6 +51,13 @@ def _load() -> ModuleType:
 
 trt: Any = _load()
 IS_RTX: bool = trt.__name__ == "tensorrt_rtx"
+
+
+def tensorrt_type(name: str) -> Any:
+    """The `trt.DataType` of a dtype in `refmodels.dtypes.DTYPE_TABLE`, by its short name.  TensorRT has no fp64."""
+    member = DTYPE_TABLE[name].tensorrt
+    assert member is not None, f"TensorRT has no {name}"
+    return getattr(trt.DataType, member)
 
 
 def _mend_rtx_wheel() -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoints.load import DTYPES
+from refmodels.dtypes import DTYPES, torch_name
 from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder
 from refmodels.taps import is_cache_tap, tap_names
@@ -63,7 +63,7 @@ class TensorRTEngine(Engine):
         self.dtype = DTYPES[info.precision]
         self.device = current_device()
         self.tap_names = tuple(name for name in tap_names(self.spec) if name in info.taps)
-        name = str(self.dtype).removeprefix("torch.")
+        name = torch_name(self.dtype)
         self.arithmetic = f"TensorRT ({package_version()}) in {name} on {torch.cuda.get_device_name()}"
         self._plans: dict[bool, TensorRTPlan] = {}
         self._plan(tapped=False)

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refmodels.dtypes import DTYPE_TABLE
 from refmodels.errors import LogitLockError
 
 KEPT_STEPS = 16
 """Steps of different shapes or caches that a plan remembers; each captured one has a context of its own."""
+_TYPES = ("fp32", "fp16", "bf16", "int32", "int64", "bool")
+"""Of a plan's inputs and outputs."""
 
 
 class CudaStream:
@@ -77,17 +80,10 @@ class TensorRTPlan:
         device: torch.device,
         stream: Any,
     ) -> None:
-        from trt_runtime.tensorrt.api import trt
+        from trt_runtime.tensorrt.api import tensorrt_type, trt
 
         self._trt, self._engine, self._device, self._stream = trt, engine, device, stream
-        types = {
-            trt.float32: torch.float32,
-            trt.float16: torch.float16,
-            trt.bfloat16: torch.bfloat16,
-            trt.int32: torch.int32,
-            trt.int64: torch.int64,
-            trt.bool: torch.bool,
-        }
+        types = {tensorrt_type(name): DTYPE_TABLE[name].torch for name in _TYPES}
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         ins = {n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
         wanted = {*step_inputs, *(f"past.{name}" for name in caches)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from refmodels.cache import KVCache, StepInputs
+from refmodels.dtypes import torch_name
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.recorder import Recorder, recording
@@ -44,7 +45,7 @@ class TorchEngine(Engine):
         self.max_positions = decoder.spec.max_positions if max_positions is None else max_positions
         self.dtype, self.device = decoder.dtype, decoder.device
         self.tap_names = tap_names(decoder.spec)
-        name = str(decoder.dtype).removeprefix("torch.")
+        name = torch_name(decoder.dtype)
         self.arithmetic = f"PyTorch in {name}, {decoder.numerics} numerics"
         self._static: StaticDecode | None = None
         if kernels:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from debug.comparison.faults.catalogue import ESTIMATED
 from debug.comparison.modules import Module
+from refmodels.dtypes import unit_roundoff
 from refmodels.taps import is_cache_tap
 
 _LOWER = {
-    torch.float32: ("float16", "bfloat16", "float8_e4m3fn"),
-    torch.float16: ("bfloat16", "float8_e4m3fn"),
-    torch.bfloat16: ("float8_e4m3fn",),
+    torch.float32: (torch.float16, torch.bfloat16, torch.float8_e4m3fn),
+    torch.float16: (torch.bfloat16, torch.float8_e4m3fn),
+    torch.bfloat16: (torch.float8_e4m3fn,),
 }
 _NOISE = 4.0
 """How many times a random walk of roundings the error of a rounded sum may be: sums also grow while they are taken."""
@@ -64,13 +65,12 @@ def _heads_exchanged(module: Module, expected: Tensor, engine: Tensor) -> tuple[
     return f"heads in the order {order.tolist()}", output
 
 
-def stored_as(engine: Tensor, dtype: torch.dtype) -> str | None:
+def stored_as(engine: Tensor, dtype: torch.dtype) -> torch.dtype | None:
     """A narrower dtype in which all of the engine's numbers can be written, though it computes in `dtype`."""
     shown = engine.to(dtype)
-    for name in _LOWER.get(dtype, ()):
-        narrow = getattr(torch, name)
+    for narrow in _LOWER.get(dtype, ()):
         if bool(shown.any()) and torch.equal(shown.to(narrow).to(dtype), shown):
-            return name
+            return narrow
     return None
 
 
@@ -82,7 +82,7 @@ def rounded_sums(module: Module, off: Tensor, expected: Tensor, dtype: torch.dty
     if module.kind != "linear" or off.shape[0] < 8 or dtype == torch.float32:
         return False
     terms = module["weight"].shape[1]
-    unit = torch.finfo(dtype).eps / 2
+    unit = unit_roundoff(dtype)
     relative = float(off.norm() / expected.norm())
     if not relative < _NOISE * unit * terms**0.5:
         return False

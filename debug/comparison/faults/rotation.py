@@ -9,6 +9,7 @@ from torch import Tensor
 
 from debug.comparison.faults.catalogue import Variants, fault
 from debug.comparison.modules import Module
+from refmodels.dtypes import torch_name
 from refmodels.ops import rotate
 from refmodels.positions import ntk_alpha
 from refmodels.spec import RopeSpec
@@ -93,7 +94,7 @@ def positions_shifted(m: Module, _: Tensor) -> Variants:
 def rope_half(m: Module, _: Tensor) -> Variants:
     if has_rope(m):
         for dtype in (torch.float16, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
+            name = torch_name(dtype)
             yield f"{name} cos and sin", {k: m[k].to(dtype).to(m[k].dtype) for k in ("cos", "sin")}
             yield f"{name} angles", _half_angles(m, dtype)
 

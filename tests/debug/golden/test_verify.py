@@ -16,7 +16,7 @@ from torch import Tensor
 
 import refmodels
 from debug.golden.case import past_layout
-from debug.golden.verify import DTYPES, default_tolerance, has_recorded_order, verify_case
+from debug.golden.verify import default_tolerance, has_recorded_order, verify_case
 from refmodels.errors import LogitLockError
 from tests.support.command import logitlock
 from tests.support.goldens import CASES, GOLDENS
@@ -24,7 +24,7 @@ from tests.support.goldens import CASES, GOLDENS
 RUNS = [
     (case, dtype)
     for case in CASES
-    for dtype in DTYPES
+    for dtype in ("fp32", "bf16", "fp16")
     if (GOLDENS / case / ("io.safetensors" if dtype == "fp32" else f"io_{dtype}.safetensors")).is_file()
 ]
 Edit = Callable[[dict[str, Tensor]], None]

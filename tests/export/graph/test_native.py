@@ -19,7 +19,7 @@ import refmodels
 from export.bundle import export_model
 from export.graph.trace import build_graph
 from refmodels.cache import KVCache, StepInputs
-from refmodels.checkpoints.load import DTYPES
+from refmodels.dtypes import DTYPES
 from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
 from refmodels.taps import tap_names

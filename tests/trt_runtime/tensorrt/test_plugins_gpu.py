@@ -23,7 +23,7 @@ from onnx import helper
 from torch import Tensor
 
 from export.graph.trace import build_graph
-from refmodels.checkpoints.load import DTYPES
+from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.ops import cached_attention, fused_rms_norm
 from refmodels.positions import build_tables

@@ -12,18 +12,18 @@ import functools
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
 
 from refmodels.errors import LogitLockError
 from trt_runtime.kernels.launch import ElementType
-from trt_runtime.tensorrt.api import trt
+from trt_runtime.tensorrt.api import tensorrt_type, trt
 
 PLUGIN_NAMESPACE = "refmodels"
 PLUGIN_VERSION = "1"
-ELEMENTS: dict[Any, ElementType] = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
+ELEMENTS: dict[Any, ElementType] = {tensorrt_type(name): name for name in get_args(ElementType)}
 
 _failures: list[Exception] = []
 _kernels: list[Kernels] = []
