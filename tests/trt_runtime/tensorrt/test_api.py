@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from refmodels.dtypes import DTYPE_TABLE
 from tests.support.full_tensorrt import Unavailable, environment, install
 from tests.support.once import made_once
 from tests.support.paths import ROOT
@@ -134,6 +135,11 @@ def test_every_name_exists_in_tensorrt_rtx(rtx: dict[str, list[str]]) -> None:
 
 def test_every_name_exists_in_full_tensorrt(full: Path) -> None:
     assert check(dump("tensorrt", environment(full)), RTX_ONLY) == []
+
+
+def test_the_table_of_dtypes_names_members_of_both(full: Path, rtx: dict[str, list[str]]) -> None:
+    named = {dtype.tensorrt for dtype in DTYPE_TABLE.values()} - {None}
+    assert named <= set(rtx["DataType"]) & set(dump("tensorrt", environment(full))["DataType"])
 
 
 def test_methods_of_one_package_only_are_the_listed_ones(full: Path, rtx: dict[str, list[str]]) -> None:
