@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -86,18 +87,36 @@ struct Block {
 struct Thread {
     Index thread, block;
     Block* in;
-    ucontext_t context;
+    ucontext_t context;  // to begin with; then `here`
+    jmp_buf here;
     std::unique_ptr<char[]> stack;
-    bool ended = false;
+    bool begun = false, ended = false;
+    // It need not be resumed while the turn or the phase that it waits for is still this one.
+    const u64* turn = nullptr;
+    const u32* phase = nullptr;
+    u64 old = 0;
+    bool asleep() const { return in->warps[thread.x / 32].asleep; }
+    bool waits() const { return (turn && *turn == old) || (phase && *phase == old); }
 };
 
 inline Thread* current;
 inline Index grid;
-inline ucontext_t scheduler;
+inline ucontext_t start;
+inline jmp_buf scheduler;
 inline u64 progress;  // grows whenever something happens that others may wait for
 inline std::function<void()> kernel;
 
-inline void yield() { swapcontext(&current->context, &scheduler); }
+// swapcontext asks the system for the mask of signals at every switch, which costs most of the time; these do not.
+inline void yield() {
+    if (!_setjmp(current->here)) _longjmp(scheduler, 1);
+}
+inline void resume(Thread& thread) {
+    current = &thread;
+    if (_setjmp(scheduler)) return;
+    if (thread.begun) _longjmp(thread.here, 1);
+    thread.begun = true;
+    swapcontext(&start, &thread.context);
+}
 
 inline Warp& warp() { return current->in->warps[current->thread.x / 32]; }
 inline int lane() { return current->thread.x % 32; }
@@ -105,13 +124,15 @@ inline int lane() { return current->thread.x % 32; }
 inline void meet(Meeting& meeting, int count) {
     u64 turn = meeting.turn;
     meeting.arrive(count), progress++;
+    current->turn = &meeting.turn, current->old = turn;
     while (meeting.turn == turn) yield();
+    current->turn = nullptr;
 }
 
 inline void enter() {
     kernel();
     current->ended = true, progress++;
-    swapcontext(&current->context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
 // True if all threads came to their end.
@@ -147,8 +168,8 @@ inline bool run(u32 blocks, u32 threads, size_t shared, u32 seed, std::function<
         }
         for (auto& fiber : fibers) {
             if (fiber->ended) continue;
-            any = true, current = fiber.get();
-            if (!warp().asleep) swapcontext(&scheduler, &fiber->context);
+            any = true;
+            if (!fiber->asleep() && !fiber->waits()) resume(*fiber);
         }
         if (!any) return true;
         for (Block& block : all)
@@ -240,7 +261,10 @@ inline void expect(u32 address, u32 bytes) {
 }
 inline void arrive(u32 address) { barrier_at(address).pending--, barrier_at(address).settle(), cpu::progress++; }
 inline void wait(u32 address, u32 parity) {
-    while (barrier_at(address).phase == parity) cpu::yield();
+    const u32& phase = barrier_at(address).phase;
+    cpu::current->phase = &phase, cpu::current->old = parity;
+    while (phase == parity) cpu::yield();
+    cpu::current->phase = nullptr;
 }
 inline void wait_for_both(u32 address, u32 parity) { wait(address, parity), wait(address + 8, parity); }
 inline void fetch(u32 to, const void* from, u32 bytes, u32 barrier) {

@@ -230,7 +230,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(Path(quantized_chain.__file__).with_suffix(".cu"), here)
     shutil.copy(ROOT / "tests" / "support" / "cuda_on_cpu.h", here / "hopper.cuh")
     (here / "run.cpp").write_text(RUN_ON_CPU)
-    options = ["-std=c++17", "-O2", "-Wno-unknown-pragmas", *quantized_chain.DEFINES]
+    options = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", *quantized_chain.DEFINES]
     command = [compiler, *options, "-shared", "-fPIC", "-o", "run.so", "run.cpp"]
     subprocess.run(command, cwd=here, check=True)
     return here / "run.so"
