@@ -40,12 +40,13 @@ from tests.support.network_interpreter import TOLERANCE, Interpreter, random_ste
 from trt_runtime.tensorrt.api import IS_RTX, LOGGER, package_version, trt
 
 SLOTS = 48
-# Case, precision and whether a plan with taps is built as well: every family, precision and position scheme.
+# Case, precision and whether a plan with taps is built as well: every family, precision and position scheme.  A toy has
+# the same structure as the golden case of its family, but more layers: its conversion takes twice the time.
 JOBS = [
-    ("toy:chatglm2", "fp16", False),
+    ("chatglm2", "fp16", False),
     ("toy:qwen", "fp16", False),
-    ("toy:baichuan", "bf16", False),
-    ("toy:gpt", "fp16", False),
+    ("baichuan2_7b", "bf16", False),
+    ("gpt2", "fp16", False),
     ("qwen_ntk_cross_b1", "fp32", False),
     ("baichuan_13b", "fp16", True),
     ("gpt_bigcode", "fp16", False),
