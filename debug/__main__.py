@@ -1,6 +1,7 @@
 """`python -m debug <verb>`."""
 
-from debug.command import main
+from debug.command import HELP, OWN_VERBS, help_of
+from refmodels.command import main
 
 if __name__ == "__main__":
-    main("python -m debug", package="debug")
+    main(OWN_VERBS, HELP, help_of=help_of)

@@ -1,10 +1,8 @@
-import typer
+"""`python -m export [<verb>]`: without a verb it exports."""
 
-from export.cli import export
-from refmodels.command import run
+from refmodels.command import Verb, main
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command()(export)
+VERBS = {"export": Verb("export.cli", "export"), "quantize": Verb("export.quantization.cli", "quantize")}
 
 if __name__ == "__main__":
-    run(app)
+    main(VERBS, "Export or quantize a model.", default="export")

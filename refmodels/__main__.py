@@ -1,7 +1,8 @@
 """`python -m refmodels <verb>`."""
 
-from refmodels.cli import models
-from refmodels.command import make_app, run
+from refmodels.command import Verb, main
+
+VERBS = {"models": Verb("refmodels.cli", "models")}
 
 if __name__ == "__main__":
-    run(make_app("Numerical reference models.", [models]))
+    main(VERBS, "Numerical reference models.")

@@ -1,7 +1,11 @@
-"""The frame of every command line: the app, its exit codes, its one-line errors."""
+"""The frame of every command line: its verbs and their help, its exit codes, its one-line errors."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
+import inspect
 import io
 import logging
 import os
@@ -9,7 +13,11 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,17 +30,58 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 """Type of the `--json` option of every verb."""
 
 
-def make_app(description: str, verbs: Iterable[Callable[..., None]]) -> typer.Typer:
-    """A command with one subcommand for each function; the function's name is the verb, its docstring the help."""
+@dataclass(frozen=True)
+class Verb:
+    """Where the function of a verb is.  It is imported only when its verb is asked for: torch alone takes a second."""
+
+    module: str
+    function: str
+
+    def load(self) -> Callable[..., None]:
+        """The function: its parameters are the options, its docstring is the help."""
+        function: Callable[..., None] = getattr(importlib.import_module(self.module), self.function)
+        return function
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring, from the source alone."""
+        return _docstrings(self.module)[self.function].partition("\n")[0]
+
+
+def help_of(function: Callable[..., None]) -> str:
+    """The docstring, as text."""
+    return inspect.getdoc(function) or ""
+
+
+def main(
+    verbs: Mapping[str, Verb],
+    description: str,
+    *,
+    default: str | None = None,
+    help_of: Callable[[Callable[..., None]], str] = help_of,
+) -> None:
+    """Run the command line of `sys.argv` and leave the process; exit codes: see `_run`.
+
+    Args:
+        verbs: its subcommands by name.
+        description: what its help says of it as a whole.
+        default: the verb that is meant where none is named, of a command that is known without.
+        help_of: what the help of a verb says.
+    """
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
     app = typer.Typer(help=description, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-    # Without a callback typer would drop the verb of an app that has only one.
-    app.callback()(lambda: None)
-    for verb in verbs:
-        app.command(verb.__name__.removesuffix("_"))(verb)
-    return app
+    if asked in verbs or default is None:
+        # Also where there is one verb: without a callback typer would take it for the whole command.
+        app.callback()(_root)
+    else:
+        asked = default
+    for verb in [asked] if asked in verbs else verbs:
+        function = verbs[verb].load() if verb == asked else _not_loaded
+        app.command(verb, help=help_of(function) if verb == asked else verbs[verb].summary)(function)
+    _run(app)
 
 
-def run(app: typer.Typer) -> None:
+def _run(app: typer.Typer) -> None:
     """Run a command and leave the process.
 
     Exit codes: 0 fine, 1 ran and found a difference (a verb raises `typer.Exit(1)`), 2 bad input, said in one line on
@@ -64,6 +113,33 @@ def run(app: typer.Typer) -> None:
         # Or Python tries once more at its exit, and complains.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@lru_cache
+def _docstrings(module: str) -> dict[str, str]:
+    """Of the functions of a module, which is not imported."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, f"there is no module {module}"
+    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    return {node.name: ast.get_docstring(node) or "" for node in body if isinstance(node, ast.FunctionDef)}
+
+
+def _not_loaded() -> None:
+    raise AssertionError("the verb was not loaded")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"logitlock {metadata.version('logitlock')}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _prepare() -> None:

@@ -1,5 +1,8 @@
-from refmodels.command import make_app, run
-from trt_runtime.cli import generate, inspect
+"""`python -m trt_runtime <verb>`."""
+
+from refmodels.command import Verb, main
+
+VERBS = {"generate": Verb("trt_runtime.cli", "generate"), "inspect": Verb("trt_runtime.cli", "inspect")}
 
 if __name__ == "__main__":
-    run(make_app("Run a bundle, or look into it.", [generate, inspect]))
+    main(VERBS, "Run a bundle, or look into it.")

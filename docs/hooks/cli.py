@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import importlib
 import inspect
 import re
 import types
@@ -43,12 +42,6 @@ Every verb of the `logitlock` command, as its own `--help` says it. Exit codes: 
     rows = [(f"[`{verb}`](#{verb})", where.summary) for verb, where in VERBS.items()]
     sections = [_section(verb) for verb in VERBS]
     return head + table(("verb", "what it does"), rows) + "\n\n" + "\n\n".join(sections) + "\n"
-
-
-def function_of(verb: str) -> Callable[..., None]:
-    where = VERBS[verb]
-    function: Callable[..., None] = getattr(importlib.import_module(where.module), where.function)
-    return function
 
 
 def parameters(function: Callable[..., None]) -> list[Parameter]:
@@ -106,7 +99,7 @@ def _default(value: Any, shown: Any, *, flag: bool) -> str:
 
 
 def _section(verb: str) -> str:
-    function = function_of(verb)
+    function = VERBS[verb].load()
     found = parameters(function)
     parts = [f"## {verb}", *_prose(help_of(function))]
     if arguments := [p for p in found if p.argument]:

@@ -17,10 +17,8 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from typer.testing import CliRunner
 
 import refmodels
-from export.__main__ import app
 from export.bundle import default_output, export_model
 from export.graph.external_data import WeightWriter
 from export.graph.functions import attention_inputs, make_functions
@@ -32,6 +30,7 @@ from refmodels.positions import build_tables
 from refmodels.recorder import Recorder, recording
 from refmodels.taps import tap_names, tap_shape
 from tests.support.checkpoints import read_case, write_model
+from tests.support.command import logitlock
 from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, source_of
 from tests.support.graph_runs import TOLERANCE, Evaluator, Runtime, to_numpy, to_torch, worst_on_walk
 from tests.support.paths import GOLDENS
@@ -338,14 +337,13 @@ def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    arguments = ["--model", str(GOLDENS / "qwen2_b1"), "--precision", "fp16", "--output", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
-    assert done.exit_code == 0
-    result = json.loads(done.stdout)
+    arguments = ["--model", GOLDENS / "qwen2_b1", "--precision", "fp16", "--output", tmp_path / "out"]
+    done = logitlock("export", *arguments, "--json")
+    assert done.code == 0
+    result = json.loads(done.out)
     assert result["precision"] == "fp16" and read_bundle(result["bundle"]).info.model == "qwen2_b1"
-    with pytest.raises(LogitLockError, match="is not empty"):
-        CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert "Example: python -m export" in CliRunner().invoke(app, ["--help"]).stdout
+    logitlock("export", *arguments).assert_bad_input("is not empty")
+    assert "Example: python -m export" in logitlock("export", "--help").out
 
 
 def test_default_output() -> None:

@@ -169,14 +169,14 @@ def test_temporaries_of_killed_runs_are_removed(tmp_path: Path) -> None:
 
 FRAME = """
 import sys, os, typer
-from refmodels.command import make_app, run
+from refmodels.command import Verb, main
 def verb(what: str, count: int = 100_000) -> None:
     if what == "print": print(("x" if count > 1 else "\u4e16") * count)
     if what == "denied": raise PermissionError(13, "Permission denied", "/secret")
     if what == "memory": raise MemoryError("9 GB")
     if what == "terminate": os.kill(os.getpid(), 15)
     if what == "bug": raise KeyError("bug")
-run(make_app("Test.", [verb]))
+main({"verb": Verb("__main__", "verb")}, "Test.")
 """
 
 

@@ -10,16 +10,22 @@ import pytest
 import typer
 
 import refmodels
-from refmodels import cli, command
+from refmodels import cli
 from refmodels.checkpoints import load as checkpoint
+from refmodels.command import Verb, main
 from refmodels.errors import LogitLockError
 from tests.support.checkpoints import read_case, write_model
+
+VERBS = {
+    "models": Verb("refmodels.cli", "models"),
+    **{name: Verb(__name__, name) for name in ("differ", "refuse", "interrupt", "abort", "bug")},
+}
 
 
 def invoke(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     with pytest.raises(SystemExit) as left:
-        command.run(command.make_app("Test.", [cli.models, differ, refuse, interrupt, abort, bug]))
+        main(VERBS, "Test.")
     assert isinstance(left.value.code, int)
     return left.value.code
 
@@ -73,7 +79,28 @@ def test_exit_codes(
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program", "bug"])
     with pytest.raises(ZeroDivisionError):
-        command.run(command.make_app("Test.", [bug]))
+        main(VERBS, "Test.")
+
+
+def test_a_default_verb_needs_no_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main(VERBS, "Test.", default="differ")
+        return left.value.code, capsys.readouterr().err
+
+    assert said() == said("differ") == (1, "")
+    assert said("refuse")[0] == 2
+    # What is no verb is an argument of the default one.
+    assert "unexpected extra argument" in said("absent")[1]
+
+
+def test_summaries_are_read_without_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "heavy_module.py").write_text('raise SystemExit\ndef f():\n    """First.\n\n    Second.\n    """\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Verb("heavy_module", "f").summary == "First."
+    with pytest.raises(KeyError, match="g"):
+        Verb("heavy_module", "g").summary  # noqa: B018
 
 
 def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,12 +14,12 @@ import pytest
 import refmodels
 from export.bundle import export_model
 from refmodels.checkpoints.load import tokenizer_in
-from refmodels.command import make_app, run
+from refmodels.command import main
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.text.prompts import stop_ids_in
 from tests.support.checkpoints import read_case, write_model
-from trt_runtime.cli import generate, inspect
+from trt_runtime.__main__ import VERBS
 from trt_runtime.generation import GenerationConfig
 from trt_runtime.generation import generate as run_generation
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
@@ -33,7 +33,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["logitlock", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            run(make_app("", [generate, inspect]))
+            main(VERBS, "Test.")
         out, err = capfd.readouterr()
         return int(left.value.code or 0), out, err
 

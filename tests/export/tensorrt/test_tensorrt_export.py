@@ -16,10 +16,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import refmodels
-from export.__main__ import app
 from export.bundle import export_model
 from export.graph.external_data import RANDOM_HASH, random_parameters
 from export.options import ExportOptions
@@ -49,8 +47,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy that the README shows, as the command line makes it, with a plan for taps."""
     output = tmp_path_factory.mktemp("toy") / "qwen"
     arguments = ["--model", "qwen", "--max-batch", "2", "--max-input", "32", "--compute-capability", "8.9", "--taps"]
-    done = CliRunner().invoke(app, [*arguments, "--output", str(output), "--json"], catch_exceptions=False)
-    assert done.exit_code == 0 and json.loads(done.stdout)["backend"] == "tensorrt"
+    done = logitlock("export", *arguments, "--output", output, "--json")
+    assert done.code == 0 and json.loads(done.out)["backend"] == "tensorrt"
     return output
 
 
@@ -105,10 +103,10 @@ def test_inspect_shows_the_engine(toy: Path) -> None:
 @builds
 def test_the_line_of_output_says_which_backend(tmp_path: Path) -> None:
     def run(*options: str) -> str:
-        arguments = ["--model", str(CASE), "--attention", "native", "--overwrite", "--output", str(tmp_path / "out")]
-        done = CliRunner().invoke(app, [*arguments, "--max-seq", "16", *options], catch_exceptions=False)
-        assert done.exit_code == 0 and len(done.stdout.splitlines()) == 1
-        return done.stdout.strip()
+        arguments = ["--model", CASE, "--attention", "native", "--overwrite", "--output", tmp_path / "out"]
+        done = logitlock("export", *arguments, "--max-seq", 16, *options)
+        assert done.code == 0 and len(done.out.splitlines()) == 1
+        return done.out.strip()
 
     assert ", backend tensorrt (the default: tensorrt_rtx 1." in run()
     assert (tmp_path / "out" / "engine.plan").is_file() and not (tmp_path / "out" / "kernels.bin").exists()
@@ -130,8 +128,11 @@ def test_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_tensorrt_the_default_is_onnxruntime(tmp_path: Path) -> None:
     """A package that cannot be imported is as one that is not installed."""
-    code = "import sys; sys.modules['tensorrt'] = sys.modules['tensorrt_rtx'] = None; from export.__main__ import *; "
-    command = [sys.executable, "-c", code + "run(app)", "--model", str(CASE), "--output", str(tmp_path / "out")]
+    code = (
+        "import runpy, sys; sys.modules['tensorrt'] = sys.modules['tensorrt_rtx'] = None\n"
+        "runpy.run_module('export', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", code, "--model", str(CASE), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "backend onnxruntime (the default: TensorRT is not installed)" in done.stdout
     done = subprocess.run([*command, "--backend", "tensorrt", "--overwrite"], capture_output=True, text=True)
@@ -229,9 +230,8 @@ def test_random_weights_from_a_config_alone(tmp_path: Path) -> None:
     shutil.copyfile(CASE / "config.json", model / "config.json")
     with pytest.raises(LogitLockError):
         export_model(model, precision="fp16", output=tmp_path / "none")
-    arguments = ["--model", str(model), "--random-weights", "--backend", "onnxruntime", "--precision", "fp32"]
-    done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out")], catch_exceptions=False)
-    assert done.exit_code == 0
+    arguments = ["--model", model, "--random-weights", "--backend", "onnxruntime", "--precision", "fp32"]
+    assert logitlock("export", *arguments, "--output", tmp_path / "out").code == 0
     bundle = read_bundle(tmp_path / "out")
     assert bundle.info.checkpoint_hash == RANDOM_HASH
     drawn = dict(random_parameters(bundle.spec, dtype=torch.float32))
@@ -316,8 +316,8 @@ def test_nobody_waits_for_a_build_that_does_not_stop(monkeypatch: pytest.MonkeyP
 
 
 _EXPORT = """
+import runpy
 import export.cli
-from export.__main__ import app, run
 from export.bundle import export_model
 
 def told(*arguments, progress, **options):
@@ -327,7 +327,7 @@ def told(*arguments, progress, **options):
     return export_model(*arguments, progress=say, **options)
 
 export.cli.export_model = told
-run(app)
+runpy.run_module("export", run_name="__main__", alter_sys=True)
 """
 
 
