@@ -10,10 +10,10 @@
     spec.py       facts of an architecture          families/      Hugging Face config -> spec, names -> parameters
     model.py      the decoder                       ops.py         its fused operations
     cache.py      the explicit key/value cache      positions.py   RoPE, NTK, logn and ALiBi tables
-    taps.py       one name for one tensor           recorder.py    recording tensors by these names
+    taps.py       one name per tensor               recorder.py    recording tensors by these names
     checkpoints/  resolve, stream and load weights  quantization/  formats and arithmetic of quantized layers
     text/         tokenizers, chats, prompts        toys/          one trained toy per family
-    command.py    the frame of every command line   cli.py         the verb models
+    command.py    common part of command lines      cli.py         the verb models
     dtypes.py     one table of dtypes               lazy.py        public names of a package
 
 May import at module level: the standard library and torch.  Everything else (safetensors, tokenizers, huggingface_hub,

@@ -32,7 +32,7 @@ class StepInputs:
     ntk_table: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The graph inputs, by name; absent ones left out."""
+        """The graph inputs by name, without the absent ones."""
         values = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -55,10 +55,10 @@ class KVCache:
     overwrite them.  A row without any real token in a step does not change.
 
     Args:
-        dtype: of the buffers, unless the spec's cache is quantized: then they hold its codes.
-        buffers: memory to take for `key` and `value`, of that shape; emptied.  Without it, new memory.
+        dtype: dtype of the buffers, unless the spec's cache is quantized.
+        buffers: memory to use for `key` and `value`, of that shape; it is cleared.  None: new memory.
     Raises:
-        LogitLockError: capacity not positive, or beyond the learned positions of the model.
+        LogitLockError: the capacity is not positive, or exceeds the learned positions of the model.
     """
 
     def __init__(
@@ -106,17 +106,17 @@ class KVCache:
         prompt_lengths: Tensor | None = None,
         last_logits_only: bool = False,
     ) -> StepInputs:
-        """Check a step against the cache and make its graph inputs.
+        """Check a step against the cache, and make its graph inputs.
 
         Args:
             input_ids: [batch, tokens] int64.
             attention_mask: [batch, tokens], nonzero for real tokens of this step; None: all real.
-            prompt_lengths: [batch] real tokens of the whole prompt, where this step is only its first chunk; dynamic
-                NTK chooses its table by it, once, in the step that finds the row empty.
+            prompt_lengths: [batch] number of real tokens of the whole prompt, if this step is only its first chunk;
+                dynamic NTK chooses a row's table by it, once, in the step in which the row is empty.
             last_logits_only: logits for the last real token of each row only.
         Raises:
-            LogitLockError: wrong shapes, token ids outside the vocabulary, a row without real tokens in an empty
-                cache, or a full cache.
+            LogitLockError: a shape is wrong, a token id is outside the vocabulary, a row of an empty cache gets no real
+                token, or the cache is full.
         """
         if input_ids.ndim != 2 or input_ids.shape[0] != self.batch or input_ids.shape[1] == 0:
             raise LogitLockError(
@@ -171,10 +171,10 @@ class KVCache:
         )
 
     def advance(self, step: StepInputs) -> None:
-        """Commit a step that has run: its real tokens (and pads before them) now occupy their slots."""
+        """Commit a step that has run: its real tokens, and the pads before them, now occupy their slots."""
         steps = torch.arange(step.new_mask.shape[1])
         used = torch.where(step.new_mask, steps + 1, 0).amax(1)
-        # Beyond its length a row's mask is False, and so is the step's beyond its last real token.
+        # A row's mask is False beyond its length, and the step's mask is False beyond its last real token.
         self.mask.scatter_(1, self.lengths[:, None] + steps, step.new_mask)
         self.lengths = self.lengths + used
         if step.ntk_table is not None:
@@ -182,6 +182,6 @@ class KVCache:
 
 
 def last_real(mask: Tensor) -> Tensor:
-    """Index of the last nonzero entry of each row (0 where there is none): [batch] from [batch, tokens]."""
+    """Index of the last nonzero entry of each row, or 0 if there is none: [batch] from [batch, tokens]."""
     steps = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask != 0, steps, 0).amax(1)

@@ -84,9 +84,10 @@ def main(
 def _run(app: typer.Typer) -> None:
     """Run a command and leave the process.
 
-    Exit codes: 0 fine, 1 ran and found a difference (a verb raises `typer.Exit(1)`), 2 bad input, said in one line on
-    stderr, 130 interrupted, 141 the reader of standard output has gone, 143 terminated.  What the operating system
-    refuses (no permission, a full disk, no memory) is bad input too.  Anything else is a bug and shows its traceback.
+    Exit codes: 0 fine, 1 ran and found a difference (a verb raises `typer.Exit(1)`), 2 bad input, described in one line
+    on stderr, 130 interrupted, 141 the reader of standard output is gone, 143 terminated.  Errors of the operating
+    system (no permission, a full disk, no memory) are bad input too.  Any other exception is a bug and shows its
+    traceback.
     """
     _prepare()
     try:
@@ -101,16 +102,16 @@ def _run(app: typer.Typer) -> None:
     except BrokenPipeError:
         code = 141
     except SystemExit as left:
-        # click leaves by itself, with 1, where it meets a broken pipe.
+        # click exits by itself, with code 1, at a broken pipe.
         code = 141 if isinstance(left.__context__, BrokenPipeError) else left.code
     except OSError as error:
         code = _fail(f"{error.filename}: {reason(error)}" if error.filename is not None else reason(error))
     except MemoryError as error:
-        code = _fail(f"this needs more memory than there is{f': {error}' if str(error) else ''}")
+        code = _fail(f"this needs more memory than is available{f': {error}' if str(error) else ''}")
     try:
         sys.stdout.flush()
     except OSError:
-        # Or Python tries once more at its exit, and complains.
+        # Otherwise Python tries once more at exit, and reports an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -143,8 +144,8 @@ def _root(
 
 
 def _prepare() -> None:
-    """Text that a terminal or pipe cannot show is escaped, notices say what they are, and a termination cleans up as an
-    interruption does."""
+    """Escape text that a terminal or pipe cannot show, mark notices as warnings, and clean up at termination as at an
+    interruption."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     LOGGER.addHandler(handler)

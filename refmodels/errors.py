@@ -2,7 +2,7 @@
 
 
 class LogitLockError(Exception):
-    """Bad input, said in one clear sentence: what was wrong, where, and what would be right.
+    """Bad input, described in one clear sentence: what is wrong, where, and what would be right.
 
     Every command line prints its text as one line and exits with code 2; nothing else is caught.  Names from a damaged
     file can hold anything, so characters that cannot be printed are escaped.

@@ -1,11 +1,11 @@
-"""The one door for files that others made, and for files that we make.
+"""Reading files that others made, and writing files: the only module that does either.
 
-Reading turns damage into one sentence with the file and the problem: a path that cannot be read, a pipe or device in
-place of a file, a size beyond reason, text that is not UTF-8, JSON that is broken, nested too deep or full of digits.
+Reading reports damage in one sentence with the file and the problem: a path that cannot be read, a pipe or device in
+place of a file, an unreasonable size, text that is not UTF-8, JSON that is broken, nested too deep or full of digits.
 
-Writing is whole or not at all: a temporary sibling is filled and renamed.  Only a regular file or a directory of ours
-is ever replaced, a link is followed, the mode is what the umask says, and the temporaries of runs that were killed are
-removed by the next run that writes to the same directory.
+A file is written as a whole or not at all: a temporary file beside it is filled and renamed.  Only a regular file or a
+directory of ours is ever replaced, links are followed, the mode follows the umask, and temporary files of killed runs
+are removed by the next run that writes to the same directory.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ TEXT_BYTES = 256 << 20
 tenth of it."""
 JSON_DEPTH = 100
 JSON_DIGITS = 40
-"""Longest integer in a JSON file, in digits.  int64 has 19; numbers that do not fit are refused by who reads them."""
+"""Longest integer in a JSON file, in digits.  int64 has 19; the reader of a number refuses it if it does not fit."""
 
 _TEMPORARY = re.compile(r"\.logitlock-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp")
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 def reason(error: OSError) -> str:
-    """What the operating system said, without the path (the caller names it)."""
+    """The operating system's message, without the path (the caller names it)."""
     return error.strerror or str(error) or type(error).__name__
 
 
 def check_regular(path: Path, what: str = "") -> None:
-    """Refuse what cannot be read as a file.
+    """Refuse a path that cannot be read as a file.
 
     Raises:
-        LogitLockError: nothing there, a directory, a pipe, a socket or a device, or a path that cannot be looked at.
+        LogitLockError: nothing exists there, it is a directory, a pipe, a socket or a device, or it cannot be accessed.
     """
     named = f"the {what} {path}" if what else f"{path}"
     try:
@@ -65,7 +65,7 @@ def _kind_of(mode: int) -> str:
 
 
 def read_bytes(path: Path, what: str = "", *, limit: int = TEXT_BYTES) -> bytes:
-    """The whole of a regular file.
+    """The contents of a regular file.
 
     Args:
         what: how errors name the file, such as "prompt file".
@@ -139,7 +139,7 @@ def _items(value: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def writing(what: str, path: Path) -> Iterator[None]:
-    """Turn what the operating system says while `path` is written into one sentence.
+    """Turn an error of the operating system while `path` is written into one sentence.
 
     Raises:
         LogitLockError: a full disk, no permission, a read-only place, a name too long, a loop of links, ...
@@ -159,7 +159,7 @@ def writing(what: str, path: Path) -> Iterator[None]:
 
 
 def check_file_output(path: Path, what: str) -> Path:
-    """Where a file named `path` is really written: links are followed.  Call it before the work.
+    """The path at which a file named `path` is written: links are followed.  Call it before the work.
 
     Raises:
         LogitLockError: an empty or impossible path, no directory to put it into, one that cannot be written to, or
@@ -181,7 +181,7 @@ def check_file_output(path: Path, what: str) -> Path:
             raise LogitLockError(f"the {what} {path} cannot be written: there is no directory {path.parent}")
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise LogitLockError(f"the {what} {path} cannot be written: the directory {path.parent} is read-only")
-        # A name too long is said now, not after the work.
+        # A name that is too long is reported now, not after the work.
         with contextlib.suppress(FileNotFoundError):
             os.lstat(target)
     return target
@@ -230,7 +230,7 @@ def write_directory(output: Path, what: str, *, replace: Callable[[Path], None] 
     with writing(what, output):
         output = output.absolute()
         output.parent.mkdir(parents=True, exist_ok=True)
-        # A name too long is said now, not after the work.
+        # A name that is too long is reported now, not after the work.
         with contextlib.suppress(FileNotFoundError):
             os.lstat(output)
         temporary = temporary_beside(output)
@@ -249,8 +249,8 @@ def write_directory(output: Path, what: str, *, replace: Callable[[Path], None] 
 def _put(temporary: Path, output: Path, what: str, *, overwrite: bool) -> None:
     old = None
     if overwrite and output.is_dir() and any(output.iterdir()):
-        # A directory cannot be replaced in one step; the old one stays whole until the new one is in place.
-        # Not a temporary's name: where this run is killed in between, nobody may remove the only bundle that is left.
+        # A directory cannot be replaced in one step; the old one stays complete until the new one is in place.
+        # Not the name of a temporary: if this run is killed in between, nobody may remove the only bundle that is left.
         old = temporary_beside(output).with_suffix(".old")
         output.rename(old)
     try:
@@ -267,7 +267,7 @@ def _put(temporary: Path, output: Path, what: str, *, overwrite: bool) -> None:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A path that nothing has, in the directory of `target`; temporaries of dead runs there are removed.
+    """An unused path in the directory of `target`; temporary files of dead runs there are removed.
 
     Its name does not contain the target's, which may already be as long as names can be.
     """
@@ -290,7 +290,7 @@ def _alive(pid: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Have a file or directory on the disk before going on."""
+    """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

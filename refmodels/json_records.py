@@ -1,4 +1,4 @@
-"""Reading JSON: objects from files, and frozen dataclasses read back strictly (no unknown, missing or wrong key)."""
+"""Reading JSON: objects from files, and frozen dataclasses, without unknown, missing or wrong keys."""
 
 from __future__ import annotations
 

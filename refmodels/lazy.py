@@ -1,6 +1,6 @@
-"""Public names of a package, imported when they are asked for (PEP 562).
+"""Public names of a package, imported on first use (PEP 562).
 
-A package says each of its names once, where type checkers and editors look for it:
+A package lists each of its names once, where type checkers and editors look for it:
 
     if TYPE_CHECKING:
         from refmodels.checkpoints.load import load as load
@@ -21,7 +21,7 @@ def public_names(module: dict[str, Any]) -> tuple[list[str], Callable[[str], Any
     """The `__all__`, `__getattr__` and `__dir__` of a module, read from the TYPE_CHECKING block of its source.
 
     Args:
-        module: its `globals()`; a name that has been asked for once is put there.
+        module: its `globals()`; a name is stored there on first use.
     """
     homes = declared(Path(module["__file__"]))
 
@@ -38,7 +38,7 @@ def public_names(module: dict[str, Any]) -> tuple[list[str], Callable[[str], Any
 
 
 def declared(source: Path) -> dict[str, str]:
-    """The module that each name comes from, as the TYPE_CHECKING block of a source file says it."""
+    """The module that each name is imported from in the TYPE_CHECKING block of a source file."""
     blocks = [node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
     imports = [node for block in blocks if ast.unparse(block.test) == "TYPE_CHECKING" for node in block.body]
     return {a.name: f"{node.module}" for node in imports if isinstance(node, ast.ImportFrom) for a in node.names}

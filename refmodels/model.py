@@ -1,7 +1,7 @@
-"""The decoder core: embedding, pre-norm blocks, norm, head.  Everything that differs between families is in the spec.
+"""The decoder: embedding, pre-norm blocks, norm, head.  The spec holds all differences between families.
 
-`Decoder.forward` is a pure graph over tensors with static control flow, because the exporter traces it with `torch.fx`
-and lowers exactly what it says.
+`Decoder.forward` is a pure function of tensors with static control flow, because the exporter traces it with `torch.fx`
+and lowers exactly these operations.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_norm(width: int, norm: NormSpec) -> nn.Module:
 
 
 def gelu_new(x: Tensor) -> Tensor:
-    """The tanh approximation step by step: in half precision it rounds where transformers' NewGELUActivation does."""
+    """The tanh approximation, rounded in half precision where transformers' NewGELUActivation rounds."""
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
@@ -55,7 +55,7 @@ def activate(x: Tensor, activation: Activation, *, stepwise: bool = False) -> Te
 def make_linear(
     spec: ModelSpec, module: str, in_features: int, out_features: int, *, bias: bool
 ) -> nn.Linear | QuantizedLinear:
-    """The linear layer of that name: with floats, or with codes where the spec says so."""
+    """The linear layer of that name, quantized if the spec says so."""
     linear = spec.format_of(module)
     if linear is None:
         return nn.Linear(in_features, out_features, bias=bias)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         return tap(f"{block}.attn.out", self.out(tap(f"{block}.attn.context", context))), past
 
     def attend(self, qkv: Tensor, past: Past, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """`cached_attention` as this layer needs it: context, keys and values."""
+        """`cached_attention` with this layer's settings: context, keys and values."""
         a = self.spec.attention
         return cached_attention(
             qkv,
@@ -151,9 +151,9 @@ class Decoder(nn.Module):
         spec: architecture facts.
         numerics: "exact" (fp64/fp32 tables, reductions in fp32 or wider) or "upstream" (Hugging Face's rounding).
 
-    Build it through `refmodels.load` or `refmodels.checkpoints.load`; parameters are made in fp32 and not initialized
-    to anything useful.  Position tables are plain attributes, made for a capacity by `prepare_tables`: they have their
-    own dtype, which `Module.to(dtype)` must not change.
+    Build it with `refmodels.load` or `refmodels.checkpoints.load`; a new decoder has fp32 parameters without useful
+    values.  Position tables are plain attributes, made for a capacity by `prepare_tables`: they have their own dtype,
+    which `Module.to(dtype)` must not change.
     """
 
     rope_cos: Tensor | None
@@ -185,13 +185,13 @@ class Decoder(nn.Module):
 
     @property
     def _resident(self) -> Tensor:
-        """A parameter that is there even while others are streamed in and out."""
+        """A parameter that is present even while others are streamed in and out."""
         weight = self.final_norm.weight
         assert isinstance(weight, Tensor)
         return weight
 
     def prepare_tables(self, positions: int) -> None:
-        """Make the position tables for caches of up to `positions` slots (kept while they are long enough)."""
+        """Make the position tables for caches of up to `positions` slots; tables that are long enough are kept."""
         key = (self.dtype, self.device)
         if self._tables_key == key and positions <= self.table_positions:
             return
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
         self._tables_key = key
 
     def use_tables(self, tables: PositionTables) -> None:
-        """Run with these tables (also for tables altered on purpose, as the debugger's fault catalogue does)."""
+        """Run with these tables; the debugger's fault catalogue passes altered ones."""
         self.table_positions = tables.positions
         self.rope_cos, self.rope_sin = tables.rope_cos, tables.rope_sin
         self.logn, self.alibi_slopes = tables.logn, tables.alibi_slopes
@@ -241,7 +241,7 @@ class Decoder(nn.Module):
         return self.logits(x, logit_index), keys, values
 
     def logits(self, x: Tensor, logit_index: Tensor) -> Tensor:
-        """Logits [batch, N, vocab] of some of the last block's outputs."""
+        """Logits [batch, N, vocab] of the selected outputs of the last block."""
         x = tap("final_norm", self.final_norm(select_tokens(x, logit_index)))
         return tap("logits", self.head(x))
 
@@ -265,7 +265,7 @@ class Decoder(nn.Module):
         return self.positions(*(inputs[name] for name in names))
 
     def _inputs(self, step: StepInputs) -> dict[str, Tensor]:
-        """The step's arguments of `forward`; anything takes the place of those that this model does not read."""
+        """The step's arguments of `forward`; arguments that this model does not read get a placeholder."""
         inputs = {name: value.to(self.device) for name, value in step.tensors().items()}
         inputs.setdefault("position_ids", inputs["input_ids"])
         inputs.setdefault("ntk_table", inputs["cache_lengths"])
@@ -280,7 +280,7 @@ class Decoder(nn.Module):
         prompt_lengths: Tensor | None = None,
         last_logits_only: bool = False,
     ) -> Tensor:
-        """Run tokens (a prompt, a chunk of it, or one new token a row) and advance the cache.
+        """Run tokens (a prompt, a chunk of it, or one new token per row) and advance the cache.
 
         Arguments and errors as `KVCache.next_step`.  Returns logits [batch, tokens or 1, vocab].
         """

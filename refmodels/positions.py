@@ -1,7 +1,7 @@
-"""Position schemes as data: rope tables, NTK factors, logn factors and ALiBi slopes.
+"""Position schemes as data: RoPE tables, NTK factors, logn factors and ALiBi slopes.
 
-The attention op receives these as tensors, so that one op and one kernel serve every family.  Two ways of making them:
-`upstream` repeats the arithmetic of the Hugging Face code, rounding included; `exact` computes in fp64 and rounds once.
+The attention op receives these as tensors, so that one op and one kernel serve every family.  `upstream` numerics
+repeat the arithmetic of the Hugging Face code, including its rounding; `exact` numerics compute in fp64 and round once.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from refmodels.spec import ModelSpec, Numerics, RopeSpec
 
 @dataclass(frozen=True, kw_only=True)
 class PositionTables:
-    """Tables for positions (or slots) below `positions`; None where the model has no such scheme.
+    """Tables for positions (or slots) below `positions`; None if the model does not use the scheme.
 
     rope_cos, rope_sin: [tables * positions, rope_dim / 2]; table t starts at row t * positions (dynamic NTK has one
-    table a factor, others have one).  logn: [positions].  alibi_slopes: [heads].
+    table per factor, others have one).  logn: [positions].  alibi_slopes: [heads].
     """
 
     positions: int
@@ -109,8 +109,8 @@ def logn_table(positions: int, seq_length: int) -> Tensor:
 def alibi_slopes(heads: int) -> list[float]:
     """ALiBi slopes per head (Press et al., arXiv:2108.12409; modeling_baichuan.py 20-31).
 
-    For a number of heads that is not a power of two, the list of the next lower power is followed by every other entry
-    of the list of the next higher one.
+    If the number of heads is not a power of two, the slopes of the next lower power are followed by every other slope
+    of the next higher power.
     """
     power = 2 ** math.floor(math.log2(heads))
 

@@ -1,4 +1,4 @@
-"""Receive the taps of a forward, or substitute them."""
+"""Record the taps of a forward pass, or substitute them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from refmodels.taps import cache_numbers, is_cache_tap
 
 
 class Recorder:
-    """Collects tapped tensors of one forward, and may substitute what flows on.
+    """Collects the tapped tensors of one forward pass, and may replace them downstream.
 
     Args:
         names: taps to keep; None keeps all.
-        substitutes: tensors that replace the computed ones downstream.  Feeding an engine's captures here runs every
-            module of the reference on the engine's own inputs: what is recorded is then the local result.
+        substitutes: tensors that replace the computed ones downstream.  With an engine's captured tensors, every module
+            of the reference runs on the engine's own inputs, and the recorded tensors are local results.
         sink: called with (name, tensor) instead of storing, for callers that stream.
     """
 
@@ -65,7 +65,7 @@ def active_recorder() -> Recorder | None:
 
 @contextmanager
 def recording(recorder: Recorder | None) -> Iterator[Recorder | None]:
-    """Make `recorder` receive every tap of the forwards run inside the block (None: record nothing)."""
+    """Send every tap of the forward passes inside the block to `recorder` (None: record nothing)."""
     token = _active.set(recorder)
     try:
         yield recorder

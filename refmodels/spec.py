@@ -1,8 +1,8 @@
-"""Declarative facts of a decoder: everything that tells one model family from another.
+"""The spec of a decoder: everything that distinguishes one model family from another, as data.
 
 A family file (`refmodels/families/`) turns a Hugging Face `config.json` into a `ModelSpec`; the decoder core, the
-position tables, the exporter and the engines read nothing else.  All dataclasses are frozen, keyword-only and reject
-unknown keys, so that a bundle written by a later version fails loudly instead of running with a fact missing.
+position tables, the exporter and the engines read only the spec.  All dataclasses are frozen, keyword-only and reject
+unknown keys, so that a bundle of a later version is an error instead of running with a missing fact.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class RopeSpec:
 
     `interleaved` rotates pairs (0,1),(2,3)..; otherwise i with i + dim/2.  Positions are divided by
     `position_divisor` (linear interpolation).  `ntk_seq_length` switches Qwen's dynamic NTK on: the base grows with
-    the prompt length in multiples of it.  `table` says how upstream makes cos/sin: in fp32 and left so ("float32"), in
-    fp32 and then cast ("working"), or with angles themselves computed in the working dtype ("working_arithmetic").
+    the prompt length in multiples of it.  `table` says how upstream computes cos/sin: in fp32 ("float32"), in fp32
+    and then cast ("working"), or with the angles, too, computed in the working dtype ("working_arithmetic").
     """
 
     dim: int
@@ -60,7 +60,7 @@ class RopeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """Head layout and the order in which upstream rounds.
+    """The heads, and the order in which upstream rounds.
 
     `scale_by_layer` divides the scale by (layer + 1) as well (GPT-2's scale_attn_by_inverse_layer_idx).  `window` keys,
     self included, are visible in layers >= `window_first_layer`.  `logn_seq_length` switches Qwen's logn query scaling
@@ -97,8 +97,8 @@ class ModelSpec:
     `position`: "rope" (then `rope` is set), "alibi" or "learned".  `position_origin` says what position a token has
     under left padding: its index among the row's real tokens, or its cache slot (Qwen).  `max_positions` is the
     longest sequence (tokens) that the model's own configuration allows.  `head_normalized`: rows of the head are
-    divided by their L2 norm when the checkpoint is loaded (Baichuan2's NormHead).  `quantization`: which linear layers
-    and caches hold codes; None: none do.
+    divided by their L2 norm when the checkpoint is loaded (Baichuan2's NormHead).  `quantization`: the quantized
+    linear layers and cache; None: nothing is quantized.
     """
 
     family: str
@@ -128,14 +128,14 @@ class ModelSpec:
         known = set(self.linears)
         for module in self.quantization.modules if self.quantization is not None else ():
             if module not in known:
-                raise LogitLockError(f"spec of {self.variant}: {module!r} is no linear layer that can be quantized")
+                raise LogitLockError(f"spec of {self.variant}: {module!r} is not a linear layer that can be quantized")
         if self.rope is not None and (self.rope.dim % 2 or not 0 < self.rope.dim <= a.head_dim):
             raise LogitLockError(
                 f"spec of {self.variant}: rope dim {self.rope.dim} must be even and at most head_dim {a.head_dim}"
             )
 
     def _check_bounds(self) -> None:
-        """Refuse numbers that no model has, before anything is allocated or computed by them."""
+        """Refuse numbers that no model has, before anything is allocated or computed with them."""
         a, rope = self.attention, self.rope
         counts = {
             "vocab_size": (self.vocab_size, 1 << 26),
@@ -177,12 +177,12 @@ class ModelSpec:
         return tuple(linear_modules(self.layers, gated=self.mlp.gated, head=not self.tied_head))
 
     def format_of(self, module: str) -> LinearFormat | None:
-        """The format of a quantized linear layer ('blocks.0.attn.qkv', 'head'); None for a plain one."""
+        """The format of a quantized linear layer ('blocks.0.attn.qkv', 'head'); None if it is not quantized."""
         return None if self.quantization is None else self.quantization.format_of(module)
 
     @property
     def cache_code(self) -> EightBit | None:
-        """What the cache holds instead of the working dtype."""
+        """The quantized type of the cache; None: the working dtype."""
         return None if self.quantization is None else self.quantization.cache
 
     @property

@@ -24,12 +24,12 @@ def tap_names(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def linear_name(tap: str) -> str:
-    """The name in `Decoder` of the linear layer that makes a tap: the tap's own, but for the head's."""
+    """The name in `Decoder` of the linear layer that makes a tap: that of the tap, except for the head."""
     return "head" if tap == "logits" else tap
 
 
 def input_of(tap: str) -> str:
-    """The tap that a linear layer reads, by the tap that it makes."""
+    """The tap that a linear layer reads, given the tap that it makes."""
     if tap == "logits":
         return "final_norm"
     block, _, part = tap.partition(".attn.") if ".attn." in tap else tap.partition(".mlp.")
@@ -43,12 +43,12 @@ def is_cache_tap(name: str) -> bool:
 
 
 def cache_numbers(cache: Tensor) -> Tensor:
-    """A cache tensor as floats: the codes of a quantized one without their scales, which are constant."""
+    """A cache tensor as floats; a quantized one without its scales, which are static."""
     return cache.float() if cache.dtype.itemsize == 1 else cache
 
 
 def tap_shape(spec: ModelSpec, name: str) -> tuple[int | str, ...]:
-    """The shape of a tap (or of the past of a cache tap); names stand for dynamic axes."""
+    """The shape of a tap, or of the past of a cache tap; dynamic axes are names."""
     a = spec.attention
     if is_cache_tap(name):
         return ("batch", a.kv_heads, "capacity", a.head_dim)

@@ -12,7 +12,7 @@ _TEXT = ["*.json", "*.tiktoken", "tokenizer.model", "vocab.txt", "merges.txt"]
 def download(repository: str) -> Path:
     """The snapshot directory of a hub model: configuration, tokenizer and weights; never code.
 
-    Downloads resume where they stopped; what is in the cache is not fetched again.
+    Downloads resume where they stopped; files in the cache are not fetched again.
 
     Raises:
         LogitLockError: no such repository, no access to it, or no connection and nothing in the cache.

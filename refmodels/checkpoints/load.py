@@ -50,7 +50,7 @@ COMPANION_FILES = (
     "chat_template.jinja",
     MODELOPT_NAME,
 )
-"""What lies beside config.json and the weights, and belongs into a bundle or a copy of a model."""
+"""Files beside config.json and the weights that belong into a bundle or a copy of a model."""
 
 TOYS = Path(__file__).parents[1] / "toys"
 _PREFIXES = ("transformer.", "model.")
@@ -60,11 +60,11 @@ _NORMALIZE_ROWS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model that has been found: its directory, its parsed config.json, and what they mean.
+    """A model that has been found: its directory, its parsed config.json, and the spec made from them.
 
-    `name` is for people (family name, directory name or hub id).  `storage`: how quantized modules are stored, where
-    `spec.quantization` says that there are any.  `facts`: sentences that say what tells which model it is, where that
-    takes more than a key of config.json.
+    `name` is for people (family name, directory name or hub id).  `storage` says how quantized modules are stored, if
+    `spec.quantization` has any.  `facts`: sentences that say how the model was recognized, if config.json alone does
+    not say it.
     """
 
     directory: Path
@@ -84,7 +84,7 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
             over a directory of the same name; write ./qwen for the directory.
         variant: facts that no config key says (see `spec_from_config`).
     Raises:
-        LogitLockError: nothing found, or a config that is missing, damaged or not supported.
+        LogitLockError: no model is found, or its config is missing, damaged or not supported.
     """
     directory, name = _find(model)
     where = directory / "config.json"
@@ -104,7 +104,7 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
 
 
 def moved(source: ModelSource, directory: Path) -> ModelSource:
-    """The same model with the weights, and what config.json says of their quantization, of another directory.
+    """The same model with the weights of another directory, and with the quantization that its config.json declares.
 
     Raises:
         LogitLockError: no readable config.json there.
@@ -125,7 +125,7 @@ def moved(source: ModelSource, directory: Path) -> ModelSource:
 
 
 def upstream_modules(spec: ModelSpec, family: Family) -> dict[str, tuple[str, ...]]:
-    """For every linear layer the modules of a checkpoint whose rows make it."""
+    """For every linear layer, the checkpoint modules whose rows make it up."""
     table = family.weights(spec)
     return {
         module: tuple(part.name.removesuffix(".weight") for part in table[f"{module}.weight"])
@@ -204,18 +204,18 @@ def on_meta_device() -> Iterator[None]:
 
 @lru_cache(maxsize=8)
 def empty_parameters(spec: ModelSpec) -> Mapping[str, Tensor]:
-    """Every parameter of a decoder in its order, without memory; a tied head is not among them.  Those of dtype fp32
-    have the working dtype in a model, codes and indices their own."""
+    """Every parameter of a decoder, in order, without memory; a tied head is left out.  Parameters of dtype fp32 have
+    the working dtype in a loaded model; quantized weights and indices keep their own dtype."""
     return dict(empty_decoder(spec).named_parameters())
 
 
 def parameter_shapes(spec: ModelSpec) -> Mapping[str, torch.Size]:
-    """Name and shape of every parameter of a decoder, in its order; a tied head is not among them."""
+    """Name and shape of every parameter of a decoder, in order; a tied head is left out."""
     return {name: parameter.shape for name, parameter in empty_parameters(spec).items()}
 
 
 def parameter_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Memory of all parameters in a working dtype, int4 codes one a byte."""
+    """Memory of all parameters in a working dtype, in bytes, with one int4 value per byte."""
     return sum(
         value.numel() * (dtype if value.dtype == torch.float32 else value.dtype).itemsize
         for value in empty_parameters(spec).values()
@@ -223,7 +223,7 @@ def parameter_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 
 class _WithoutInitialization(TorchFunctionMode):
-    """Leaves out torch.nn.init: on the meta device `normal_` imports sympy, a second and 70 MB for nothing."""
+    """Skips torch.nn.init: on the meta device, `normal_` imports sympy, which costs a second and 70 MB for nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -254,15 +254,15 @@ def tokenizer_in(directory: Path, spec: ModelSpec) -> Tokenizer:
 def stream_parameters(
     source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact", prefixes: tuple[str, ...] = ("",)
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the decoder in its order, as an own contiguous CPU tensor of `dtype`, one at a time; codes of
-    quantized layers have their own dtype.
+    """Every parameter of the decoder, in order and one at a time, as a contiguous CPU tensor of `dtype` of its own;
+    quantized weights keep their own dtype.
 
-    `prefixes` keeps those whose name begins with one of them.  A tied head is not among them.  Names, shapes and dtypes
-    of the whole checkpoint are checked before this returns, values as they are read.
+    `prefixes` keeps the parameters whose name begins with one of them.  A tied head is left out.  Names, shapes and
+    dtypes of the whole checkpoint are checked before this returns; values are checked as they are read.
 
     Raises:
-        LogitLockError: a tensor missing, left over, of the wrong shape, quantized where config.json does not say so,
-            damaged, with NaN or Inf, or too large for `dtype`.
+        LogitLockError: a tensor is missing, left over, of the wrong shape, quantized although config.json does not say
+            so, damaged, holds NaN or Inf, or is too large for `dtype`.
     """
     if dtype not in DTYPES.values():
         raise LogitLockError(f"{dtype} is not a working dtype of the reference; use one of {', '.join(DTYPES)}")
@@ -278,13 +278,13 @@ def stream_parameters(
 def match_names(
     tensors: Mapping[str, StoredTensor], table: WeightMap, source: ModelSource, reader: QuantizedReader | None = None
 ) -> dict[str, StoredTensor]:
-    """The stored tensor for each name that the weight map asks for.
+    """The stored tensor for each name in the weight map.
 
-    The prefix `transformer.` (or `model.`) may be absent or too much.  Known buffers, and the head of a model that
-    ties it, are left out.  `reader`: of quantized modules, whose tensors are taken as they are.
+    The prefix `transformer.` (or `model.`) may be missing or superfluous.  Known buffers, and the head of a model that
+    ties it, are left out.  `reader` reads quantized modules, whose tensors are taken as they are stored.
 
     Raises:
-        LogitLockError: a tensor missing, left over, stored twice, of the wrong shape, or quantized without a reader.
+        LogitLockError: a tensor is missing, left over, stored twice, of the wrong shape, or quantized without a reader.
     """
     wanted = {part.name: part for parts in table.values() for part in parts}
     if reader is not None:
@@ -369,7 +369,7 @@ def _stream(
 
 
 def _copy_normalized(target: Tensor, rows: Tensor, arithmetic: torch.dtype) -> None:
-    """Rows divided by max(L2 norm, 1e-12), computed in `arithmetic`; a block at a time, for the sake of memory."""
+    """Rows divided by max(L2 norm, 1e-12), computed in `arithmetic`, one block at a time to save memory."""
     for start in range(0, len(rows), _NORMALIZE_ROWS):
         block = slice(start, start + _NORMALIZE_ROWS)
         target[block] = torch.nn.functional.normalize(rows[block].to(arithmetic))
@@ -389,12 +389,12 @@ def _check_finite(value: Tensor, rows: Tensor, tensor: StoredTensor) -> None:
 
 
 def _finite(value: Tensor) -> bool:
-    # Minimum and maximum carry NaN and Inf on and need no temporary of the tensor's size.
+    # Minimum and maximum propagate NaN and Inf, and need no temporary of the tensor's size.
     return value.numel() == 0 or all(bool(bound.isfinite()) for bound in torch.aminmax(value))
 
 
 def checkpoint_hash(source: ModelSource) -> str:
-    """SHA-256 over the names and contents of the weight files: the same after copying, another after any change."""
+    """SHA-256 over the names and contents of the weight files: unchanged by copying, changed by any edit."""
     digest = hashlib.sha256()
     buffer = bytearray(2**20)
     view = memoryview(buffer)

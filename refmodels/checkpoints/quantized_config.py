@@ -1,8 +1,8 @@
-"""`quantization_config` of a Hugging Face config.json: what a checkpoint says of its quantized modules.
+"""`quantization_config` of a Hugging Face config.json: how a checkpoint describes its quantized modules.
 
-Read: compressed-tensors (llm-compressor, vLLM), GPTQ (AutoGPTQ, GPTQModel), AWQ (AutoAWQ) and nvidia-modelopt; written:
-the layout that `Storage` names.  Modules are upstream's; a fused module of upstream's may be several of ours, and the
-reverse.
+The configs of compressed-tensors (llm-compressor, vLLM), GPTQ (AutoGPTQ, GPTQModel), AWQ (AutoAWQ) and nvidia-modelopt
+are read; the one that `Storage` names is written.  Modules are named as upstream names them; one fused module upstream
+may be several here, and the reverse.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from refmodels.errors import LogitLockError
 from refmodels.quantization.formats import EightBit, LinearFormat, QuantizationSpec, group_formats
 
 MODELOPT_NAME = "hf_quant_config.json"
-"""nvidia-modelopt says here what it says in config.json, and sizes of groups, which it leaves out there."""
+"""nvidia-modelopt repeats its part of config.json in this file, and adds the group sizes, which config.json lacks."""
 
 _KEY = "quantization_config"
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 
 Modules = Mapping[str, tuple[str, ...]]
-"""Our linear layers, and the upstream modules whose rows make each."""
+"""Each linear layer of ours, and the upstream modules whose rows make it up."""
 
 
 def read_config(
@@ -40,14 +40,14 @@ def read_config(
     modelopt: Mapping[str, Any] | None = None,
     tensors: Callable[[], Collection[str]] = tuple,
 ) -> tuple[QuantizationSpec, Storage] | None:
-    """What a config.json says of quantization; None: nothing.
+    """The quantization that a config.json declares, or None.
 
     Args:
         config: the parsed config.json.
-        modules: upstream's, by ours.
+        modules: upstream's modules by our linear layers.
         where: how errors name the file.
-        modelopt: the parsed `MODELOPT_NAME`, where there is one.
-        tensors: names of the checkpoint's tensors; asked only where no config says what is stored.
+        modelopt: the parsed `MODELOPT_NAME`, if there is one.
+        tensors: names of the checkpoint's tensors; called only if no config says which are stored.
     Raises:
         LogitLockError: a method or a format that is not supported, or fused modules of different formats.
     """
@@ -82,7 +82,7 @@ def write_config(quantization: QuantizationSpec, modules: Modules, storage: Stor
     """The value of `quantization_config` for a checkpoint.
 
     Raises:
-        LogitLockError: the layout cannot say it (GPTQ and AWQ know one format for all modules).
+        LogitLockError: the layout cannot express it (GPTQ and AWQ have one format for all modules).
     """
     quantized = {name for module in quantization.modules for name in modules[module]}
     ignored = sorted({name for names in modules.values() for name in names} - quantized)
@@ -90,7 +90,7 @@ def write_config(quantization: QuantizationSpec, modules: Modules, storage: Stor
         return _to_modelopt(quantization, modules, ignored)
     if storage.layout != "compressed-tensors":
         if len(quantization.groups) != 1 or quantization.cache is not None:
-            raise LogitLockError(f"the layout {storage.layout} knows one format for all modules and no quantized cache")
+            raise LogitLockError(f"the layout {storage.layout} has one format for all modules and no quantized cache")
         linear = quantization.groups[0].format
         common = {"quant_method": storage.layout, "bits": 4 if linear.weight == "int4" else 8}
         common["group_size"] = -1 if linear.group is None else linear.group
@@ -191,8 +191,8 @@ def _compressed_format(group: Mapping[str, Any], where: str) -> LinearFormat:
         scale = inputs.get("strategy")
         if (scale, bool(inputs.get("dynamic"))) not in (("token", True), ("group", True), ("tensor", False)):
             raise LogitLockError(
-                f"{where} has inputs with strategy {scale!r}, dynamic {inputs.get('dynamic')!r}; a constant scale a "
-                "tensor and a dynamic one a token or group can be read"
+                f"{where} has inputs with strategy {scale!r}, dynamic {inputs.get('dynamic')!r}; a static scale per "
+                "tensor and a dynamic one per token or group can be read"
             )
         if scale == "group" and inputs.get("group_size") != weights.get("group_size"):
             raise LogitLockError(f"{where} has inputs and weights in groups of different sizes, which is not supported")
@@ -210,7 +210,7 @@ def _code(args: Mapping[str, Any], where: str) -> Any:
     found = (args.get("type"), args.get("num_bits"))
     codes = {("int", 8): "int8", ("int", 4): "int4", ("float", 8): "fp8"}
     if found not in codes:
-        raise LogitLockError(f"{where} has {found[1]}-bit {found[0]} codes; int4, int8 and fp8 can be read")
+        raise LogitLockError(f"{where} has {found[1]}-bit {found[0]} values; int4, int8 and fp8 can be read")
     return codes[found]
 
 
@@ -219,7 +219,7 @@ def _cache(scheme: Any, where: str) -> EightBit | None:
         return None
     code = _code(scheme, f"{where}.kv_cache_scheme")
     if code == "int4" or scheme.get("dynamic") or not scheme.get("symmetric", True):
-        raise LogitLockError(f"{where}.kv_cache_scheme is {scheme}; constant symmetric 8-bit scales can be read")
+        raise LogitLockError(f"{where}.kv_cache_scheme is {scheme}; static symmetric 8-bit scales can be read")
     return "int8" if code == "int8" else "fp8"
 
 
@@ -247,7 +247,7 @@ def _packed_format(said: Mapping[str, Any], where: str, *, symmetric: bool, reor
         weight="int4" if bits == 4 else "int8",
         group=None if whole else group,
         symmetric=symmetric,
-        # With one scale a row the order of columns says nothing.
+        # With one scale per row, the order of columns has no effect.
         reordered=reordered and not whole,
     )
 
@@ -290,7 +290,7 @@ def _modelopt(
         layer = mixed.get(upstream) if default == "MIXED_PRECISION" else said
         if layer is None:
             return None
-        # Which layers have one is in no config: "pre_quant_scale" there is true of all, and wherever it was folded too.
+        # No config says which layers have one: "pre_quant_scale" is set for all of them, even if the scale was folded.
         stored = tensors() if stored is None else stored
         layer = _object(layer, f"{where}.quantized_layers.{upstream}")
         return _modelopt_format(layer, where, smoothed=f"{upstream}.pre_quant_scale" in stored)
@@ -304,7 +304,7 @@ def _modelopt_format(said: Mapping[str, Any], where: str, *, smoothed: bool) -> 
         nearest = "W4A16_AWQ" if "4" in algorithm else "FP8"
         raise LogitLockError(
             f"{where} has quant_algo {algorithm!r}; of nvidia-modelopt {', '.join(MODELOPT_ALGORITHMS)} and mixtures "
-            f"of these can be read, of which {nearest} comes nearest to it"
+            f"of these can be read, of which {nearest} is the closest"
         )
     code, grouped, scale = MODELOPT_ALGORITHMS[algorithm]
     group = said.get("group_size")
@@ -332,9 +332,9 @@ def _modelopt_cache(said: Mapping[str, Any], where: str) -> EightBit | None:
 
 
 def _to_modelopt(quantization: QuantizationSpec, modules: Modules, ignored: list[str]) -> dict[str, Any]:
-    """For config.json; `modelopt_file` makes the other file of it."""
+    """The value for config.json; `modelopt_file` makes the other file from it."""
     if quantization.cache not in (None, "fp8"):
-        raise LogitLockError(f"the layout modelopt has no {quantization.cache} cache, but an fp8 one")
+        raise LogitLockError(f"the layout modelopt has no {quantization.cache} cache, only an fp8 cache")
     layers: dict[str, dict[str, Any]] = {}
     for group in quantization.groups:
         linear, algorithm = group.format, modelopt_algorithm(group.format)

@@ -8,10 +8,10 @@
     gptq                 qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32] (the zero point
                          less one, except in "gptq_v2"), scales [groups, out], g_idx [in]   (AutoGPTQ: qlinear_cuda.py)
     awq                  qweight int32 [in, out * 4 / 32], qzeros int32 [groups, out * 4 / 32], scales [groups, out];
-                         eight columns to a word in the order 0 2 4 6 1 3 5 7               (AutoAWQ: WQLinear_GEMM)
-    modelopt             weight uint8 [out / 2, in] (int4: two rows to a byte, the even one in the low bits) or
+                         eight columns per word in the order 0 2 4 6 1 3 5 7               (AutoAWQ: WQLinear_GEMM)
+    modelopt             weight uint8 [out / 2, in] (int4: two rows per byte, the even one in the low bits) or
                          int8 / float8 [out, in], weight_scale [out, groups], [out] or [] (one for the matrix: fp8 with
-                         a constant input scale), input_scale [], pre_quant_scale [in]
+                         a static input scale), input_scale [], pre_quant_scale [in]
                                                                             (modelopt 0.47: export/quant_utils.py)
 """
 
@@ -45,7 +45,7 @@ _SUFFIXES: Mapping[CheckpointFormat, tuple[str, ...]] = {
 
 _CACHE_SCALES: Mapping[str, str] = {"key_scale": "k_scale", "value_scale": "v_scale"}
 _CONSTANTS = ("input_scale", "pre_quant_scale")
-"""Parameters of a layer that say what happens with its input."""
+"""Parameters of a layer that its input is quantized or multiplied with."""
 
 MODELOPT_ALGORITHMS: Mapping[str, tuple[Code, bool, InputScale | None]] = {
     "FP8": ("fp8", False, "tensor"),
@@ -54,7 +54,7 @@ MODELOPT_ALGORITHMS: Mapping[str, tuple[Code, bool, InputScale | None]] = {
     "W8A16": ("int8", False, None),
     "W8A8_SQ_PER_CHANNEL": ("int8", False, "tensor"),
 }
-"""nvidia-modelopt's names of formats: weight, whether in groups, scale of inputs (quantized to the same code)."""
+"""nvidia-modelopt's name of a format, by weight type, whether it has groups, and input scale (of the same type)."""
 
 MODELOPT_TYPES: Mapping[Code, torch.dtype] = {**CODE_TYPES, "int4": torch.uint8}
 
@@ -63,7 +63,7 @@ MODELOPT_TYPES: Mapping[Code, torch.dtype] = {**CODE_TYPES, "int4": torch.uint8}
 class Storage:
     """How a checkpoint stores its quantized modules.
 
-    gptq_zero_offset: what GPTQ's zero points are stored less by: 1, or 0 in its second version.
+    gptq_zero_offset: the number subtracted from GPTQ's stored zero points: 1, or 0 in its second version.
     """
 
     layout: CheckpointFormat
@@ -71,19 +71,19 @@ class Storage:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """What may stand behind a module's name, instead of `weight`; `bias` is a tensor like any other."""
+        """Suffixes that may follow a module's name instead of `weight`; `bias` is a tensor like any other."""
         return _SUFFIXES[self.layout]
 
     @property
     def cache_scales(self) -> Mapping[str, str]:
-        """Our parameters of a quantized cache, and what they are called beside the projections of a checkpoint."""
+        """Our parameters of a quantized cache, and their names beside the projections of a checkpoint."""
         if self.layout != "modelopt":
             return _CACHE_SCALES
         # Under these names whether or not there are such projections.
         return {ours: f"{theirs[0]}_proj.{theirs}" for ours, theirs in _CACHE_SCALES.items()}
 
     def required(self, linear: LinearFormat, has: Callable[[str], bool]) -> list[str]:
-        """Suffixes that a module of this format must have; `has` says which ones it does."""
+        """Suffixes that a module of this format must have; `has` says which ones the checkpoint has."""
         if self.layout in ("gptq", "awq"):
             return ["qweight", "qzeros", "scales", *(["g_idx"] if linear.reordered else [])]
         packed = self.layout == "compressed-tensors" and is_packed(linear) and not has("weight")
@@ -96,20 +96,20 @@ class Storage:
     def decode(
         self, tensors: Mapping[str, Tensor], linear: LinearFormat, shape: tuple[int, int], where: str
     ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
-        """The weight of one module, and `input_scale` [] and `pre_quant_scale` [in] where its format has them.
+        """The weight of one module, and `input_scale` [] and `pre_quant_scale` [in] if its format has them.
 
         Args:
-            tensors: what is stored, by suffix.
-            linear: what config.json says of the module.
+            tensors: the stored tensors by suffix.
+            linear: the module's format according to config.json.
             shape: [out, in].
             where: how errors name the module.
         Raises:
-            LogitLockError: a tensor missing or of the wrong shape, contents that the format does not allow, a scale
-                that is not finite.
+            LogitLockError: a tensor is missing or has the wrong shape, its content is not allowed in the format, or a
+                scale is not finite.
         """
         out_features, in_features = shape
         codes, zero = self._codes(tensors, linear, where)
-        _expect(codes, (out_features, in_features), f"the codes of {where}")
+        _expect(codes, (out_features, in_features), f"the quantized weights of {where}")
         scale = self._scale(tensors, where)
         if scale.numel() == 1:  # one for the whole matrix
             scale = scale.reshape(1, 1).expand(out_features, 1)
@@ -142,10 +142,10 @@ class Storage:
     def encode(
         self, weight: QuantizedWeight, linear: LinearFormat, constants: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """What to store of one module, by suffix; the inverse of `decode`.
+        """The tensors to store for one module, by suffix; the inverse of `decode`.
 
         Raises:
-            LogitLockError: the layout has no place for such a format, or for such scales.
+            LogitLockError: the layout cannot store this format, or these scales.
         """
         constants = constants or {}
         if self.layout == "modelopt":
@@ -180,10 +180,10 @@ class Storage:
         }
 
     def encode_cache(self, scale: Tensor) -> Tensor:
-        """What to store of the scales [kv_heads] of a layer's cached keys or values.
+        """The tensor to store for the scales [kv_heads] of a layer's cached keys or values.
 
         Raises:
-            LogitLockError: several where the layout has one.
+            LogitLockError: the scales differ, but the layout has only one.
         """
         if self.layout != "modelopt":
             return scale
@@ -192,7 +192,7 @@ class Storage:
         return scale[0]
 
     def _codes(self, tensors: Mapping[str, Tensor], linear: LinearFormat, where: str) -> tuple[Tensor, Tensor | None]:
-        """Codes [out, in] in the order of the input, and zero points."""
+        """Quantized values [out, in] in the order of the input, and zero points."""
         if self.layout == "modelopt":
             codes, wanted = _get(tensors, "weight", where), MODELOPT_TYPES[linear.weight]
             if codes.dtype != wanted:
@@ -220,7 +220,7 @@ class Storage:
                 _signed(_awq_order(_unpack(packed, 4), inverse=True).t(), 4),
                 _signed(_awq_order(zeros, inverse=True).t(), 4),
             )
-        # Stored in `bits` bits, the zero point less one may have wrapped round.
+        # Stored in `bits` bits, the zero point minus one may have wrapped around.
         zeros = (zeros + self.gptq_zero_offset) & (2**bits - 1) if self.gptq_zero_offset else zeros
         return _signed(_unpack(packed.t().contiguous(), bits), bits), _signed(zeros.t(), bits)
 
@@ -233,7 +233,7 @@ class Storage:
     def _order(
         self, tensors: Mapping[str, Tensor], linear: LinearFormat, in_features: int, where: str
     ) -> Tensor | None:
-        """Where the columns of each group are, if they do not lie side by side."""
+        """The columns of each group, if they are not contiguous."""
         index = tensors.get("weight_g_idx" if self.layout == "compressed-tensors" else "g_idx")
         group = linear.group or in_features
         if index is None or bool((index < 0).all()):  # compressed-tensors: -1 for none
@@ -286,8 +286,8 @@ def _to_modelopt(weight: QuantizedWeight, linear: LinearFormat, constants: Mappi
     elif linear.weight == "fp8" and linear.input_scale == "tensor":
         if bool((scale != scale[0]).any()):
             raise LogitLockError(
-                "the layout modelopt has one scale a weight where fp8 inputs have a constant scale, but the rows of "
-                "this one have several"
+                "the layout modelopt has one scale per weight if fp8 inputs have a static scale, but the rows of "
+                "this one have several scales"
             )
         scale = scale[0, 0]
     else:
@@ -298,7 +298,7 @@ def _to_modelopt(weight: QuantizedWeight, linear: LinearFormat, constants: Mappi
 
 
 def modelopt_algorithm(linear: LinearFormat) -> str | None:
-    """What nvidia-modelopt calls a format; None: it has none for it."""
+    """nvidia-modelopt's name of a format, or None."""
     if not linear.symmetric or linear.reordered:
         return None
     key = (linear.weight, linear.group is not None, None if linear.input is None else linear.input_scale)
@@ -306,7 +306,7 @@ def modelopt_algorithm(linear: LinearFormat) -> str | None:
 
 
 def is_packed(linear: LinearFormat) -> bool:
-    """Whether compressed-tensors packs the codes into words ("pack-quantized"): int4, and weight-only int8."""
+    """Whether compressed-tensors packs values into words ("pack-quantized"): int4, and weight-only int8."""
     return linear.weight == "int4" or (linear.weight == "int8" and linear.input is None)
 
 
@@ -316,8 +316,8 @@ def _constants(linear: LinearFormat) -> list[str]:
 
 
 def no_place(layout: CheckpointFormat, linear: LinearFormat) -> LogitLockError:
-    """The error of a format that a layout cannot store."""
-    return LogitLockError(f"the layout {layout} has no place for {describe_format(linear)}")
+    """The error for a format that a layout cannot store."""
+    return LogitLockError(f"the layout {layout} cannot store {describe_format(linear)}")
 
 
 def _packed_bits(linear: LinearFormat, where: str) -> int:

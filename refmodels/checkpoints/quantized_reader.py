@@ -20,11 +20,11 @@ _BIAS = "bias"
 
 
 class QuantizedReader:
-    """Reads what a checkpoint holds in place of floats.
+    """Reads the quantized tensors that a checkpoint holds instead of float weights.
 
     Args:
         spec: with its `quantization`.
-        table: where each parameter comes from if nothing is quantized.
+        table: the checkpoint tensors of each parameter, if nothing were quantized.
         storage: how the checkpoint stores quantized modules.
     """
 
@@ -48,7 +48,7 @@ class QuantizedReader:
     def owns(self, name: str) -> bool:
         """Whether a checkpoint's tensor belongs to a quantized module or is a scale of the cache.
 
-        Also a bias that the model has no place for: AutoGPTQ writes such, all zeros.
+        This includes a bias that the model does not have: AutoGPTQ writes such biases, all zeros.
         """
         module, _, suffix = name.rpartition(".")
         if module in self.formats and (suffix in self.storage.suffixes or suffix == _BIAS):
@@ -56,11 +56,11 @@ class QuantizedReader:
         return name in self.cache_names.values()
 
     def replaces(self, name: str) -> bool:
-        """Whether a float tensor of the unquantized checkpoint is not in this one."""
+        """Whether a float tensor of the unquantized checkpoint is missing in this one."""
         return name.removesuffix(".weight") in self.formats
 
     def missing(self, found: Mapping[str, object]) -> list[str]:
-        """Names that must be there and are not."""
+        """Names of required tensors that are missing."""
         wanted = list(self.cache_names.values())
         for module, linear in self.formats.items():
             needed = self.storage.required(linear, lambda s, m=module: f"{m}.{s}" in found)  # type: ignore[misc]
@@ -68,17 +68,17 @@ class QuantizedReader:
         return [name for name in wanted if name not in found]
 
     def provides(self, parameter: str) -> bool:
-        """Whether a parameter of the decoder comes from here."""
+        """Whether this reader makes the decoder's parameter of that name."""
         owner, _, leaf = parameter.rpartition(".")
         return parameter in self.cache_names or (leaf != _BIAS and self.spec.format_of(owner) is not None)
 
     def read(
         self, files: WeightFiles, stored: Mapping[str, StoredTensor], parameter: str, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
-        """The parameter and, with the weight of a layer, all others of the layer but its bias.
+        """The parameter; for the weight of a layer, also all other parameters of the layer except its bias.
 
         Raises:
-            LogitLockError: contents that the format does not allow; scales that `dtype` cannot hold.
+            LogitLockError: the content is not allowed in the format, or `dtype` cannot hold a scale.
         """
         owner, _, leaf = parameter.rpartition(".")
         if parameter in self.cache_names:
@@ -154,7 +154,7 @@ class QuantizedReader:
 
 
 def _positive(scale: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """Scales in the working dtype, as an own tensor."""
+    """Scales in the working dtype, as a new tensor."""
     cast = scale.to(dtype).contiguous().clone()
     if not bool((cast.isfinite() & ((cast != 0) | (scale == 0))).all()):
         raise LogitLockError(f"a scale of {where} does not fit in {torch_name(dtype)}")

@@ -1,7 +1,7 @@
 """The weight files of a model directory, read one tensor at a time.
 
-Mapped pages count as resident memory for as long as they stay mapped, so files are opened again as reading goes on:
-a safetensors file for every tensor (its header is small), a `.bin` file whenever `_REOPEN_BYTES` have been handed out.
+Mapped pages count as resident memory while they stay mapped, so files are reopened during reading: a safetensors file
+for every tensor (its header is small), a `.bin` file whenever `_REOPEN_BYTES` have been returned.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYOUTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What the weights of a model directory may be called; the first one that is there is read."""
+"""Names that the weights of a model directory may have; the first one that exists is read."""
 
 _FLOATING = {DTYPE_TABLE[name].safetensors: dtype for name, dtype in DTYPES.items()}
 _REOPEN_BYTES = 64 * 2**20
@@ -33,7 +33,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One tensor as a file declares it; `dtype` is None where it is not one of fp64, fp32, fp16, bf16."""
+    """One tensor as a file declares it; `dtype` is None if it is not one of fp64, fp32, fp16, bf16."""
 
     name: str
     file: Path
@@ -47,11 +47,11 @@ class WeightFiles:
 
     Attributes:
         files: the weight files, in the order of their names.
-        tensors: what they declare; read from the files themselves, the index is only checked against them.
+        tensors: the tensors that they declare, read from the files themselves; the index is only checked against them.
 
     Raises:
-        LogitLockError: no weights, a damaged or missing file, an index that contradicts the files or names one outside
-            the directory, or one tensor in two files.
+        LogitLockError: there are no weights, a file is damaged or missing, the index contradicts the files or names a
+            file outside the directory, or two files hold the same tensor.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -128,7 +128,7 @@ class WeightFiles:
 
 
 def _can_be_mapped(file: Path) -> bool:
-    """Files from before torch 1.6 are bare pickles: they are read as a whole and kept until the next file."""
+    """Files from before torch 1.6 are not zip files: they are read as a whole and kept until the next file."""
     with file.open("rb") as stream:
         return stream.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
 
@@ -138,7 +138,7 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
     except pickle.UnpicklingError as error:
         raise LogitLockError(
-            f"{file} is damaged, or holds more than plain tensors, which is never executed here"
+            f"{file} is damaged, or holds more than plain tensors, which LogitLock never executes"
         ) from error
     except Exception as error:
         raise LogitLockError(f"{file} is damaged or cut short: torch cannot read it") from error

@@ -1,6 +1,6 @@
-"""How checkpoint tensors become parameters, as data: it can be checked, inverted and streamed.
+"""How checkpoint tensors become parameters, described as data that can be checked, inverted and streamed.
 
-A `WeightMap` gives for each parameter of `Decoder` the checkpoint tensors (or rows of them) that are stacked to make
+A `WeightMap` lists, for each parameter of `Decoder`, the checkpoint tensors (or rows of them) that are stacked to form
 it.
 """
 
@@ -22,10 +22,10 @@ class Part:
     Attributes:
         name: the tensor's name upstream.
         shape: the shape it must have in the checkpoint.
-        rows: [start, stop) of the first axis, where several parameters share a tensor; None takes all.
+        rows: [start, stop) of the first axis, if several parameters share a tensor; None takes all rows.
         transposed: stored [in, out] (GPT-2's Conv1D).
-        interleaved_heads: rows are grouped by head, (query, key, value) of each head together; they are regrouped into
-            all queries, all keys, all values.  0: not so.
+        interleaved_heads: the number of heads, if rows are grouped by head, (query, key, value) of each head together;
+            they are regrouped into all queries, all keys, all values.  0: rows are not interleaved.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Part:
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
     def of_rows(self, tensor: Tensor) -> Tensor:
-        """As `read`, from a tensor [out, ...] that is not transposed: codes, scales."""
+        """As `read`, from a tensor [out, ...] that is not transposed: quantized values, scales."""
         return replace(self, transposed=False).read(tensor)
 
     @property
@@ -86,7 +86,7 @@ class Layout:
 
 
 def weight_map(spec: ModelSpec, layout: Layout) -> WeightMap:
-    """Where every parameter of `Decoder(spec)` comes from; a tied head is the embedding and has no entry."""
+    """The checkpoint tensors of every parameter of `Decoder(spec)`; a tied head is the embedding and has no entry."""
     h, ffn, a = spec.hidden_size, spec.mlp.width, spec.attention
     query, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
     table: dict[str, tuple[Part, ...]] = {}
@@ -136,9 +136,9 @@ def weight_map(spec: ModelSpec, layout: Layout) -> WeightMap:
 
 
 def to_checkpoint(weights: WeightMap, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of loading: tensors under their upstream names, from parameters by name.
+    """The inverse of loading: tensors by their upstream names, from parameters by name.
 
-    Parameters that share a checkpoint tensor (fused gate and up) are put back together; tensors are new copies.
+    Parameters that share a checkpoint tensor (fused gate and up) are joined again; tensors are new copies.
     """
     result: dict[str, Tensor] = {}
     for parameter, parts in weights.items():

@@ -1,5 +1,5 @@
-"""The model families.  A family file says how a Hugging Face config becomes a `ModelSpec` and how its checkpoint names
-become parameters; adding a family means adding a file and a line in `FAMILIES`."""
+"""The model families.  A family file turns a Hugging Face config into a `ModelSpec`, and checkpoint names into
+parameters; adding a family means adding a file and a line in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def spec_from_config(
 
     Args:
         config: the parsed config.json.
-        variant: facts that no config key says (Baichuan's `norm_head` and `position`, `glm_generation`), by name.
+        variant: facts that no config key expresses (Baichuan's `norm_head` and `position`, `glm_generation`), by name.
         where: how errors name the config.
     Raises:
         LogitLockError: a missing key, an unknown model_type, or a setting that is not supported.

@@ -1,8 +1,8 @@
-"""What is stored in how many bits: declarative, a part of `ModelSpec`.
+"""The formats of quantized layers and caches, declared as a part of `ModelSpec`.
 
-A quantized model is a model like any other: its linear layers hold codes and scales instead of floats
-(`refmodels.quantization.linear`), and its cache may hold codes too.  How the codes were found (round to nearest, AWQ,
-GPTQ, SmoothQuant) leaves no trace in the arithmetic, so it is none of this module's business.
+A quantized model is a model like any other: its linear layers hold quantized weights and scales instead of floats
+(`refmodels.quantization.linear`), and its cache may be quantized too.  The method that found the quantized weights
+(round to nearest, AWQ, GPTQ, SmoothQuant) has no effect on the arithmetic, so this module does not know it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ EightBit = Literal["int8", "fp8"]
 InputScale = Literal["tensor", "token", "group"]
 
 LIMITS: Mapping[Code, float] = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
-"""The largest code.  Integer weights go down one further (`arithmetic.code_range`); inputs and caches do not."""
+"""The largest quantized value.  Integer weights also use -limit - 1 (`arithmetic.code_range`); inputs and caches do
+not."""
 
 CODE_TYPES: Mapping[Code, torch.dtype] = {code: DTYPE_TABLE[code].torch for code in get_args(Code)}
-"""dtype of a tensor of codes; int4 codes lie in int8, one a byte, until they are packed for storage or a kernel."""
+"""dtype of a tensor of quantized values; int4 is held in int8, one value per byte, until it is packed for storage or
+a kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +38,17 @@ class LinearFormat:
     """How a linear layer stores its weight [out, in] and what it does with its input.
 
     Attributes:
-        weight: of the codes.
-        group: input columns that share a scale; None: one scale a row (per output channel).
-        symmetric: False adds a zero point to every scale; integer weights without `input` only.
-        input: the input is quantized as well, and the product is taken of codes.
-        input_scale: one for all inputs, found by calibration ("tensor"); or found as they come, one a token ("token"),
-            or one a token and group of columns ("group"), which is what ONNX Runtime's fast CPU kernel does.
-        reordered: codes are stored in another order of columns than the input has (GPTQ's act-order).
-        pre_quant_scale: the input is first multiplied by a constant, one a column: AWQ's and SmoothQuant's scale where
-            it is not folded into what makes the input (nvidia-modelopt).
+        weight: type of the quantized weights.
+        group: group size, the number of input columns that share a scale; None: per channel (one scale per row).
+        symmetric: False adds a zero point to every scale; only for integer weights without `input`.
+        input: type of the quantized inputs; None: inputs are not quantized.
+        input_scale: "tensor" is one static scale for all inputs, found by calibration; "token" is computed at run time,
+            per token; "group" per token and group of columns, as in ONNX Runtime's fast CPU kernel.
+        reordered: the weight is stored in another order of columns than the input has (GPTQ's act-order).
+        pre_quant_scale: the input is first multiplied by a constant per column: AWQ's and SmoothQuant's scale if it is
+            not folded into the layer before (nvidia-modelopt).
     Raises:
-        LogitLockError: a combination that nothing computes.
+        LogitLockError: no engine computes this combination.
     """
 
     weight: Code
@@ -62,26 +64,26 @@ class LinearFormat:
             raise LogitLockError(f"a group of {self.group} columns: it must be at least 1, or None for a whole row")
         if self.input is not None and self.input_scale == "group":
             if self.input != "int8" or self.weight == "fp8" or self.group is None:
-                raise LogitLockError("inputs with a scale a group are int8, and so are the weights, or int4, in groups")
+                raise LogitLockError("inputs with scales per group must be int8, with int8 or int4 weights in groups")
         elif self.input is not None and (self.weight != self.input or self.group is not None or not self.symmetric):
             raise LogitLockError(
-                f"{self.input} inputs need symmetric {self.input} weights with one scale an output channel, not "
+                f"{self.input} inputs need symmetric {self.input} weights with one scale per output channel, not "
                 f"{self.weight}" + ("" if self.group is None else f" in groups of {self.group}")
             )
         if self.weight == "fp8" and not self.symmetric:
-            raise LogitLockError("fp8 weights have no zero point")
+            raise LogitLockError("fp8 weights have no zero points")
 
     def groups(self, columns: int) -> int:
-        """How many scales a row of `columns` has.
+        """Number of scales of a row of `columns` columns.
 
         Raises:
-            LogitLockError: the columns are no whole number of groups.
+            LogitLockError: `columns` is not a multiple of the group size.
         """
         if self.group is None:
             return 1
         if columns % self.group:
             raise LogitLockError(
-                f"{columns} input columns are no multiple of the group size {self.group}; choose a --group that "
+                f"{columns} input columns are not a multiple of the group size {self.group}; choose a --group that "
                 "divides them"
             )
         return columns // self.group
@@ -97,9 +99,10 @@ class LinearGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationSpec:
-    """Which linear layers are quantized and how (all others are plain), and what the cache holds.
+    """Which linear layers are quantized and how (the others are not), and the type of the cache.
 
-    cache: codes with one constant scale a layer, key or value, and kv head; None: the working dtype.
+    cache: a quantized type, with one static scale per layer, per key or value, and per kv head; None: the working
+        dtype.
     """
 
     groups: tuple[LinearGroup, ...] = ()
@@ -118,13 +121,13 @@ class QuantizationSpec:
         return tuple(self._formats)
 
     def describe(self) -> str:
-        """One phrase: 'int4 weights in groups of 64; int8 cache'."""
+        """One phrase, such as 'int4 weights in groups of 64; int8 cache'."""
         parts = [f"{describe_format(group.format)} ({len(group.modules)} layers)" for group in self.groups]
         return "; ".join([*parts, *([f"{self.cache} cache"] if self.cache else [])])
 
 
 def group_formats(formats: Mapping[str, LinearFormat], *, cache: EightBit | None = None) -> QuantizationSpec | None:
-    """The spec that gives each layer its format; None where nothing is quantized."""
+    """The spec that gives each layer its format; None if nothing is quantized."""
     by_format: dict[LinearFormat, list[str]] = {}
     for module, linear in formats.items():
         by_format.setdefault(linear, []).append(module)

@@ -1,4 +1,4 @@
-"""A linear layer that holds codes: what `Decoder` has in place of `nn.Linear` where its spec says so."""
+"""The quantized linear layer, which replaces `nn.Linear` in `Decoder` if its spec says so."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from refmodels.quantization.formats import CODE_TYPES, LinearFormat
 
 
 class QuantizedLinear(nn.Module):
-    """x [..., in] -> [..., out], by the arithmetic of `refmodels.quantization.arithmetic`.
+    """x [..., in] -> [..., out], with the arithmetic of `refmodels.quantization.arithmetic`.
 
     Parameters (none requires grad; floats have the working dtype):
-        weight: codes [out, in], int8 or float8_e4m3fn.
+        weight: quantized values [out, in], int8 or float8_e4m3fn.
         scale: [out, groups].
-        zero: [out, groups] int8; only where the format is not symmetric.
-        input_scale: []; only with a constant input scale.
-        order: [in] int64; only where the format is reordered.
-        pre_quant_scale: [in]; only where the format has one.
+        zero: [out, groups] int8; only if the format is not symmetric.
+        input_scale: []; only with a static input scale.
+        order: [in] int64; only if the format is reordered.
+        pre_quant_scale: [in]; only if the format has one.
         bias: [out], or None.
     """
 
@@ -49,7 +49,7 @@ class QuantizedLinear(nn.Module):
         return QuantizedWeight(codes=self.weight, scale=self.scale, zero=self.zero, order=self.order)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """x [..., in] times the pre-quant scale, rounded to the working dtype; x where there is none."""
+        """x [..., in] times the pre-quant scale, rounded to the working dtype; x itself if there is none."""
         return x if self.pre_quant_scale is None else x * self.pre_quant_scale
 
     def forward(self, x: Tensor) -> Tensor:

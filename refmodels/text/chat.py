@@ -16,7 +16,8 @@ A family names its format by a string, a key of `FORMATS`; everything else is he
 `chat_ids(format, tokenizer, messages)` builds the ids, `stop_ids(format, tokenizer)` gives the ids that end an answer.
 Outside `raw`, the text of a message never becomes a control token, whatever it spells: in Qwen v1 that is what upstream
 does; the templates of Qwen2 in `transformers` do parse it, which lets a user end the turn.
-Sources: UPSTREAM_SEMANTICS sections 1, 2, 4 and 5, and the published prompt formats of ChatGLM3 and Qwen2.
+Sources: upstream's `build_prompt` (ChatGLM2), `build_chat_input` (Baichuan) and `make_context` (Qwen), and the
+published prompt formats of ChatGLM3 and Qwen2.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ Builder = Callable[[Tokenizer, Conversation, int | None], list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """What is special about one prompt format.
+    """One prompt format.
 
-    roles: who may speak. last: who may speak last. build: from a conversation and a length limit to ids.
-    max_length: upstream's own limit, in tokens, when the caller gives none. drops_oldest: `build` keeps to the limit by
-    leaving out old turns, as upstream does; otherwise a prompt over the limit is an error.
-    stops: surfaces of the tokens that end an answer (`END` for eos); those that a tokenizer lacks are left out.
+    roles: the roles that may speak. last: the roles that may speak last. build: makes ids of a conversation and a
+    length limit. max_length: upstream's own limit in tokens, which applies if the caller gives none. drops_oldest:
+    `build` leaves out old turns to stay within the limit, as upstream does; otherwise a prompt over the limit is an
+    error. stops: surfaces of the tokens that end an answer (`END` for eos); those that a tokenizer lacks are left out.
     """
 
     roles: tuple[str, ...]
@@ -88,9 +89,10 @@ def chat_ids(
 ) -> list[int]:
     """The prompt ids for `messages`, each a mapping with `role` and `content`, ready for the model to answer.
 
-    max_length: limit in tokens; None takes the format's own (Qwen 6144), which most do not have. Its meaning is
-        upstream's: Qwen drops old turns while system and kept turns would reach it, not counting the last question;
-        Baichuan drops whole rounds, then cuts on the left (v1 adds its last marker after the cut).
+    max_length: limit in tokens; None takes the format's own limit (Qwen: 6144), which most formats do not have. It
+        means the same as upstream: Qwen drops old turns while the system message and the kept turns would reach it, not
+        counting the last question; Baichuan drops whole rounds, then cuts on the left (v1 adds its last marker after
+        the cut).
     Raises LogitLockError for an unknown format, a role or order that the format does not have, a tokenizer without its
     control tokens, or a prompt that is too long in a format that drops nothing.
     """
@@ -101,14 +103,14 @@ def chat_ids(
     ids = chat.build(tokenizer, _conversation(format_name, chat, messages), limit)
     if limit is not None and not chat.drops_oldest and len(ids) > limit:
         raise LogitLockError(
-            f"the chat prompt has {len(ids)} tokens, over the limit of {limit}, and the {format_name} format drops no "
-            "turns by itself: send fewer or shorter messages"
+            f"the chat prompt has {len(ids)} tokens, over the limit of {limit}, and the {format_name} format does not "
+            "drop turns by itself: send fewer or shorter messages"
         )
     return ids
 
 
 def stop_ids(format_name: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids that end an answer in this format, most usual first. Empty only for a base model without any eos."""
+    """The ids that end an answer in this format, the most usual one first. Empty only for a base model without eos."""
     found: list[int] = []
     for surface in _format(format_name).stops:
         stop = tokenizer.special.eos if surface == END else tokenizer.token_id(surface)
@@ -165,7 +167,7 @@ def _baichuan_rounds(tokenizer: Tokenizer, conversation: Conversation, format_na
 
 
 def _newest_rounds(rounds: list[list[int]], room: int | None) -> list[int]:
-    """The last round, and the ones before it as long as all fit in `room` tokens."""
+    """The last round, and as many of the rounds before it as fit in `room` tokens."""
     kept = rounds[-1]
     for earlier in reversed(rounds[:-1]):
         if room is not None and len(earlier) + len(kept) > room:

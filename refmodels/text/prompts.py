@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
-    """The ids of a prompt, bare or as the user's message of a chat.
+    """The ids of a prompt, either bare or as the user's message in a chat.
 
     Raises:
         LogitLockError: a chat with a model that has no chat format.
@@ -32,8 +32,8 @@ def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) 
 
 
 def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
-    """The tokens that end an answer: eos_token_id of generation_config.json (one or several), the tokenizer's eos, and
-    in a chat those of its format.
+    """The ids of the tokens that end an answer: eos_token_id of generation_config.json (one or several), the
+    tokenizer's eos, and in a chat those of its format.
 
     Raises:
         LogitLockError: eos_token_id is neither a number nor a list of numbers.

@@ -1,15 +1,16 @@
 """Text to token ids and back, for every family, without remote code.
 
-Three file formats cover all families, and `read_tokenizer` picks by the files that are there:
+Three file formats cover all families, and `read_tokenizer` chooses by the files that exist:
 
 * `qwen.tiktoken` (Qwen v1), `tokenizer.model` of GLM-4: ranks of a byte BPE; special tokens follow them.
 * `tokenizer.model` (ChatGLM2 and 3, Baichuan): SentencePiece; ChatGLM appends its special tokens after the pieces.
 * `tokenizer.json`, or `vocab.json` and `merges.txt` (GPT, StarCoder, Qwen2, the bundled toys): byte-level BPE.
 
-All of them answer to one class, `Tokenizer`. Two switches of `encode` matter for fidelity: `add_special` adds what the
-upstream tokenizer puts around a bare prompt (GLM: `[gMASK] sop`), and `parse_special` says whether text that spells
-a control token becomes that token. Upstream differs (Qwen's plain `encode` does, its chat prompt does not), so the
-default follows the upstream tokenizer and `refmodels.text.chat` turns it off in chats.
+All of them have the interface of one class, `Tokenizer`. Two switches of `encode` matter for fidelity: `add_special`
+adds the tokens that the upstream tokenizer puts around a bare prompt (GLM: `[gMASK] sop`), and `parse_special` says
+whether text that spells a control token becomes that token. Upstream is inconsistent here (Qwen's plain `encode` parses
+control tokens, its chat prompt does not), so the default follows the upstream tokenizer, and `refmodels.text.chat`
+turns parsing off in chats.
 
 The libraries (`tiktoken`, `sentencepiece`, `tokenizers`) are imported when a file of their format is opened.
 """
@@ -80,10 +81,10 @@ def read_tokenizer(directory: str | Path, *, family: str, generation: str | None
     """The tokenizer of a model directory.
 
     family: the family's name or its chat format (`chatglm2`, `chatglm3`, `glm4`, `baichuan`, `qwen`, `qwen2`, `gpt` …);
-        it decides what the files leave open: GLM's control tokens and prefix, Baichuan's role markers, how a bare
+        it decides what the files do not say: GLM's control tokens and prefix, Baichuan's role markers, how a bare
         vocabulary splits text.
-    generation: which names Qwen v1's control tokens have, `dec2023` or `aug2023`; None reads it off `config.json`.
-    Raises LogitLockError when no tokenizer file is there, one is damaged, or its library is not installed.
+    generation: which names Qwen v1's control tokens have, `dec2023` or `aug2023`; None reads it from `config.json`.
+    Raises LogitLockError if there is no tokenizer file, a file is damaged, or its library is not installed.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -226,7 +227,7 @@ def _load_byte_bpe(folder: Path, family: str) -> Tokenizer:
         if type(model.model).__name__ != "BPE" or type(model.decoder).__name__ != "ByteLevel":
             raise LogitLockError(
                 f"{path} is a {type(model.model).__name__} tokenizer with {type(model.decoder).__name__} decoding; "
-                "only byte-level BPE (model BPE, decoder ByteLevel) is known here"
+                "only byte-level BPE (model BPE, decoder ByteLevel) is supported"
             )
     else:
         model = _bpe_from_vocabulary(folder, settings, family, library)
@@ -325,7 +326,7 @@ def _surface(token: Any) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} when there is no such file, because every one of them is optional."""
+    """The object in a JSON file; {} if there is no such file, because all of them are optional."""
     return read_json(path) if path.is_file() else {}
 
 

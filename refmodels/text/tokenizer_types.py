@@ -1,4 +1,4 @@
-"""What a tokenizer is here: the class `Tokenizer`, one subclass a file format, and the streaming decoder.
+"""The class `Tokenizer`, one subclass per file format, and the streaming decoder.
 
 `refmodels.text.tokenizer` opens the files and is the module to import from.
 """
@@ -19,7 +19,7 @@ REPLACEMENT = "\ufffd"
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialIds:
-    """Ids with a meaning of their own; None where the tokenizer defines none.
+    """Ids with a special meaning; None if the tokenizer does not define one.
 
     `user` and `assistant` are Baichuan's role markers, which have ids but no published names.
     """
@@ -41,7 +41,7 @@ class Padded(NamedTuple):
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. Subclasses know one file format; `read_tokenizer` makes the right one.
+    """Text to ids and back. Each subclass handles one file format; `read_tokenizer` makes the right one.
 
     `vocab_size` counts the ids that the tokenizer defines; a model's embedding may have more rows (padding of the
     vocabulary), and ids from there decode to nothing. `prefix` and `suffix` are what `encode` adds around a prompt.
@@ -65,10 +65,11 @@ class Tokenizer(ABC):
         self.suffix = tuple(suffix)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool | None = None) -> list[int]:
-        """The ids of `text`. Deterministic; an empty text has no ids but those of `add_special`.
+        """The ids of `text`, deterministically; an empty text has only the ids of `add_special`.
 
         add_special: put the tokenizer's own `prefix` and `suffix` around the ids, as upstream does for a bare prompt.
-        parse_special: True: text that spells a control token becomes it; False: it stays text; None: as upstream.
+        parse_special: True turns text that spells a control token into that token; False keeps it as text; None does as
+            upstream does.
         Raises LogitLockError for text that is not valid Unicode (lone surrogates).
         """
         try:
@@ -102,11 +103,11 @@ class Tokenizer(ABC):
         """The UTF-8 bytes (perhaps a part of a character) that a token in the middle of a text stands for."""
 
     def opening_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes of the last of `ids` when the ones before it are the start of a text and stand for nothing."""
+        """The bytes of the last of `ids`, given that the ids before it begin a text and have no bytes."""
         return self.token_bytes(ids[-1])
 
     def pad_left(self, batch: Sequence[Sequence[int]]) -> Padded:
-        """Rows of one length, padded on the left with the pad id (eos, else 0, where there is none; masked anyway)."""
+        """Rows of one length, padded on the left with the pad id; without a pad id, with eos or 0 (pads are masked)."""
         pad = self.special.pad if self.special.pad is not None else self.special.eos or 0
         width = max((len(row) for row in batch), default=0)
         gaps = [width - len(row) for row in batch]
@@ -118,7 +119,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str, parse_special: bool) -> list[int]:
-        """The ids of a text, nothing added around them."""
+        """The ids of a text, with nothing added around them."""
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
@@ -126,7 +127,7 @@ class Tokenizer(ABC):
     def _visible(self, ids: Iterable[int], skip_special: bool) -> list[int]:
         numbers = [int(i) for i in ids]
         if numbers and min(numbers) < 0:
-            raise LogitLockError(f"token ids start at 0, but {min(numbers)} was to be decoded")
+            raise LogitLockError(f"token ids start at 0, but one of the ids to decode is {min(numbers)}")
         return [i for i in numbers if i < self.vocab_size and not (skip_special and i in self.hidden_ids)]
 
 
@@ -144,12 +145,12 @@ class TextStream:
         self._opening: list[int] | None = []
 
     def push(self, token_id: int) -> str:
-        """Take the next id; give the text that is now certain, "" when there is none yet."""
+        """Take the next id; return the text that is now certain, or "" if there is none yet."""
         tokenizer = self._tokenizer
         if not tokenizer._visible([token_id], self._skip_special):
             return ""
         if token_id in tokenizer.hidden_ids:
-            # A text starts anew after a control token: `decode` treats it so as well.
+            # A new text starts after a control token; `decode` does the same.
             data, self._opening = tokenizer.token_bytes(token_id), []
         elif self._opening is None:
             data = tokenizer.token_bytes(token_id)
@@ -161,7 +162,7 @@ class TextStream:
         return self._utf8.decode(data).replace(REPLACEMENT, "")
 
     def finish(self) -> str:
-        """End the sequence. An unfinished character is dropped, so this gives "" for any valid text."""
+        """End the sequence. An unfinished character is dropped, so this returns "" for any valid text."""
         return self._utf8.decode(b"", final=True).replace(REPLACEMENT, "")
 
 
@@ -236,7 +237,7 @@ class SentencePieceTokenizer(Tokenizer):
     def token_id(self, surface: str) -> int | None:
         if surface in self._appended:
             return self._appended[surface]
-        # An unknown piece answers with the id of unk, so the name has to be read back.
+        # For an unknown piece, SentencePiece returns the id of unk, so the name has to be read back.
         found = int(self._processor.piece_to_id(surface))
         return found if self._processor.id_to_piece(found) == surface else None
 

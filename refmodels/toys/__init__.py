@@ -1,9 +1,9 @@
-"""The bundled toys: one trained model of at most 1.5 M parameters a family, and the code that made it.
+"""The bundled toys: one trained model of at most 1.5 M parameters per family, and the code that trained it.
 
 Each folder here that is named after a family is a complete checkpoint directory (`config.json` with the upstream keys,
 `model.safetensors` in float16 under the upstream tensor names, `tokenizer.json`, `generation_config.json`), with
 `report.json` beside it: the measured accuracy of every task, the training command and its seed.
-`tasks` generates the examples, `train` is the training script; `debug.evaluate.toys` measures what came of it.
+`tasks` generates the examples, `train` is the training script; `debug.evaluate.toys` measures the accuracy.
 """
 
 from pathlib import Path

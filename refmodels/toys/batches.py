@@ -16,7 +16,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Of one task: how many different training examples are drawn in all, and how many rows a step takes of them."""
+    """For one task: the number of different training examples in all, and the number of rows per step."""
 
     pool: int
     rows: int
@@ -41,8 +41,9 @@ class Batch:
     """Rows of prompt, answer, follow-ups and end token, right-padded; everything int64 on one device.
 
     input_ids: [rows, tokens]; the end token is only a target, never fed.
-    prompt_lengths: [rows], tokens before the first answer: what a prefill would see.
-    logit_index, targets: [rows, supervised]: after which token to predict, and what; `IGNORED` fills short rows.
+    prompt_lengths: [rows], number of tokens before the first answer, that is, of a prefill.
+    logit_index, targets: [rows, supervised]: the token after which to predict, and the target; `IGNORED` fills short
+        rows.
     """
 
     input_ids: Tensor
@@ -118,7 +119,7 @@ class Sampler:
             self._pools.append((make_batch(tokenizer, drawn, device=device), spans))
 
     def step(self) -> list[Batch]:
-        """The batches of the next optimizer step, one a bucket."""
+        """The batches of the next optimizer step, one per bucket."""
         batches = []
         for pool, spans in self._pools:
             index = torch.cat([torch.randint(a, b, (count,), generator=self._generator) for a, b, count in spans])

@@ -40,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_cache": True,
         **_IDS,
     },
-    # Baichuan2 7B: rotary positions and a normalized head, which no upstream key says.
+    # Baichuan2 7B: rotary positions and a normalized head, for which upstream has no key.
     "baichuan": {
         "model_type": "baichuan",
         "architectures": ["BaichuanForCausalLM"],

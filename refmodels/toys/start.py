@@ -11,7 +11,7 @@ from refmodels.model import Decoder
 
 
 def initialize(model: Decoder, *, seed: int) -> None:
-    """Fill a decoder's parameters in place, the same way for the same seed."""
+    """Fill a decoder's parameters in place; the same seed gives the same values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,8 +1,8 @@
 """The toy tasks: seeded generators of `prompt` + `answer` pairs, split into training and held-out instances.
 
-An instance is held out by what it is, never by when it was drawn: a stable hash of (task, instance) decides, or, for
-the dictionary and the facts, a fixed pattern over (item, template). So no seed can leak a held-out instance into
-training.
+Whether an instance is held out depends on its content, never on when it was drawn: a stable hash of (task, instance)
+decides, or, for the dictionary and the facts, a fixed pattern over (item, template). So no seed can leak a held-out
+instance into training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HELD_OUT_SHARE = 0.1
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SHORT_PAIRS = (2, 10)
 LONG_PAIRS = (16, 44)
-"""Key-value pairs in a recall prompt: 4 tokens a pair, so `recall_long` has about 70 to 185 prompt tokens."""
+"""Key-value pairs in a recall prompt: 4 tokens per pair, so `recall_long` has about 70 to 185 prompt tokens."""
 FOLLOW_UPS = 6
 
 
@@ -40,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class _Draft:
-    """A generated instance before the split is known; `key` is what the split is decided by."""
+    """A generated instance before the split is known; `key` decides the split."""
 
     key: str
     prompt: str
@@ -196,5 +196,5 @@ def toy_examples(task: str, *, split: Split, count: int, seed: int) -> list[Exam
 
 
 def held_out_size(task: str) -> int | None:
-    """How many held-out examples exist for a finite task, or None when they are generated without end."""
+    """Number of held-out examples of a finite task; None if a task generates examples without end."""
     return len(_ENUMERATED[task]("held_out")) if task in _ENUMERATED else None

@@ -1,9 +1,9 @@
 """Train a toy: `python -m refmodels.toys.train --model qwen`, to be measured by `python -m debug.evaluate.toys`.
 
 The examples, their order and the initial weights follow from `--seed`; on the CPU so do the trained weights (a GPU adds
-gradients up in an order of its own). `report.json` beside each bundled toy has the command that made it, and what it
-took. Measured on CPUs, Qwen with full steps: 0.87 s a step on 2 cores, 0.34 s on 8, so 4000 steps are about an hour or
-23 minutes; `--rows 0.5 --steps 2400`, with which the GPT toy was made, took 26 minutes on 2 cores that other work
+gradients up in an order of its own). `report.json` beside each bundled toy has the command that made it and its
+cost. Measured on CPUs, Qwen with full steps: 0.87 s per step on 2 cores, 0.34 s on 8, so 4000 steps are about an hour
+or 23 minutes; `--rows 0.5 --steps 2400`, with which the GPT toy was made, took 26 minutes on 2 cores that other work
 shared. The seconds in the reports made on a GPU are those of one run among six to eight that shared it.
 
 Recall is learned late and suddenly, and with rotary positions not from every seed: of four seeds of ChatGLM2 (0 and 2
@@ -45,7 +45,8 @@ STEPS = 4000
 
 
 class UnitRows(nn.Module):
-    """Each row divided by its L2 norm: what loading does once to the head of a NormHead model, training does anew."""
+    """Each row divided by its L2 norm: loading does this once to the head of a NormHead model, training at every
+    step."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return F.normalize(weight)
@@ -94,7 +95,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def fit(model: Decoder, sampler: Sampler, *, steps: int, log_every: int = 0) -> float:
-    """Train in place; returns the seconds it took, without the making of the data."""
+    """Train in place; returns the time in seconds, without making the data."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, foreach=True
     )

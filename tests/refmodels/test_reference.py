@@ -76,7 +76,7 @@ def test_ragged_batch_equals_each_row_alone(case: str) -> None:
 
 @pytest.mark.parametrize("case", [c for c in FEATURES if not c.startswith("qwen_")])
 def test_left_padding_is_invisible(case: str) -> None:
-    """Not for Qwen v1: there logn and NTK count slots, pads included (UPSTREAM_SEMANTICS §2)."""
+    """Not for Qwen v1: there logn and NTK count slots, pads included (modeling_qwen.py)."""
     model = open_case(case)
     ids = random_ids(model, 1, 12)
     expected = model.step(ids, model.new_cache(batch=1, capacity=20))

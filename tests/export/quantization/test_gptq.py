@@ -152,7 +152,7 @@ def test_gptq_refuses_bad_arguments() -> None:
     hessian = hessian_of(x)
     for changes, message in (
         ({"linear": dataclasses.replace(INT4, reordered=True)}, "static groups"),
-        ({"linear": LinearFormat(weight="int4", group=48)}, "64 input columns are no multiple of the group size 48"),
+        ({"linear": LinearFormat(weight="int4", group=48)}, "64 input columns are not a multiple of the group size 48"),
         ({"damping": 0.0}, "must be positive"),
         ({"hessian": hessian[:10]}, "Hessian of shape"),
         ({"weight": weight * float("nan")}, "holds NaN"),

@@ -298,8 +298,8 @@ def _set(**values: Any) -> Callable[[dict[str, Any]], None]:
     ("name", "edit", "message"),
     [
         ("fp8", _set(quant_algo="NVFP4"), r"hf_quant_config\.json: quantization has quant_algo 'NVFP4'.* W4A16_AWQ "),
-        ("int4_awq", _set(quant_algo="W4A8_AWQ"), "quant_algo 'W4A8_AWQ'.* W4A16_AWQ comes nearest"),
-        ("fp8", _set(quant_algo="fp8_pb_wo"), "quant_algo 'fp8_pb_wo'.* FP8 comes nearest"),
+        ("int4_awq", _set(quant_algo="W4A8_AWQ"), "quant_algo 'W4A8_AWQ'.* W4A16_AWQ is the closest"),
+        ("fp8", _set(quant_algo="fp8_pb_wo"), "quant_algo 'fp8_pb_wo'.* FP8 is the closest"),
         ("fp8", _set(kv_cache_quant_algo="NVFP4", kv_cache_scheme="NVFP4"), "cache of 'NVFP4'; .*FP8 can be read"),
         ("fp8", _set(kv_cache_quant_algo="INT8", kv_cache_scheme="INT8"), "cache of 'INT8'; .*FP8 can be read"),
         ("mixed", _set(quantized_layers=[]), "no place for"),
@@ -354,7 +354,7 @@ def test_tensors_that_do_not_fit(
         ({"scheme": "int4", "group": 0}, "no place for int4 weights by channel"),
         ({"scheme": "int8", "group": 16}, "no place for int8 weights in groups of 16"),
         ({"scheme": "fp8", "inputs": "float"}, "no place for fp8 weights by channel"),
-        ({"scheme": "int8", "cache": "int8"}, "no int8 cache, but an fp8 one"),
+        ({"scheme": "int8", "cache": "int8"}, "no int8 cache, only an fp8 cache"),
     ],
 )
 def test_what_the_layout_cannot_say(options: dict[str, Any], message: str, tmp_path: Path) -> None:

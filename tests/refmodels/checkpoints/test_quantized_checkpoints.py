@@ -211,7 +211,7 @@ def test_layouts_are_inverses(layout: str, name: str) -> None:
     if linear.pre_quant_scale:
         constants["pre_quant_scale"] = torch.rand(64) + 0.5
     if name not in PLACES[layout]:
-        with pytest.raises(refmodels.LogitLockError, match=f"{storage.layout} has no place for"):
+        with pytest.raises(refmodels.LogitLockError, match=f"{storage.layout} cannot store"):
             storage.encode(weight, linear, constants)
         return
     stored = storage.encode(weight, linear, constants)
