@@ -349,11 +349,11 @@ def test_tensors_that_do_not_fit(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "smoothquant"}, "no place for int8 weights by channel, int8 inputs by token"),
-        ({"scheme": "int4", "symmetric": False}, "no place for int4 weights in groups of 32 with zero points"),
-        ({"scheme": "int4", "group": 0}, "no place for int4 weights by channel"),
-        ({"scheme": "int8", "group": 16}, "no place for int8 weights in groups of 16"),
-        ({"scheme": "fp8", "inputs": "float"}, "no place for fp8 weights by channel"),
+        ({"scheme": "smoothquant"}, "cannot store int8 weights by channel, int8 inputs by token"),
+        ({"scheme": "int4", "symmetric": False}, "cannot store int4 weights in groups of 32 with zero points"),
+        ({"scheme": "int4", "group": 0}, "cannot store int4 weights by channel"),
+        ({"scheme": "int8", "group": 16}, "cannot store int8 weights in groups of 16"),
+        ({"scheme": "fp8", "inputs": "float"}, "cannot store fp8 weights by channel"),
         ({"scheme": "int8", "cache": "int8"}, "no int8 cache, only an fp8 cache"),
     ],
 )
