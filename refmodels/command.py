@@ -1,4 +1,4 @@
-"""The frame of every command line: its verbs and their help, its exit codes, its one-line errors."""
+"""The common part of every command line: its verbs and their help, its exit codes, its one-line errors."""
 
 from __future__ import annotations
 
