@@ -184,7 +184,7 @@ def test_pickled_code_is_not_run(legacy: bool, tmp_path: Path) -> None:
     write_model(tmp_path, config, tensors, "bin")
     content: dict[str, object] = {**tensors, "payload": Payload()}
     torch.save(content, tmp_path / "pytorch_model.bin", pickle_protocol=2, _use_new_zipfile_serialization=not legacy)
-    assert "never executed" in refusal(tmp_path)
+    assert "LogitLock never executes" in refusal(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(), protocol=2))
     assert "pytorch_model.bin" in refusal(tmp_path)
     assert not Payload.ran

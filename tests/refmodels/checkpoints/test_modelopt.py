@@ -366,7 +366,7 @@ def test_what_the_layout_cannot_say(options: dict[str, Any], message: str, tmp_p
 def test_scales_that_the_layout_cannot_say() -> None:
     storage = Storage(layout="modelopt")
     linear = FORMATS["fp8"]["mlp.out"]
-    with pytest.raises(refmodels.LogitLockError, match="one scale a weight"):
+    with pytest.raises(refmodels.LogitLockError, match="one scale per weight"):
         storage.encode(quantize_weight(torch.randn(4, 8), linear), linear, {"input_scale": torch.ones(())})
     with pytest.raises(refmodels.LogitLockError, match="one scale for all heads"):
         storage.encode_cache(torch.tensor([1.0, 2.0]))
