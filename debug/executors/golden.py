@@ -41,19 +41,62 @@ class GoldenEngine(Engine):
     def __init__(self, directory: Path | str, dtype: str = "fp32", *, decode: bool = False) -> None:
         self.case = read_case(Path(directory), dtype)
         meta, expected = self.case.meta, self.case.expected
-        self.spec = resolve(self.case.directory, variant=meta.get("variant")).spec
+        self.spec = resolve(self.case.directory, variant=self.case.variant).spec
         self.max_positions = self.spec.max_positions
         self.dtype, self.device = DTYPES[dtype], torch.device("cpu")
         self._axes = CacheAxes("".join(past_layout(meta, self.spec)))
+        self._check_parts()
         ids = self.case.inputs["input_ids"]
         mask = self.case.inputs.get("attention_mask", torch.ones_like(ids))
-        upstream = meta.get("upstream") or {}
+        upstream = meta.get("upstream")
+        upstream = upstream if isinstance(upstream, dict) else {}
         self.arithmetic = f"recorded from {upstream.get('class', 'upstream code')} in {dtype}"
         self.prompts = Prompts(ids=ids, mask=mask, origin=f"those of {self.case.directory.resolve().name}")
         self.decode_ids = self.case.inputs.get("decode_ids")
         self.steps = expected["decode_logits"].shape[1] if "decode_logits" in expected else 0
         self._taps = dict(self._recorded(ids.shape[1]))
         self.tap_names = ("logits",) if decode else tuple(n for n in tap_names(self.spec) if n in self._taps)
+
+    def _check_parts(self) -> None:
+        """Raise where a tensor is none that a case has, or has not the shape that the model gives it."""
+        ids = self.case.inputs["input_ids"]
+        if ids.ndim != 2 or not ids.numel():
+            raise self._misshapen("input_ids", ids, "[batch, tokens]")
+        outside = (ids < 0) | (ids >= self.spec.vocab_size)
+        if bool(outside.any()):
+            raise LogitLockError(
+                f"{self.case.directory} has the token id {int(ids[outside][0])}, outside the vocabulary of "
+                f"{self.spec.vocab_size} ids"
+            )
+        batch, tokens = ids.shape
+        a, layers = self.spec.attention, self.spec.layers
+        least = tokens if a.window is None else min(a.window - 1, tokens)
+        wide = {"logits": self.spec.vocab_size, "final_norm": self.spec.hidden_size}
+        wide |= {f"hidden_states.{i}": self.spec.hidden_size for i in range(layers + 1)}
+        caches = {f"past.{i}.{part}" for i in range(layers) for part in ("key", "value")}
+        for name, tensor in self.case.expected.items():
+            shape = tuple(tensor.shape)
+            if name in wide:
+                good, wanted = shape == (batch, tokens, wide[name]), f"[{batch}, {tokens}, {wide[name]}]"
+            elif name in caches:
+                b, h, s, d = self._axes.to_ours(tensor).shape if tensor.ndim == 4 else (0, 0, 0, 0)
+                good = (b, h, d) == (batch, a.kv_heads, a.head_dim) and least <= s <= tokens
+                wanted = (
+                    f"{batch} rows, {a.kv_heads} heads, {tokens} slots and head_dim {a.head_dim} as past_layout says"
+                )
+            elif name == "decode_logits":
+                good = tensor.ndim == 3 and (shape[0], shape[2]) == (batch, self.spec.vocab_size)
+                wanted = f"[{batch}, steps, {self.spec.vocab_size}]"
+            elif name == "uncached_logits" or name in ("position_ids", "decode_position_ids"):
+                continue
+            else:
+                raise LogitLockError(f"{self.case.directory / self.case.file} has the tensor {name}, which no case has")
+            if not good:
+                raise self._misshapen(name, tensor, wanted)
+
+    def _misshapen(self, name: str, tensor: Tensor, wanted: str) -> LogitLockError:
+        file = self.case.directory / self.case.file
+        return LogitLockError(f"{file}: {name} has the shape {list(tensor.shape)}; it must be {wanted}")
 
     def _recorded(self, tokens: int) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the prefill by tap; cache tensors as [batch, kv_heads, slots, head_dim]."""

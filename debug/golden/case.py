@@ -32,6 +32,14 @@ class GoldenCase:
     expected: dict[str, Tensor]
     file: str
 
+    @property
+    def variant(self) -> dict[str, Any] | None:
+        """What no config key says; raises LogitLockError where it is no object."""
+        variant = self.meta.get("variant")
+        if variant is not None and not isinstance(variant, dict):
+            raise LogitLockError(f"{self.directory / 'meta.json'}: variant is {variant!r}; it must be an object")
+        return variant
+
 
 def read_case(directory: Path, dtype: str) -> GoldenCase:
     """Read the files of a case and check that the tensors needed are there."""
@@ -74,7 +82,7 @@ def past_layout(meta: Mapping[str, Any], spec: ModelSpec) -> tuple[str, str, str
         return ("B", "S", "H", "D") if spec.variant == "qwen" else ("B", "H", "S", "D")
     found = re.match(r"\[([^\]]*)\]", str(text))
     axes = [re.sub(r"\(.*?\)", "", part).strip() for part in found[1].split(",")] if found else []
-    if len(axes) != 4 or "B" not in axes or "S" not in axes:
+    if len(axes) != 4 or axes.count("B") != 1 or axes.count("S") != 1:
         raise LogitLockError(
             f"meta.json: past_layout {text!r} is not understood; it must begin like '[B, heads, S, head_dim]'"
         )

@@ -81,13 +81,10 @@ def verify_case(directory: str | Path, *, dtype: str = "fp32", atol: float | Non
     """
     add_up_as_recorded()
     case = read_case(Path(directory), dtype)
-    variant = case.meta.get("variant")
-    if variant is not None and not isinstance(variant, dict):
-        raise LogitLockError(f"{case.directory / 'meta.json'}: variant is {variant!r}; it must be an object")
     # In half precision the order of summation, and so the last bit, depends on the number of threads.
     threads = None if dtype == "fp32" else case.meta.get("threads")
     with _threads(threads), torch.inference_mode():
-        model = load(case.directory, dtype=DTYPES[dtype], numerics="upstream", variant=variant)
+        model = load(case.directory, dtype=DTYPES[dtype], numerics="upstream", variant=case.variant)
         found = _CaseComparison(case, model, dtype, atol).result()
         if dtype != "fp16" or found.passed:
             return found
