@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from debug.command import VERBS
 from refmodels.lazy import declared, public_names
 from tests.support.code_blocks import Block, blocks, blocks_in
 from tests.support.paths import ROOT
@@ -84,6 +85,47 @@ def test_a_name_is_imported_when_it_is_asked_for(tmp_path: Path) -> None:
         sample.absent  # noqa: B018
     with pytest.raises(AttributeError, match=r"module 'sample' has no attribute 'path'"):
         sample.path  # noqa: B018
+
+
+# Command lines
+
+
+def taken_from_command_lines(tree: ast.AST) -> list[str]:
+    """The modules `cli` of our packages that code imports, and what it imports from them."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in found if re.match(rf"({'|'.join(PACKAGES)})\.(\w+\.)*cli\b", name)]
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "docs", "examples", "notebooks", "benchmarks", "tests"])
+def test_command_lines_have_no_library_functions(folder: str) -> None:
+    """Only `python -m` imports a module of verbs; `logitlock` does so by VERBS, and tests of verbs call the verbs."""
+    verbs = {f"{verb.module}.{verb.function}" for verb in VERBS.values()}
+    for path in (ROOT / folder).rglob("*.py"):
+        found = set(taken_from_command_lines(ast.parse(path.read_text(encoding="utf-8"))))
+        whole = {name for name in found if name.endswith(".cli")}
+        allowed = verbs | whole if folder == "tests" else verbs if path.name == "__main__.py" else set()
+        assert found <= allowed, path
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        (
+            "def f():\n    from trt_runtime.cli import prompt_ids, generate",
+            ["trt_runtime.cli.prompt_ids", "trt_runtime.cli.generate"],
+        ),
+        ("import debug.evaluate.cli as c", ["debug.evaluate.cli"]),
+        ("from refmodels import cli, load", ["refmodels.cli"]),
+        ("from cli import page\nimport exporter.cli, debug.clip\nfrom . import cli", []),
+    ],
+)
+def test_the_check_of_command_lines_sees(code: str, found: list[str]) -> None:
+    assert taken_from_command_lines(ast.parse(code)) == found
 
 
 # What is written for users
