@@ -88,6 +88,7 @@ def test_export_keeps_what_the_plan_says(attention: str, tmp_path: Path) -> None
     assert errors[0] < errors[1]
 
 
+@pytest.mark.tensorrt
 def test_a_plan_builds_in_tensorrt(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     write_plan(PrecisionPlan(precision="bf16", float32=["blocks.0.mlp.up", "logits"]), tmp_path / "plan.json")

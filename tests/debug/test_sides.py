@@ -27,6 +27,7 @@ def broken(clean: Path) -> Path:
     return mutate.mutated(clean, clean.parent / "broken", mutate.attention_scale("blocks.1.attn", 2.0))
 
 
+@pytest.mark.slow
 def test_both_sides_are_judged(clean: Path, broken: Path) -> None:
     result = diff("reference:bf16", str(broken), model=MODEL, steps=2)
     assert result.verdict == "diverged" and result.first_wrong_tap == "blocks.1.attn.context"
@@ -106,6 +107,7 @@ def test_bad_input(clean: Path, tmp_path: Path) -> None:
         diff("reference", str(clean))
 
 
+@pytest.mark.slow
 def test_a_wrong_stop_id(tmp_path: Path) -> None:
     """No tensor shows it: the engine is right and answers go on for ever."""
     bundle = export_model("qwen", precision="fp32", output=tmp_path / "b")
@@ -135,6 +137,7 @@ def test_library_use(clean: Path, broken: Path) -> None:
         diff(model=MODEL)
 
 
+@pytest.mark.slow
 def test_modules_by_themselves(clean: Path, broken: Path) -> None:
     """The engine's modules on the reference's tensors: only the broken one is off, whatever comes before it."""
     right, wrong = (diff("reference", str(b), model=MODEL, steps=1, cut=True) for b in (clean, broken))

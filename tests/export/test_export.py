@@ -31,7 +31,7 @@ from refmodels.recorder import Recorder, recording
 from refmodels.taps import tap_names, tap_shape
 from tests.support.checkpoints import read_case, write_model
 from tests.support.command import logitlock
-from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, source_of
+from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, slow_but_features, source_of
 from tests.support.graph_runs import TOLERANCE, Evaluator, Runtime, to_numpy, to_torch, worst_on_walk
 from tests.support.paths import GOLDENS
 from trt_runtime.bundle import read_bundle
@@ -39,7 +39,7 @@ from trt_runtime.bundle import read_bundle
 pytestmark = needs_opset_24
 
 
-@pytest.mark.parametrize("case", [*CASES, *TOYS])
+@pytest.mark.parametrize("case", slow_but_features([*CASES, *TOYS]))
 def test_every_runtime_agrees_with_the_reference(case: str, tmp_path: Path) -> None:
     source = source_of(case)
     plugin = export_model(source, precision="fp32", output=tmp_path / "plugin")
@@ -74,6 +74,7 @@ def test_taps_are_values_of_the_graph(case: str, tmp_path: Path) -> None:
             assert float((values[name] - expected).abs().max()) <= 2 * TOLERANCE * scale, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerics", ["exact", "upstream"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("case", FEATURES)

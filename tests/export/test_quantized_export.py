@@ -128,6 +128,7 @@ def distance(first: list[Tensor], second: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 8])
 @pytest.mark.parametrize("case", [*FEATURES, *TOYS])
 def test_onnx_runtime_computes_what_the_reference_does(case: str, start: int, tmp_path: Path) -> None:
@@ -343,6 +344,8 @@ def test_a_norm_gives_codes_to_whom_wants_them() -> None:
 # TensorRT
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(7))
 def test_plans_keep_codes(number: int, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")

@@ -85,6 +85,7 @@ def test_help_does_not_import_torch() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["debug", "export", "trt_runtime", "refmodels"])
 def test_each_package_is_a_command(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
@@ -100,6 +101,7 @@ def test_unknown_words() -> None:
 # Good input: one JSON document on stdout
 
 
+@pytest.mark.slow
 def test_json_documents(bundle: Path, tmp_path: Path) -> None:
     families = json.loads(logitlock("models", "--json").out)
     assert {"chatglm2", "baichuan", "qwen", "gpt"} <= {row["name"] for row in families["families"]}

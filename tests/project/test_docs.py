@@ -50,6 +50,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_code_runs(path: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workshop)
@@ -134,6 +135,7 @@ def test_few_blocks_are_left_out() -> None:
     assert len(left_out) <= 8 and len(all_) > 2 * len(left_out), [str(b) for b in left_out]
 
 
+@pytest.mark.slow
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],

@@ -23,6 +23,7 @@ def _scaled_gate(model: nn.Module) -> None:
     model.model.layers[1].mlp.gate_proj.weight.data.mul_(1.5)  # type: ignore[union-attr, operator, index]
 
 
+@pytest.mark.slow
 def test_aligns_a_foreign_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from align_onnx import align
 

@@ -235,6 +235,7 @@ def test_the_check_of_third_parties_sees(code: str, found: set[str]) -> None:
     assert third_party(ast.parse(code)) == found
 
 
+@pytest.mark.slow
 def test_refmodels_imports_without_the_other_libraries() -> None:
     """Not only by reading: import it where everything but torch and its needs is out of reach."""
     code = (

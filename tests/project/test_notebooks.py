@@ -19,6 +19,7 @@ WORDS_A_MINUTE, LINES_A_MINUTE = 200, 50
 """How fast prose and code are read by somebody who wants to follow."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
 def test_runs_top_to_bottom(path: Path) -> None:
     again = execute(path)

@@ -147,6 +147,7 @@ def test_a_directory_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["b"] and os.listdir(output) == ["theirs"]
 
 
+@pytest.mark.slow
 def test_temporaries_of_killed_runs_are_removed(tmp_path: Path) -> None:
     code = (
         "import os, sys, pathlib; from refmodels.files import write_directory, write_file\n"
@@ -186,6 +187,7 @@ def frame(what: str, tail: str = "", **environment: str) -> subprocess.Completed
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, timeout=60, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "code", "said"),
     [
@@ -199,21 +201,25 @@ def test_what_the_system_refuses_is_bad_input(what: str, code: int, said: str) -
     assert (done.returncode, done.stderr) == (code, said)
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone() -> None:
     done = frame("print", '| head -c 1; exit "${PIPESTATUS[0]}"')
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_a_full_output() -> None:
     done = frame("print", "> /dev/full")
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_text_that_the_output_cannot_show_is_escaped() -> None:
     done = frame("print", "--count 1", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, "\\u4e16\n")
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback() -> None:
     done = frame("bug")
     assert done.returncode == 1 and "KeyError: 'bug'" in done.stderr

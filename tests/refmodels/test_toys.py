@@ -47,6 +47,7 @@ def test_examples_are_these_on_every_machine() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_held_out_examples_were_never_trained(task: str) -> None:
     held_out = {e.prompt for e in toy_examples(task, split="held_out", count=300, seed=0)}
@@ -90,6 +91,7 @@ def test_answers_are_right() -> None:
             assert example.answer.split() == order(example.prompt.split()[1:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
 def test_bundled_files_are_what_the_script_writes(name: str) -> None:
     folder = toy_path(name)
@@ -133,6 +135,7 @@ def test_tokenizer_reads_digits_and_characters_one_by_one(
             assert split == tokenizer.encode(text), "the answer must be the same tokens with and without the prompt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
 def test_toy_solves_every_task(toys: dict[str, tuple[Decoder, Tokenizer]], name: str) -> None:
     model, tokenizer = toys[name]
@@ -164,6 +167,7 @@ def test_training_sees_what_decoding_sees(toys: dict[str, tuple[Decoder, Tokeniz
     assert (predicted == batch.targets)[supervised].float().mean() >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
 def test_training_is_reproducible_and_learns(toys: dict[str, tuple[Decoder, Tokenizer]], name: str) -> None:
     model, tokenizer = toys[name]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,11 @@ FEATURES = ("qwen_ntk_cross_b1", "baichuan_13b", "chatglm2", "starcoder2_sliding
 """One case for each feature: dynamic NTK and logn over the crossing; ALiBi; interleaved partial rope with few kv heads;
 sliding window with grouped heads; learned positions with one kv head; learned positions with a tied head."""
 TOYS = ("toy:chatglm2", "toy:baichuan", "toy:qwen", "toy:gpt")
+
+
+def slow_but_features(cases: Iterable[str]) -> list[Any]:
+    """Parameters of a test that takes long over all cases: the quick tests take one case for each feature."""
+    return [case if case in FEATURES else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def case_source(case: str) -> refmodels.ModelSource:

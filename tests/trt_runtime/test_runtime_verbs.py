@@ -77,6 +77,7 @@ def test_prompts_of_a_file_run_as_a_batch(toy_bundle: Path, tmp_path: Path, comm
     assert (code, out) == (0, f"> {MOUNTAIN}\n乔戈里峰\n> 12+35=\n47\n")
 
 
+@pytest.mark.slow
 def test_sampling_options_reach_the_engine(toy_bundle: Path, command: Command) -> None:
     def tokens(*options: object) -> Any:
         arguments = ["--bundle", toy_bundle, "--prompt", "Once", "--json", "--max-new-tokens", 12, *options]
@@ -186,6 +187,7 @@ def test_inspect(toy_bundle: Path, command: Command) -> None:
     assert code == 2 and "not a bundle" in err and out == ""
 
 
+@pytest.mark.slow
 def test_package_command(toy_bundle: Path) -> None:
     for arguments in (["generate", "--help"], ["inspect", "--help"]):
         done = subprocess.run([sys.executable, "-m", "trt_runtime", *arguments], capture_output=True, text=True)

@@ -23,6 +23,7 @@ from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 CASES = ["gpt2", "qwen_ntk"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_same_result_as_in_memory(case: str, tmp_path: Path) -> None:
     source = case_source(case)

@@ -28,6 +28,7 @@ def engine_of(case: str, dtype: torch.dtype = torch.bfloat16) -> TorchEngine:
     return TorchEngine(refmodels.load(case_source(case), dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen_ntk", "baichuan_13b", "gpt2"])
 def test_a_trace_is_the_capture(case: str, tmp_path: Path) -> None:
     engine = engine_of(case)

@@ -42,6 +42,7 @@ def test_modules_alone_give_what_they_give_in_the_decoder(case: str) -> None:
         mask = torch.ones_like(ids)
 
 
+@pytest.mark.slow
 def test_no_fault_is_the_right_thing() -> None:
     """Every variant of every fault changes something somewhere: none is the module as it should be."""
     seen: Counter[str] = Counter()
@@ -77,6 +78,7 @@ def mutants() -> list[Mutant]:
     return [mutant for model in MODELS for mutant in run(model, "fp16", seed=1)]
 
 
+@pytest.mark.slow
 def test_planted_faults_are_found_and_named(mutants: list[Mutant]) -> None:
     found = rates(mutants)
     missed = [f"{m.model}: {m.mutation} -> {m.first_tap}, {m.first_diagnosis}" for m in mutants if not m.name]
@@ -84,6 +86,7 @@ def test_planted_faults_are_found_and_named(mutants: list[Mutant]) -> None:
     assert len(mutants) > 200
 
 
+@pytest.mark.slow
 def test_no_mutant_is_blamed_on_another_tap(mutants: list[Mutant]) -> None:
     """A fault may stay below the noise of fp16; it must not be blamed on something else."""
     assert [m for m in mutants if m.first_tap not in (None, m.planted)] == []

@@ -68,6 +68,7 @@ def engine_of(bundle: Path) -> OnnxRuntimeEngine:
 # Clean engines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("case", CLEAN)
 def test_clean_engines_give_no_alarm(case: str, precision: str, bundles: Bundles) -> None:
@@ -157,6 +158,7 @@ FAULTS: dict[str, tuple[str, str, mutate.Fault, list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault(name: str, bundles: Bundles, tmp_path: Path) -> None:
     case, precision, fault, wrong = FAULTS[name]
@@ -289,6 +291,7 @@ def test_default_prompts_pass_the_lengths_that_matter() -> None:
     assert left_padded([[5], [6, 7, 8]], "").mask.tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
+@pytest.mark.slow
 def test_command(bundles: Bundles, tmp_path: Path) -> None:
     bundle = bundles("qwen", "fp16")
     options = ("--model", GOLDENS / "qwen", "--bundle", bundle)

@@ -53,6 +53,7 @@ def exported(directory: Path, dtype: str, options: dict[str, Any], model: str = 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_bundles_are_aligned(name: str, tmp_path: Path) -> None:
     result = diff_bundle(exported(tmp_path, *RIGHT[name]), MODEL, steps=4)
@@ -98,6 +99,7 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(tmp_path_factory.mktemp("int4"), "fp16", options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_faults_are_named(name: str, int4: Path, tmp_path: Path) -> None:
     initializer, change, expected = PLANTED[name]
@@ -139,6 +141,7 @@ def test_a_pre_quant_scale_that_is_ignored_is_named(tmp_path: Path) -> None:
     assert "pre-quant scale ignored" in [d.fault for d in result.culprits[0].diagnosis]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["key", "value"])
 def test_a_wrong_scale_of_the_cache_is_found(part: str, tmp_path: Path) -> None:
     bundle = exported(tmp_path, "fp32", {"scheme": None, "cache": "int8"})
@@ -155,6 +158,7 @@ def test_every_fault_of_codes_is_planted() -> None:
 # The model before quantization as the reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int4-awq", "int4-gptq", "smoothquant"])
 def test_what_codes_cost_shows_at_their_layers_only(scheme: str, tmp_path: Path) -> None:
     options = {"scheme": scheme, "group": 16 if "int4" in scheme else None}

@@ -114,6 +114,7 @@ def test_agreement() -> None:
 # ROUGE
 
 
+@pytest.mark.slow
 def test_rouge_of_chinese_by_hand() -> None:
     assert CharacterTokenizer().tokenize("小明，周一 in ＰＡＲＩＳ 2x。") == [*"小明周一", "in", "paris", "2x"]
     found = rouge(["小明在学校"], ["小明在公园"])
@@ -220,6 +221,7 @@ def test_nan_is_an_error() -> None:
 # Answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["starcoder2_sliding", "gpt2"])
 def test_transformers_answers_as_the_reference(case: str) -> None:
     """Rows of different lengths; a model that counts slots takes one at a time."""
@@ -338,6 +340,7 @@ def test_perplexity_is_that_of_the_whole_text(tmp_path: Path) -> None:
         assert found.perplexity == pytest.approx(float(expected), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_worse_bundle_is_over_budget(worse: Path, bundle: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     tasks = ("--tasks", "addition", "--tasks", "summary")

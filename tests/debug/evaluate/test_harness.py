@@ -120,6 +120,7 @@ def local_task(name: str, rows: list[dict[str, Any]], **config: Any) -> Any:
     return ConfigurableTask(config={"task": name, "test_split": "test", "custom_dataset": lambda **_: data, **config})
 
 
+@pytest.mark.slow
 def test_the_harness_runs_local_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One task of each kind of request, through the harness, on a bundle; the answers of the toy's tasks are right."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -39,6 +39,7 @@ pytest.importorskip("transformers")
 EXPORTED = ["gpt2", "gpt_bigcode", "gpt_bigcode_mha_b1", "starcoder2", "qwen2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EXPORTED)
 def test_every_tap_is_found(case: str, exported: Callable[..., Path], tmp_path: Path) -> None:
     spec = case_source(case).spec
@@ -95,6 +96,7 @@ FAULTS: dict[str, tuple[foreign.Change, list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_map_of_a_faulty_graph_finds_the_fault(name: str, exported: Callable[..., Path], tmp_path: Path) -> None:
     change, wrong = FAULTS[name]
@@ -121,6 +123,7 @@ def test_a_graph_without_a_cache(exported: Callable[..., Path]) -> None:
     assert not disagreements(engine, upstream, right_padded("qwen2"))
 
 
+@pytest.mark.slow
 def test_a_graph_for_one_row(exported: Callable[..., Path]) -> None:
     for options in ({}, {"cached": False}):
         _, engine = proposed(exported("gpt2", batch=1, **options), "gpt2")
@@ -227,6 +230,7 @@ def test_sources() -> None:
         Source(value="heads").read(tensors, 2, 3)
 
 
+@pytest.mark.slow
 def test_a_graph_in_half_precision(tmp_path: Path) -> None:
     path = foreign.export(foreign.huggingface("qwen2").half(), tmp_path / "half.onnx")
     proposal, engine = proposed(path, "qwen2")

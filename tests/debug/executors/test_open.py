@@ -18,6 +18,7 @@ from tests.support.goldens import GOLDENS, case_source
 pytest.importorskip("transformers")
 
 
+@pytest.mark.slow
 def test_every_form_opens(exported: Callable[..., Path], tmp_path: Path) -> None:
     source = case_source("qwen2")
     export_model(source, precision="fp16", output=tmp_path / "bundle")

@@ -428,6 +428,7 @@ def browse(page: Path, profile: Path, *flags: str) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_in_a_browser(diverged: DiffResult, drifted: DriftResult, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
@@ -448,6 +449,7 @@ def test_in_a_browser(diverged: DiffResult, drifted: DriftResult, tmp_path: Path
         assert console == [] and struct.unpack(">II", content[16:24]) == (width, 2000) and len(content) > 50_000
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_the_browser_keeps_other_scripts_out(aligned: DiffResult, tmp_path: Path) -> None:
     """The policy in the page holds even if a value were not escaped."""

@@ -23,7 +23,7 @@ from refmodels.dtypes import DTYPES
 from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
 from refmodels.taps import tap_names
-from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, source_of
+from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, slow_but_features, source_of
 from tests.support.graph_runs import TOLERANCE, Evaluator, Runtime, worst_on_walk
 from tests.support.mutate import mutated
 from tests.support.native_plan import FUSED, check_plan
@@ -37,7 +37,7 @@ MODELS = [case for case in CASES if case.removesuffix("_b1") == case or case.rem
 
 
 @needs_opset_24
-@pytest.mark.parametrize("case", [*MODELS, *TOYS])
+@pytest.mark.parametrize("case", slow_but_features([*MODELS, *TOYS]))
 def test_every_runtime_agrees_with_the_reference(case: str, tmp_path: Path) -> None:
     source = source_of(case)
     bundle = export_model(source, precision="fp32", attention="native", output=tmp_path / "bundle")
@@ -78,6 +78,7 @@ class Engine:
         return {"logits": self.engine.run(step, cache)}
 
 
+@pytest.mark.slow
 @needs_opset_24
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("case", FEATURES)
@@ -150,6 +151,8 @@ def plan_of(
     return Counter(network.get_layer(i).type.name for i in range(network.num_layers)), result.layers.layers
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "precision"),
     [*((case, "fp16") for case in (*FEATURES, *TOYS)), *((case, "bf16") for case in TOYS), ("baichuan_13b", "bf16")],
@@ -160,6 +163,8 @@ def test_tensorrt_fuses_attention_and_updates_caches_in_place(case: str, precisi
     check_plan(source.spec, *plan_of(source.spec, bundle), kernels=FUSED)
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["toy:qwen", "baichuan_13b"])
 def test_tensorrt_builds_fp32(case: str, tmp_path: Path) -> None:
     """Its prefill has no fused kernel in fp32."""
@@ -175,6 +180,8 @@ def without_plugins(model: onnx.ModelProto) -> None:
         node.attribute.extend(kept)
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen_ntk_cross_b1", "baichuan_13b", "starcoder2_sliding"])
 def test_tensorrt_builds_the_bodies_of_plugin_nodes(case: str, tmp_path: Path) -> None:
     source = source_of(case)
@@ -198,6 +205,8 @@ def by_its_body(model: onnx.ModelProto) -> None:
             setattr(named, field, "MyAttention")
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "message"), [(unmasked, "query, key, value and mask"), (by_its_body, "0 == 2")])
 def test_the_check_of_a_plan_sees(fault: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path) -> None:
     source = source_of("chatglm2")

@@ -22,6 +22,8 @@ from tests.support.network_interpreter import TOLERANCE, Interpreter, random_ste
 from trt_runtime.tensorrt.api import LOGGER, trt
 from trt_runtime.tensorrt.plugins import raise_failure, register_plugins
 
+pytestmark = pytest.mark.tensorrt
+
 SLOTS = 48
 
 
@@ -38,6 +40,7 @@ def outputs_of(bundle: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return Interpreter(network, wide=True).run(inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["plugin", "native", "decomposed"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("case", FEATURES)

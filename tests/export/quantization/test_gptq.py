@@ -62,6 +62,7 @@ def test_gptq_is_optimal_brain_quantization_in_a_fixed_order(linear: LinearForma
         assert torch.equal(other.codes.float(), result.weight.codes.float()), f"block {block}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "linear"),
     [*((name, INT4) for name in TOYS), ("gpt", FORMATS["int4 zero points"]), ("chatglm2", FORMATS["int8 rows"])],

@@ -180,6 +180,7 @@ def divergence(name: str, made: Decoder) -> float:
     return total / tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
 def test_methods_bring_a_whole_toy_nearer_than_rounding(name: str) -> None:
     kl = {}
@@ -202,6 +203,7 @@ def test_methods_bring_a_whole_toy_nearer_than_rounding(name: str) -> None:
     assert kl["awq"] < kl["rtn"] and kl["gptq"] < kl["rtn"], kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [None, 32])
 @pytest.mark.parametrize("name", TOYS)
 def test_gptq_with_clipped_scales_has_less_error(name: str, group: int | None) -> None:
@@ -235,6 +237,7 @@ def test_clipped_gptq_takes_the_better_of_every_row(linear: LinearFormat) -> Non
         assert torch.equal(_gptq(weight, hessian, coded, options).codes, found.codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen", "gpt"])
 def test_smoothquant_folds_and_static_scales_follow(name: str) -> None:
     static = LinearFormat(weight="int8", input="int8", input_scale="tensor")

@@ -75,6 +75,7 @@ def their_arguments(linear: LinearFormat) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", FORMATS.values(), ids=FORMATS.keys())
 def test_compressed_tensors_rounds_packs_and_reads_as_we_do(linear: LinearFormat) -> None:
     arguments = their_arguments(linear)

@@ -132,6 +132,8 @@ def check_taps(layers: list[Layer], model: onnx.ModelProto) -> None:
     assert all(layer.taps for layer in layers), "every layer maps to a tap, by itself or by who reads it"
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "attention", "precision"), BUILDS)
 def test_an_engine_is_what_the_graph_says(
     case: str, attention: AttentionMode, precision: Precision, tmp_path: Path
@@ -180,6 +182,8 @@ def out_of_place(layer: Layer) -> list[Layer]:
     return [replace(layer, inputs=[t for t in layer.inputs if not is_cache_tap(t.name)])]
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "change", "message"),
     [
@@ -228,6 +232,7 @@ def another_shape(model: onnx.ModelProto) -> None:
     attribute(node(model, "blocks.0.attn.context"), "perm").ints[:] = [0, 1, 2, 3]
 
 
+@pytest.mark.tensorrt
 @pytest.mark.parametrize(
     ("attention", "fault", "message"),
     [
@@ -254,6 +259,7 @@ def test_what_tensorrt_cannot_take_is_one_clear_error(
     assert not (tmp_path / "b" / "engine.plan").exists()
 
 
+@pytest.mark.tensorrt
 def test_what_the_builder_refuses_is_one_clear_error(tmp_path: Path) -> None:
     """Prefill in fp32 has no fused kernel, and without leave to decompose it there is none."""
     fault = give("TRT_Attention", "TRT_decomposable", 0)
@@ -262,6 +268,7 @@ def test_what_the_builder_refuses_is_one_clear_error(tmp_path: Path) -> None:
     assert not (tmp_path / "b" / "engine.plan").exists()
 
 
+@pytest.mark.tensorrt
 def test_a_plugin_node_that_becomes_no_plugin_is_an_error(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, _, _ = built("plugin")
     monkeypatch.setattr(tensorrt_build.trt.LayerType, "PLUGIN_V3", tensorrt_build.trt.LayerType.PLUGIN_V2)
@@ -269,6 +276,7 @@ def test_a_plugin_node_that_becomes_no_plugin_is_an_error(built: Any, monkeypatc
         build_plan(directory, source_of("chatglm2").spec, options=OPTIONS)
 
 
+@pytest.mark.tensorrt
 def test_another_logger_would_hide_warnings(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, _, _ = built("decomposed")
     monkeypatch.setattr(type(LOGGER), "log", lambda self, severity, message: None)
@@ -276,6 +284,7 @@ def test_another_logger_would_hide_warnings(built: Any, monkeypatch: pytest.Monk
         build_plan(directory, source_of("chatglm2").spec, options=OPTIONS)
 
 
+@pytest.mark.tensorrt
 def test_a_plan_that_cannot_be_written(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, _, _ = built("decomposed")
 
@@ -316,6 +325,7 @@ def test_compute_capabilities() -> None:
             capability_member(wrong)
 
 
+@pytest.mark.tensorrt
 def test_limits_and_options_reach_the_builder(tmp_path: Path) -> None:
     options = BuildOptions(
         max_batch=3, max_input=5, max_seq=24, workspace=64, optimization_level=2, compute_capabilities=("8.9", "12.0")

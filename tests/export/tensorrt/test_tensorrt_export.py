@@ -36,10 +36,11 @@ from trt_runtime.torch_gpu.engine import TorchEngine
 
 CASE = GOLDENS / "qwen2_b1"
 SPEC = resolve(CASE).spec
-builds = pytest.mark.skipif(
-    engine.default_backend(SPEC, attention="plugin", numerics="exact")[0] != "tensorrt",
-    reason="TensorRT cannot build here",
-)
+
+
+def builds(function: Any) -> Any:
+    able = engine.default_backend(SPEC, attention="plugin", numerics="exact")[0] == "tensorrt"
+    return pytest.mark.tensorrt(pytest.mark.skipif(not able, reason="TensorRT cannot build here")(function))
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 @builds
 def test_what_is_in_the_bundle(toy: Path) -> None:
     bundle = read_bundle(toy)
@@ -126,6 +128,7 @@ def test_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         export_model(CASE, precision="fp16", backend="tensorrt", output="never")
 
 
+@pytest.mark.slow
 def test_without_tensorrt_the_default_is_onnxruntime(tmp_path: Path) -> None:
     """A package that cannot be imported is as one that is not installed."""
     code = (
@@ -242,6 +245,7 @@ def test_random_weights_from_a_config_alone(tmp_path: Path) -> None:
     assert logits.isfinite().all() and 0.001 < float(logits.std()) < 10
 
 
+@pytest.mark.slow
 @builds
 @pytest.mark.parametrize("attention", ["plugin", "native"])
 @pytest.mark.parametrize("stop", [0, 100, 500, 800, 833])
@@ -331,6 +335,7 @@ runpy.run_module("export", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow
 @builds
 @pytest.mark.parametrize("wait", [0.0, 1.5])
 def test_ctrl_c_ends_an_export_within_seconds_and_leaves_nothing(wait: float, tmp_path: Path) -> None:

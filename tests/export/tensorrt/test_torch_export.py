@@ -66,6 +66,7 @@ def fixed_graph(spec: ModelSpec, precision: Any) -> onnx.ModelProto:
 # torch.export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FEATURES)
 def test_the_exported_program_is_the_reference(case: str) -> None:
     """Bit for bit, in shapes unlike those of the export: a prompt with padding, one token, a chunk."""
@@ -143,6 +144,8 @@ def convert(site: Path, directory: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "precision", "taps"), JOBS, ids=NAMES)
 def test_the_plan(case: str, precision: str, taps: bool, converted: Path) -> None:
     """Names and shapes of the graph, two profiles, fused attention, caches in place, layers that map to taps."""
@@ -170,6 +173,8 @@ def test_the_plan(case: str, precision: str, taps: bool, converted: Path) -> Non
         assert {tap for layer in plan.layers for tap in layer.taps} == set(tap_names(bundle.spec))
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NAMES)
 def test_weights_are_in_the_plan_once(case: str, converted: Path) -> None:
     """Of the size that they have in the bundle's graph, and not in another type; TensorRT adds some padding."""
@@ -180,6 +185,8 @@ def test_weights_are_in_the_plan_once(case: str, converted: Path) -> None:
         assert stored <= plan.weight_bytes <= 1.01 * stored
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NUMERIC)
 def test_the_network_computes_what_the_reference_does(case: str, converted: Path) -> None:
     outputs, inputs = (torch.load((converted / case).with_suffix(f".{kind}.pt")) for kind in ("outputs", "inputs"))
@@ -189,6 +196,7 @@ def test_the_network_computes_what_the_reference_does(case: str, converted: Path
 # Converters without Torch-TensorRT
 
 
+@pytest.mark.tensorrt
 @pytest.mark.parametrize("weight_in_float", [False, True])
 def test_rms_norm_rounds_where_the_reference_does(weight_in_float: bool) -> None:
     """In fp16, where 1 / sqrt and a division differ by one rounding of fp32 at most: the same fp16 or its neighbour."""
@@ -207,6 +215,8 @@ def test_rms_norm_rounds_where_the_reference_does(weight_in_float: bool) -> None
     assert agree[0] > 0.999 > 0.9 > agree[1], agree
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen_ntk_cross_b1", "baichuan_13b", "chatglm2", "starcoder2_sliding"])
 def test_plugins_are_called_as_in_the_graph(case: str) -> None:
     """On full TensorRT: the inputs and attributes that the nodes of the ONNX graph have, which the plugins parse."""

@@ -130,6 +130,7 @@ def test_a_tied_normalized_head_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ damaged files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "legacy bin", "sharded safetensors", "sharded bin"])
 @DAMAGE
 @given(data=st.data())
@@ -143,6 +144,7 @@ def test_truncated_anywhere(layout: str, data: st.DataObject, tmp_path: Path) ->
     assert "damaged" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "legacy bin"])
 @DAMAGE
 @given(data=st.data())
@@ -372,6 +374,7 @@ def test_hub_models(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert any(pattern.endswith(".bin") for pattern in asked) == layout.endswith("bin")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
 def test_offline(setting: dict[str, str], tmp_path: Path) -> None:
     code = "import refmodels\ntry: refmodels.resolve('owner/name')\nexcept refmodels.LogitLockError as e: print(e)"

@@ -34,6 +34,7 @@ def made(tmp_path: Path, **options: Any) -> Path:
     return quantize_model(source, tmp_path / "q", QuantizeOptions(**options), data=data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

@@ -210,6 +210,7 @@ def test_our_checkpoints_are_read_back(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits, native.step(ids, native.new_cache(batch=1, capacity=12)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen_b1", "chatglm2_b1", "gpt2_b1", "gpt_bigcode_mha_b1", "starcoder2_b1"])
 def test_families(case: str, tmp_path: Path) -> None:
     """Fused, split and [in, out] projections; scales of the cache beside projections that there are not."""

@@ -262,6 +262,7 @@ def tiny(
     return quantize_model(source, output, options, data=data, layout=layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [*SCHEMES, None])
 @pytest.mark.parametrize("case", SMALL)
 def test_every_scheme_and_family(case: str, scheme: str | None, tmp_path: Path) -> None:
@@ -478,6 +479,7 @@ def test_nan_in_calibration_names_the_layer(tmp_path: Path) -> None:
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.slow
 def test_gptq_reports_less_error_than_rounding(tmp_path: Path) -> None:
     source = refmodels.resolve("qwen")
     options = QuantizeOptions(scheme="int4-gptq", group=64, method=MethodOptions(act_order=True))

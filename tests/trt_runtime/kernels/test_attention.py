@@ -297,6 +297,7 @@ def test_position_rows(scheme: tuple[str, ...]) -> None:
         assert torch.equal(made, expected) if wanted else made.isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the GPU runs the small cases itself")
 def test_interpreted() -> None:
     tests = "test_small or splits or test_row_blocks or test_position_rows"

@@ -30,6 +30,7 @@ from trt_runtime.kernels.launch import AttentionShape
 # ---- torch ----
 
 
+@pytest.mark.slow
 def test_registered_beside_the_body() -> None:
     for op in ("refmodels::fused_rms_norm", "refmodels::cached_attention"):
         for key in ("CUDA", "CompositeExplicitAutograd"):

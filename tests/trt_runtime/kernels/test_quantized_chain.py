@@ -263,6 +263,7 @@ def test_the_products_of_a_block(hidden: int, width: int, in_float: bool) -> Non
     check([Product(**packed(48, hidden, 12), **norm, input=numbers(hidden, 2), out=empty(48))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hidden", "width", "blocks"), [(128, 128, 1), (256, 384, 2), (128, 256, 10), (256, 128, 13)])
 def test_the_products_of_a_small_block(library: Path, hidden: int, width: int, blocks: int) -> None:
     """Tiles for many times as many blocks, and fewer."""
@@ -270,11 +271,13 @@ def test_the_products_of_a_small_block(library: Path, hidden: int, width: int, b
     check(products, KernelOnCpu(library, rows=max(hidden, width), blocks=blocks), launches=2)
 
 
+@pytest.mark.slow
 def test_sums_of_many_tiles_wait_for_their_turn(library: Path) -> None:
     product = Product(**packed(640, 128, 1, gated=True), input=numbers(128, 2), out=empty(640))
     check([product], KernelOnCpu(library, rows=640, blocks=1), launches=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [False, True])
 def test_wide_inputs_of_few_rows(library: Path, norm: bool) -> None:
     """Two panels of columns, the second with one group."""
@@ -310,6 +313,7 @@ def test_inputs_of_any_size() -> None:
     check_inputs_of_any_size(ChainRunner(rows=64, device=torch.device("cuda", 0)))
 
 
+@pytest.mark.slow
 def test_small_inputs_of_any_size(library: Path) -> None:
     check_inputs_of_any_size(KernelOnCpu(library, rows=64, blocks=2))
 

@@ -259,6 +259,7 @@ def test_small_finished_sums(kind: torch.dtype) -> None:
         assert torch.equal(out, y)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the GPU runs the small cases itself")
 def test_interpreted() -> None:
     assert f"{2 * len(FORMATS) + 9} passed" in interpreted(__file__, "test_small")

@@ -198,6 +198,7 @@ def test_small_public_calls() -> None:
     assert empty.shape == (0, 4, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the GPU runs the small cases itself")
 def test_interpreted() -> None:
     assert f"{len(SMALL) + 6} passed" in interpreted(__file__, "test_small")

@@ -29,6 +29,7 @@ def run(bundle: Path, *, emulate_rounding: bool = False) -> tuple[Tensor, OnnxRu
     return torch.cat(logits, 1), engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", ["qwen_ntk", "starcoder2"])
 def test_the_same_logits(case: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from export.bundle import export_model
 from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder
 from refmodels.taps import tap_names, tap_width
-from tests.support.goldens import CASES, GOLDENS, case_source, needs_opset_24
+from tests.support.goldens import CASES, GOLDENS, case_source, needs_opset_24, slow_but_features
 from trt_runtime.bundle import read_bundle
 from trt_runtime.generation import GenerationConfig, generate
 from trt_runtime.onnxruntime import engine as onnxruntime_engine
@@ -46,7 +46,7 @@ def reference(case: str) -> TorchEngine:
     return TorchEngine(refmodels.load(case_source(case)))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but_features(CASES))
 def test_goldens(case: str, exported: Exported) -> None:
     engine = OnnxRuntimeEngine(exported(case), threads=1)
     io = load_file(GOLDENS / case / "io.safetensors")

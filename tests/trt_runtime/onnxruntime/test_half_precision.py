@@ -149,6 +149,7 @@ def logits_of(engine: Any, steps: int = 4) -> Tensor:
     return logits.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("case", ["chatglm2", "baichuan2_13b", "qwen_ntk", "qwen2", "gpt2", "starcoder2_sliding"])
 def test_emulation_is_within_two_ulp_of_torch(case: str, precision: str, tmp_path: Path) -> None:

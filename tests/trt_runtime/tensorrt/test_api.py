@@ -128,11 +128,13 @@ def members_known(members: dict[str, list[str]]) -> set[str]:
     return {name for names in members.values() for name in names} - set(MODULES)
 
 
+@pytest.mark.slow
 def test_every_name_exists_in_tensorrt_rtx(rtx: dict[str, list[str]]) -> None:
     assert check(rtx, set()) == []
     assert len({chain for tree in parsed().values() for chain in chains(tree)}) > 30
 
 
+@pytest.mark.slow
 def test_every_name_exists_in_full_tensorrt(full: Path) -> None:
     assert check(dump("tensorrt", environment(full)), RTX_ONLY) == []
 
@@ -142,6 +144,7 @@ def test_the_table_of_dtypes_names_members_of_both(full: Path, rtx: dict[str, li
     assert named <= set(rtx["DataType"]) & set(dump("tensorrt", environment(full))["DataType"])
 
 
+@pytest.mark.slow
 def test_methods_of_one_package_only_are_the_listed_ones(full: Path, rtx: dict[str, list[str]]) -> None:
     """Attributes of objects have no `trt.` in front: what exists in one package only is found by its name."""
     in_full, in_rtx = members_known(dump("tensorrt", environment(full))), members_known(rtx)
@@ -150,6 +153,7 @@ def test_methods_of_one_package_only_are_the_listed_ones(full: Path, rtx: dict[s
     assert used & (in_full - in_rtx) == FULL_ONLY
 
 
+@pytest.mark.slow
 def test_plugins_work_with_full_tensorrts_bindings(full: Path) -> None:
     """All tests of the plugins that need no builder."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN_TESTS)]

@@ -407,6 +407,8 @@ def test_the_verbs_offer_the_engine(bundles: Callable[[str], Bundle]) -> None:
     assert outcome.code == 0 and "ONNX Runtime" in outcome.out
 
 
+@pytest.mark.tensorrt
+@pytest.mark.slow
 @needs_opset_24
 @pytest.mark.skipif(not IS_RTX, reason="full TensorRT builds on a GPU only")
 @pytest.mark.parametrize(("family", "attention"), [("gpt", "plugin"), ("qwen", "decomposed")])

@@ -73,6 +73,7 @@ def test_engines_on_a_gpu(family: str, precision: Precision, tmp_path: Path, mon
     check(family, precision, tmp_path / "bundle", compile_kernels(spec, precision, capabilities=[10 * major + minor]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "precision"), [("qwen", "fp32"), ("gpt", "fp32")])
 def test_the_same_on_the_cpu_without_kernels(
     family: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.model import Decoder
-from tests.support.goldens import CASES, case_source
+from tests.support.goldens import CASES, case_source, slow_but_features
 from tests.support.gpu import needs_gpu
 from tests.support.paths import ROOT
 from tests.support.torch_engines import FusedOnCpu, OnHost
@@ -60,7 +60,7 @@ def close(engine: Tensor, rounded: Tensor, truth: Tensor, bound: float) -> None:
 # Fused modules and static steps, on the CPU
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but_features(CASES))
 def test_fused_modules_are_the_reference(case: str) -> None:
     """Prefill of left-padded rows, in one piece and in two, then decode steps beyond a row that has ended."""
     decoder, truth = load(case), load(case, dtype=torch.float64)
@@ -318,6 +318,7 @@ for dtype in (torch.float32, torch.float16):
 """
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}

@@ -32,7 +32,10 @@ from trt_runtime.tensorrt.plugins.rms_norm import FusedRmsNormPlugin
 
 # Full TensorRT builds on a GPU only.  The other tests of this folder also run on its bindings without its libraries
 # (tests/trt_runtime/tensorrt/test_api.py).
-pytestmark = pytest.mark.skipif(not IS_RTX, reason="full TensorRT builds on a GPU only")
+pytestmark = [
+    pytest.mark.tensorrt,
+    pytest.mark.skipif(not IS_RTX, reason="full TensorRT builds on a GPU only"),
+]
 
 
 def build(model: onnx.ModelProto, *, alias: bool = True) -> tuple[list[str], bytes, list[str]]:
