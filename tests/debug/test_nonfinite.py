@@ -13,9 +13,9 @@ from torch import Tensor
 
 import refmodels
 from debug.capture.prompts import random_prompts
-from debug.drift import drift
+from debug.drift import measure_drift
 from refmodels.errors import LogitLockError, NoTokenizerError
-from refmodels.text.tokenizer import load_tokenizer
+from refmodels.text.tokenizer import read_tokenizer
 from tests.support.checkpoints import read_case, write_model
 from tests.support.command import logitlock
 from tests.support.goldens import case_source
@@ -54,7 +54,7 @@ def test_a_reference_without_numbers_is_compared_with_nothing() -> None:
     truth.final_norm.weight.data[3] = float("nan")
     prompts = random_prompts(truth.spec.vocab_size, (9,), seed=0)
     with pytest.raises(LogitLockError, match="the reference's own logits hold NaN or infinity at step 0"):
-        drift(TorchEngine(engine), truth, engine, prompts, steps=1)
+        measure_drift(TorchEngine(engine), truth, engine, prompts, steps=1)
 
 
 def large_in_half(tensors: dict[str, Tensor]) -> None:
@@ -126,4 +126,4 @@ def test_a_damaged_tokenizer_is_an_error(
 
 def test_no_tokenizer_is_its_own_error(tmp_path: Path) -> None:
     with pytest.raises(NoTokenizerError, match="has no tokenizer"):
-        load_tokenizer(tmp_path, family="qwen")
+        read_tokenizer(tmp_path, family="qwen")
