@@ -38,12 +38,17 @@ class Beside:
         return read_bytes(self.directory / name) if self.directory is not None and self.has(name) else b""
 
     @cached_property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """The checkpoint's tensors by name, declared but not read; {} where there are no weights.
+    def weights(self) -> WeightFiles | None:
+        """The checkpoint's weight files, declared but not read; None where there are none.
 
         Raises:
             LogitLockError: as `WeightFiles`.
         """
         if self.directory is None or not any(self.has(name) for name in LAYOUTS):
-            return {}
-        return WeightFiles(self.directory).tensors
+            return None
+        return WeightFiles(self.directory)
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """The checkpoint's tensors by name; {} where there are no weights."""
+        return {} if self.weights is None else self.weights.tensors

@@ -55,7 +55,7 @@ COMPANION_FILES = (
 TOYS = Path(__file__).parents[1] / "toys"
 _PREFIXES = ("transformer.", "model.")
 _TIED_HEAD = "lm_head.weight"
-_NORMALIZE_ROWS = 4096
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +77,14 @@ class ModelSource:
 
 
 def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> ModelSource:
-    """Find a model and read its configuration; weights are not touched.
+    """Find a model and read its configuration; of the weights at most what the configuration leaves open.
 
     Args:
         model: a family name (the bundled toy), a directory in Hugging Face layout, or a hub id.  A family name wins
             over a directory of the same name; write ./qwen for the directory.
         variant: facts that no config key says (see `spec_from_config`).
     Raises:
-        LogitLockError: no model is found, or its config is missing, damaged or not supported.
+        LogitLockError: no model is found, its config is missing, damaged or not supported, or its weights are damaged.
     """
     directory, name = _find(model)
     where = directory / "config.json"
@@ -94,6 +94,12 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     family = family_of(data, str(where))
     config = Config(data, variant or {}, str(where), Beside(directory))
     spec = family.spec(config)
+    if spec.tied_head and _stores_own_head(spec, family, config.beside):
+        spec = replace(spec, tied_head=False)
+        config.warnings.append(
+            f"{where} says tie_word_embeddings, but the head that is stored is not the embedding: it is used as it is, "
+            'as transformers 5 does; write "tie_word_embeddings": false'
+        )
     source = ModelSource(
         directory=directory, config=data, spec=spec, family=family, name=name, facts=tuple(config.facts)
     )
@@ -101,6 +107,26 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     for text in config.warnings:
         say_once(text)
     return found
+
+
+def _stores_own_head(spec: ModelSpec, family: Family, beside: Beside) -> bool:
+    """Whether a head is stored that differs from the embedding, as after merging an adapter into one of the two."""
+    if beside.weights is None:
+        return False
+    table = family.weights(replace(spec, tied_head=False))
+    pair = [
+        next((t for name, t in beside.tensors.items() if table[parameter][0].name in _spellings(name)), None)
+        for parameter in ("head.weight", "embed.weight")
+    ]
+    if None in pair:
+        return False
+    head, embedding = (beside.weights.read(tensor) for tensor in pair if tensor is not None)
+    if head.shape != embedding.shape:
+        return True
+    if head.data_ptr() == embedding.data_ptr():
+        return False
+    rows = range(0, len(head), _ROWS_AT_ONCE)
+    return any(bool((head[i : i + _ROWS_AT_ONCE] != embedding[i : i + _ROWS_AT_ONCE]).any()) for i in rows)
 
 
 def moved(source: ModelSource, directory: Path) -> ModelSource:
@@ -294,7 +320,7 @@ def match_names(
     head: StoredTensor | None = None
     left_over = []
     for name, tensor in tensors.items():
-        spellings = [name, *(p + name for p in _PREFIXES), *(name.removeprefix(p) for p in _PREFIXES)]
+        spellings = _spellings(name)
         coded = next((s for s in spellings if s not in wanted and reader.owns(s)), None) if reader is not None else None
         known = coded or next((s for s in spellings if s in wanted or ignored.fullmatch(s)), None)
         if known is not None and (known == coded or known in wanted):
@@ -327,6 +353,11 @@ def match_names(
                 f"{tensor.name} in {tensor.file} has shape {list(tensor.shape)}; config.json says {list(part.shape)}"
             )
     return found
+
+
+def _spellings(name: str) -> list[str]:
+    """What a stored tensor may mean: the prefix of the decoder may be absent or too much."""
+    return [name, *(p + name for p in _PREFIXES), *(name.removeprefix(p) for p in _PREFIXES)]
 
 
 def _several(names: list[str]) -> str:
@@ -370,8 +401,8 @@ def _stream(
 
 def _copy_normalized(target: Tensor, rows: Tensor, arithmetic: torch.dtype) -> None:
     """Rows divided by max(L2 norm, 1e-12), computed in `arithmetic`, one block at a time to save memory."""
-    for start in range(0, len(rows), _NORMALIZE_ROWS):
-        block = slice(start, start + _NORMALIZE_ROWS)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        block = slice(start, start + _ROWS_AT_ONCE)
         target[block] = torch.nn.functional.normalize(rows[block].to(arithmetic))
 
 

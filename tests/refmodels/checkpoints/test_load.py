@@ -87,9 +87,14 @@ def test_known_buffers_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["gpt2_b1", "qwen2_tied_b1"])
 def test_a_stored_tied_head_is_ignored(case: str, tmp_path: Path) -> None:
     config, tensors, _ = read_case(case)
-    decoder = refmodels.load(write_model(tmp_path, config, tensors | {"lm_head.weight": torch.full((1, 1), math.nan)}))
+    embedding = tensors["transformer.wte.weight" if case == "gpt2_b1" else "model.embed_tokens.weight"]
+    # In another dtype, but with the same values.
+    decoder = refmodels.load(write_model(tmp_path, config, tensors | {"lm_head.weight": embedding.double()}))
     assert matches(decoder, tensors)
     assert decoder.head.weight is decoder.embed.weight
+    write_model(tmp_path, config, tensors | {"lm_head.weight": torch.full((1, 1), math.nan)})
+    with pytest.raises(refmodels.LogitLockError, match=r"lm_head.weight in .* has shape \[1, 1\]; config.json says"):
+        refmodels.load(tmp_path)
 
 
 def test_a_tied_head_may_be_the_only_copy(tmp_path: Path) -> None:
@@ -194,7 +199,7 @@ def test_bin_files_are_opened_again_only_where_that_saves_memory(
 def test_normalized_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     _, tensors, variant = read_case("baichuan2_7b_b1")
     rows = tensors["lm_head.weight"]
-    monkeypatch.setattr(checkpoint, "_NORMALIZE_ROWS", 7)
+    monkeypatch.setattr(checkpoint, "_ROWS_AT_ONCE", 7)
 
     def head(numerics: Any) -> Tensor:
         return refmodels.load(GOLDENS / "baichuan2_7b_b1", variant=variant, dtype=dtype, numerics=numerics).head.weight
