@@ -63,8 +63,9 @@ class AttentionSpec:
     """The heads, and the order in which upstream rounds.
 
     `scale_by_layer` divides the scale by (layer + 1) as well (GPT-2's scale_attn_by_inverse_layer_idx).  `window` keys,
-    self included, are visible in layers >= `window_first_layer`.  `logn_seq_length` switches Qwen's logn query scaling
-    on.  `upstream_arithmetic` names upstream's implementation; see `refmodels.ops.cached_attention`.
+    self included, are visible in layers >= `window_first_layer` that are not among `window_skips`.  `logn_seq_length`
+    switches Qwen's logn query scaling on.  `upstream_arithmetic` names upstream's implementation; see
+    `refmodels.ops.cached_attention`.
     """
 
     heads: int
@@ -77,6 +78,7 @@ class AttentionSpec:
     scale_by_layer: bool = False
     window: int | None = None
     window_first_layer: int = 0
+    window_skips: tuple[int, ...] = ()
     logn_seq_length: int | None = None
 
 
@@ -169,7 +171,8 @@ class ModelSpec:
     def window(self, layer: int) -> int:
         """Visible keys (self included) in block `layer`; 0 means all."""
         a = self.attention
-        return a.window if a.window is not None and layer >= a.window_first_layer else 0
+        limited = layer >= a.window_first_layer and layer not in a.window_skips
+        return a.window if a.window is not None and limited else 0
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -113,11 +113,13 @@ class Config:
         Raises:
             LogitLockError: a rope type other than the default one.
         """
-        nested = self.raw("rope_parameters") or self.raw("rope_scaling") or {}
+        # In transformers the older key wins.
+        nested = self.raw("rope_scaling") or self.raw("rope_parameters") or {}
         kind = nested.get("rope_type", nested.get("type", "default")) if isinstance(nested, Mapping) else nested
         if kind != "default":
             raise LogitLockError(f"{self.where}: rope type {kind!r} is not supported; only 'default' is")
-        return float(nested.get("rope_theta", self.get(float, "rope_theta", default=default)))
+        outside = self.get(float, "rope_theta", default=default)
+        return Config(nested, {}, f"{self.where}: rope_parameters").get(float, "rope_theta", default=outside)
 
     def divided(self, width: int, heads: int) -> int:
         if width % heads:

@@ -1,18 +1,19 @@
 """Qwen v1 (1.8B, 7B, 14B, 72B; base and chat; both config generations) and Qwen2.
 
 Upstream of v1: modeling_qwen.py of Qwen/Qwen-7B (December 2023), and its first revision (August 2023), told apart by
-their config keys; of Qwen2: transformers models/qwen2.
+their config keys.
 """
 
 from __future__ import annotations
 
 from refmodels.checkpoints.weights import Layout
 from refmodels.families.config import LLAMA_LAYOUT, Config, Family
+from refmodels.families.qwen2 import qwen2_spec
 from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
 
 def _spec(config: Config) -> ModelSpec:
-    return _qwen2(config) if config.data.get("model_type") == "qwen2" else _qwen1(config)
+    return qwen2_spec(config) if config.data.get("model_type") == "qwen2" else _qwen1(config)
 
 
 def _qwen1(config: Config) -> ModelSpec:
@@ -54,43 +55,6 @@ def _qwen1(config: Config) -> ModelSpec:
         position_origin="slot",
         tied_head=config.get(bool, "tie_word_embeddings", default=False),
         chat_format="qwen",
-    )
-
-
-def _qwen2(config: Config) -> ModelSpec:
-    hidden = config.get(int, "hidden_size")
-    heads = config.get(int, "num_attention_heads")
-    head_dim = config.get(int, "head_dim", default=config.divided(hidden, heads))
-    sliding = config.get(bool, "use_sliding_window", default=False)
-    return ModelSpec(
-        family="qwen",
-        variant="qwen2",
-        vocab_size=config.get(int, "vocab_size"),
-        hidden_size=hidden,
-        layers=config.get(int, "num_hidden_layers"),
-        max_positions=config.get(int, "max_position_embeddings"),
-        norm=NormSpec(kind="rms", eps=config.get(float, "rms_norm_eps")),
-        attention=AttentionSpec(
-            heads=heads,
-            kv_heads=config.get(int, "num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            qkv_bias=True,
-            out_bias=False,
-            scale=head_dim**-0.5,
-            upstream_arithmetic="eager_multiply_float32",
-            window=config.get(int, "sliding_window") if sliding else None,
-            window_first_layer=config.get(int, "max_window_layers", default=28) if sliding else 0,
-        ),
-        mlp=MlpSpec(
-            width=config.get(int, "intermediate_size"),
-            activation=config.activation("hidden_act"),
-            gated=True,
-            bias=False,
-        ),
-        position="rope",
-        rope=RopeSpec(dim=head_dim, theta=config.rope_theta(default=10000.0), table="working"),
-        tied_head=config.get(bool, "tie_word_embeddings", default=False),
-        chat_format="qwen2",
     )
 
 
