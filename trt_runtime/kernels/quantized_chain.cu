@@ -37,14 +37,14 @@ struct Product {
 };
 
 // Memory that a later launch reads, and how much of it each block has brought into L2: multiples of 16 bytes.
-struct Ahead {
+struct Prefetch {
     const unsigned char* memory;
     u32 bytes, share;
 };
 
 struct Chain {
     Product products[4];
-    Ahead ahead[4];
+    Prefetch prefetch[4];
     u32* counters;          // this launch's tag, from 1 on, and blocks that have ended
     int count;
 };
@@ -211,9 +211,9 @@ __device__ void bring_weights(const Chain& chain, u32 ring, u32 full, u32 empty)
         if (++landed == STAGES) landed = 0, landed_parity ^= 1;
     }
     for (int j = 0; j < 4; j++) {
-        const Ahead& ahead = chain.ahead[j];
-        u32 start = min(blockIdx.x * ahead.share, ahead.bytes), size = min(ahead.bytes - start, ahead.share);
-        if (size) fetch_into_l2(ahead.memory + start, size);
+        const Prefetch& piece = chain.prefetch[j];
+        u32 start = min(blockIdx.x * piece.share, piece.bytes), size = min(piece.bytes - start, piece.share);
+        if (size) fetch_into_l2(piece.memory + start, size);
     }
 }
 

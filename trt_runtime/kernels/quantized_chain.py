@@ -33,7 +33,7 @@ GROUP = 128
 """Columns that share a scale."""
 MAX_NORM_COLUMNS = 8192
 MAX_PRODUCTS = 4
-MAX_AHEAD = 4
+MAX_PREFETCH = 4
 
 _TILE = 16
 _THREADS = 32 * (16 + 3 + 1)
@@ -82,14 +82,14 @@ class _Product(ctypes.Structure):
     )
 
 
-class _Ahead(ctypes.Structure):
+class _Prefetch(ctypes.Structure):
     _fields_ = (("memory", ctypes.c_void_p), ("bytes", ctypes.c_uint32), ("share", ctypes.c_uint32))
 
 
 class _Chain(ctypes.Structure):
     _fields_ = (
         ("products", _Product * MAX_PRODUCTS),
-        ("ahead", _Ahead * MAX_AHEAD),
+        ("prefetch", _Prefetch * MAX_PREFETCH),
         ("counters", ctypes.c_void_p),
         ("count", ctypes.c_int32),
     )
@@ -113,19 +113,20 @@ class ChainRunner:
     def __init__(self, *, rows: int, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
         self._blocks = properties.multi_processor_count
+        # First, because it makes the CUDA context that loading the kernel needs.
+        self._results, self._counters = scratch(rows, device)
         with torch.cuda.device(device):
             self._function = _function(torch.cuda.current_device())
-        self._results, self._counters = scratch(rows, device)
 
-    def run(self, products: Sequence[Product], ahead: Sequence[Tensor] = ()) -> None:
+    def run(self, products: Sequence[Product], prefetch: Sequence[Tensor] = ()) -> None:
         """Launch on the current stream; waits for nothing, so a CUDA graph can be captured around it.
 
         Args:
             products: one after another, at most `MAX_PRODUCTS`.
-            ahead: contiguous weights that later launches read first, at most `MAX_AHEAD`: they are brought into L2
-                once the last of this chain's are there, while whatever lies between the launches runs.
+            prefetch: contiguous weights that later launches read first, at most `MAX_PREFETCH`: they are brought into
+                L2 once the last of this chain's are there, while whatever lies between the launches runs.
         """
-        chain = described(products, ahead, self._results, self._counters, self._blocks)
+        chain = described(products, prefetch, self._results, self._counters, self._blocks)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(chain))
         start(
             self._function,
@@ -147,7 +148,7 @@ def scratch(rows: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
 
 
 def described(
-    products: Sequence[Product], ahead: Sequence[Tensor], results: Tensor, counters: Tensor, blocks: int
+    products: Sequence[Product], prefetch: Sequence[Tensor], results: Tensor, counters: Tensor, blocks: int
 ) -> _Chain:
     """The kernel's argument, for launches of so many blocks; `ChainRunner` says what the others are.
 
@@ -177,9 +178,9 @@ def described(
         )
         # Dealt out in turn, so that every multiprocessor has as much to read as any other.
         first = (first + product.rows // _TILE) % blocks
-    for j, memory in enumerate(ahead):
+    for j, memory in enumerate(prefetch):
         share = -(-memory.nbytes // (16 * blocks)) * 16
-        chain.ahead[j] = _Ahead(memory=memory.data_ptr(), bytes=memory.nbytes, share=share)
+        chain.prefetch[j] = _Prefetch(memory=memory.data_ptr(), bytes=memory.nbytes, share=share)
     return chain
 
 

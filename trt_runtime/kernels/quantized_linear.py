@@ -21,6 +21,7 @@ the reference makes of it.
 # ruff: noqa: RUF005, SIM108 (what Triton compiles is a subset of Python)
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import triton
@@ -389,7 +390,7 @@ def gemv(
     bias: Any = None,
     residual: Any = None,
     gated: bool = False,
-    ahead: tuple[tuple[Any, int], ...] = (),
+    prefetch: Sequence[tuple[Any, int]] = (),
     block: tuple[int, ...] | None = None,
 ) -> Launch:
     """out = residual + (x @ weight.T + bias), or with `gated` silu of its first half times its second half.
@@ -401,7 +402,7 @@ def gemv(
         weight: int32, from `packing.pack`; [2 * n, k] of which each half is padded to whole tiles, if gated.
         scale: [tiles, groups, 16], from `packing.by_tile`; offset: likewise from `packing.offsets`, or None.
         bias: [n], or [2 * n] if gated.
-        ahead: up to two pieces of memory (and their bytes, multiples of 16) that later kernels will read: they are
+        prefetch: up to two pieces of memory (and their bytes, multiples of 16) that later kernels will read: they are
             brought into the L2 cache from GPUs of compute capability 9.0 on.  Between two products the memory would
             stand still.
         block: instead of `block_of` (for measurements).
@@ -413,7 +414,9 @@ def gemv(
     steps = triton.cdiv(triton.cdiv(units_of(k, code), run), warps)
     tiles = triton.cdiv(n, ROWS)
     blocks = tiles if gated else triton.cdiv(tiles, rows)
-    (following, size), (later, later_size) = (*ahead, (None, 0), (None, 0))[:2] if _fast() else ((None, 0), (None, 0))
+    (following, size), (later, later_size) = (
+        (*prefetch, (None, 0), (None, 0))[:2] if _fast() else ((None, 0), (None, 0))
+    )
     return Launch(
         kernel=coded_gemv_kernel,
         grid=(blocks, 1, 1),

@@ -1,6 +1,6 @@
 """Decode steps on memory that does not move, so that a CUDA graph can repeat them.
 
-A step runs one token a row.  All that changes from step to step is copied into one block of device memory by one
+A step runs one token per row.  All that changes from step to step is copied into one block of device memory by one
 transfer from pinned memory; the caches stay where they are, and the mask is as wide as a whole number of `BUCKET`s, so
 that a graph lasts for many steps.  On the CPU the same steps run without a graph.
 """
@@ -82,7 +82,7 @@ class _Step:
         return all(a is b for a, b in zip(ours, theirs, strict=True))
 
     def send(self, step: StepInputs, ids: Tensor | None) -> None:
-        """Make these the inputs of the next run; `ids` [batch, 1] on the device takes the place of the plan's."""
+        """Make these the inputs of the next run; `ids` [batch, 1] on the device takes the place of the step's."""
         self.pinned.reverse()
         self.sent.reverse()
         if self.sent:
@@ -104,7 +104,7 @@ class _Step:
         does no harm, since it writes the same slots with the same values."""
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream), use_kernels(self.workspace), _products(self.inputs.batch):
+        with torch.cuda.stream(stream), use_kernels(self.workspace), _blas_for(self.inputs.batch):
             if not warm:
                 self.forward()
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -174,7 +174,7 @@ class StaticDecode:
         """Run a step and advance the cache.
 
         Args:
-            step: one token a row, one logit a row.
+            step: one token per row, and logits of that token.
             ids: [batch, 1] int64 on the model's device, instead of the step's; not checked against the vocabulary.
         Returns: logits [batch, 1, vocab], a tensor of their own.
         """
@@ -201,8 +201,8 @@ class StaticDecode:
 
 
 @contextmanager
-def _products(batch: int) -> Iterator[None]:
-    """cuBLASLt where it beats cuBLAS: at a batch of 64, by up to a fifth in products with few outputs.
+def _blas_for(batch: int) -> Iterator[None]:
+    """cuBLASLt where it beats cuBLAS: at a batch of 64, by up to a fifth in GEMMs with few outputs.
 
     Up to 16 there is no telling them apart; at 256 either is the faster sometimes (benchmarks/gpu_linear.py).
     """

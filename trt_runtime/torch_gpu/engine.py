@@ -32,7 +32,7 @@ class TorchEngine(Engine):
     Args:
         decoder: the model.
         max_positions: longest cache; default is the spec's (position tables are made as needed).
-        kernels: run it for speed, on a CUDA GPU: attention, norms and products in the project's kernels, and a CUDA
+        kernels: run it for speed, on a CUDA GPU: attention, norms and linear layers in the project's kernels, and a CUDA
             graph for each cache and width of its mask in decode steps.  The decoder's MLP weights then move next to
             each other, and it must not be moved or cast any more; as a reference it serves as before.
     Raises:

@@ -155,7 +155,7 @@ class FusedQuantizedLinear(FusedLinear):
                 bias=self.bias,
                 residual=None if onto is None else onto[slice_],
                 gated=self.merged,
-                ahead=tuple((piece, piece.nbytes) for piece in self.prefetch) if rows == 1 else (),
+                prefetch=[(piece, piece.nbytes) for piece in self.prefetch] if rows == 1 else (),
             )
             execute([launch])
         return out

@@ -78,7 +78,7 @@ class ChainOnCpu:
         self.rows = rows
         self.launches: list[int] = []
 
-    def run(self, products: Sequence[Product], ahead: Sequence[Tensor] = ()) -> None:
+    def run(self, products: Sequence[Product], prefetch: Sequence[Tensor] = ()) -> None:
         self.launches.append(len(products))
         results: list[Tensor] = []
         for product in products:
@@ -175,7 +175,7 @@ def test_the_kernel_compiles() -> None:
 def test_records_are_laid_out_as_the_kernel_has_them() -> None:
     product, chain = quantized_chain._Product, quantized_chain._Chain
     assert (ctypes.sizeof(product), product.rows.offset, product.eps.offset) == (96, 72, 92)
-    assert (chain.ahead.offset, chain.counters.offset, chain.count.offset) == (384, 448, 456)
+    assert (chain.prefetch.offset, chain.counters.offset, chain.count.offset) == (384, 448, 456)
 
 
 # The kernel
@@ -206,8 +206,8 @@ class KernelOnCpu:
         self.function.restype = ctypes.c_bool
         self.results, self.counters = quantized_chain.scratch(rows, "cpu")
 
-    def run(self, products: Sequence[Product], ahead: Sequence[Tensor] = ()) -> None:
-        chain = quantized_chain.described(products, ahead, self.results, self.counters, self.blocks)
+    def run(self, products: Sequence[Product], prefetch: Sequence[Tensor] = ()) -> None:
+        chain = quantized_chain.described(products, prefetch, self.results, self.counters, self.blocks)
         self.seed += 1
         assert self.function(ctypes.byref(chain), self.blocks, self.seed), "threads wait for each other for ever"
         assert self.counters.tolist() == [self.seed + 1, 0]
