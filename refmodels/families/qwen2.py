@@ -67,7 +67,7 @@ def _windows(config: Config, layers: int) -> tuple[int | None, set[int]]:
     limited = {i for i, kind in enumerate(kinds) if kind == "sliding_attention"}
     if limited and not window:
         raise LogitLockError(
-            f"{config.where}: layers have sliding_attention, but sliding_window is {'not used' if window is None else 0}"
-            "; it must be at least 1, with use_sliding_window"
+            f"{config.where}: layers have sliding_attention, but sliding_window is "
+            f"{'not used' if window is None else 0}; it must be at least 1, with use_sliding_window"
         )
     return (window if limited else None), limited
