@@ -414,9 +414,8 @@ def gemv(
     steps = triton.cdiv(triton.cdiv(units_of(k, code), run), warps)
     tiles = triton.cdiv(n, ROWS)
     blocks = tiles if gated else triton.cdiv(tiles, rows)
-    (following, size), (later, later_size) = (
-        (*prefetch, (None, 0), (None, 0))[:2] if _fast() else ((None, 0), (None, 0))
-    )
+    pieces = prefetch if _fast() else ()
+    (following, size), (later, later_size) = (*pieces, (None, 0), (None, 0))[:2]
     return Launch(
         kernel=coded_gemv_kernel,
         grid=(blocks, 1, 1),

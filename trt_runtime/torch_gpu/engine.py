@@ -32,9 +32,9 @@ class TorchEngine(Engine):
     Args:
         decoder: the model.
         max_positions: longest cache; default is the spec's (position tables are made as needed).
-        kernels: run it for speed, on a CUDA GPU: attention, norms and linear layers in the project's kernels, and a CUDA
-            graph for each cache and width of its mask in decode steps.  The decoder's MLP weights then move next to
-            each other, and it must not be moved or cast any more; as a reference it serves as before.
+        kernels: run it for speed, on a CUDA GPU: attention, norms and linear layers by the project's kernels, decode
+            steps by a CUDA graph for each cache and width of its mask.  The decoder's weights are then rearranged in
+            place, and it must not be moved or cast any more; as a reference it serves as before.
     Raises:
         LogitLockError: kernels for a model that they do not serve.
     """
