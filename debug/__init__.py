@@ -7,6 +7,7 @@
     assert result.aligned, result.culprits                    # .verdict, .taps, .to_frame(), .to_json()
 
     sides.py     executors, models and prompts named by text, opened and compared; `diff` itself
+    options.py   how they are opened, run and compared
     executors/   models that are not ours as engines: transformers, any ONNX decoder, golden cases
     capture/     runs of an engine with every tap recorded, in memory or as trace files
     comparison/  errors tap by tap, noise floors, diagnosis by the catalogue of faults
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from debug.comparison.results import DiffResult as DiffResult
     from debug.drift import DriftResult as DriftResult
     from debug.drift import measure_drift as measure_drift
+    from debug.evaluate.options import EvaluateOptions as EvaluateOptions
     from debug.evaluate.results import EvaluationResult as EvaluationResult
     from debug.evaluate.run import evaluate_model as evaluate_model
     from debug.evaluate.toys import toy_accuracies as toy_accuracies
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from debug.golden.verify import add_up_as_recorded as add_up_as_recorded
     from debug.golden.verify import has_recorded_order as has_recorded_order
     from debug.golden.verify import verify_case as verify_case
+    from debug.options import DiffOptions as DiffOptions
     from debug.record import record_case as record_case
     from debug.report.report import write_report as write_report
     from debug.report.tables import print_diff as print_diff

@@ -13,6 +13,7 @@ import typer
 
 from refmodels.command import JsonFlag
 from refmodels.errors import LogitLockError
+from refmodels.options import fields_in
 from refmodels.text.prompts import read_prompts
 
 
@@ -193,9 +194,10 @@ def diff(
 
     Example: logitlock diff --model ./my-qwen2 hf:fp16 engines/my-qwen2-fp16
     """
+    from debug.options import DiffOptions
     from debug.report.tables import print_diff
+    from debug.sides import bundle_side
     from debug.sides import diff as compare
-    from debug.sides import diff_bundle
 
     named = list(sides or ())
     if (bundle is None) == (not named) or len(named) > 2:
@@ -205,32 +207,10 @@ def diff(
 
         # What would fail after the run fails before it.
         check_report(html)
-    texts = read_prompts(prompt, prompt_file)
     if bundle is not None:
-        result = diff_bundle(
-            bundle,
-            model,
-            prompts=texts,
-            steps=steps,
-            seed=seed,
-            engine=engine,
-            emulate_rounding=emulate_rounding,
-            cut=cut,
-            floats=floats,
-        )
-    else:
-        result = compare(
-            *named,
-            model=model,
-            prompts=texts,
-            steps=steps,
-            seed=seed,
-            name_map=name_map,
-            emulate_rounding=emulate_rounding,
-            trust_remote_code=trust_remote_code,
-            cut=cut,
-            floats=floats,
-        )
+        named = [bundle_side(bundle, engine)]
+    options = DiffOptions(prompts=read_prompts(prompt, prompt_file), **fields_in(DiffOptions, locals()))
+    result = compare(*named, options=options)
     if html is not None:
         write_report(result, html, command=shlex.join(["logitlock", *sys.argv[1:]]))
     if json_output:
@@ -266,20 +246,11 @@ def trace(
 
     Example: logitlock trace tensorrt:engines/qwen-fp16 --out qwen.safetensors && logitlock diff qwen.safetensors
     """
+    from debug.options import RunOptions
     from debug.sides import trace_side
 
-    path = trace_side(
-        side,
-        out,
-        model=model,
-        prompts=read_prompts(prompt, prompt_file),
-        steps=steps,
-        seed=seed,
-        tokens_of=tokens_of,
-        name_map=name_map,
-        emulate_rounding=emulate_rounding,
-        trust_remote_code=trust_remote_code,
-    )
+    options = RunOptions(prompts=read_prompts(prompt, prompt_file), **fields_in(RunOptions, locals()))
+    path = trace_side(side, out, options, tokens_of=tokens_of)
     size = path.stat().st_size
     if json_output:
         _print_json({"trace": str(path), "bytes": size})
@@ -310,20 +281,12 @@ def drift(
 
     Example: logitlock drift engines/qwen-fp16 --steps 32
     """
+    from debug.options import RunOptions
     from debug.report.tables import print_drift
     from debug.sides import drift_side
 
-    result = drift_side(
-        side,
-        model=model,
-        prompts=read_prompts(prompt, prompt_file),
-        steps=steps,
-        seed=seed,
-        reset=reset,
-        name_map=name_map,
-        emulate_rounding=emulate_rounding,
-        trust_remote_code=trust_remote_code,
-    )
+    options = RunOptions(prompts=read_prompts(prompt, prompt_file), **fields_in(RunOptions, locals()))
+    result = drift_side(side, options, reset=reset)
     if json_output:
         _print_json(result.to_json())
     else:

@@ -21,6 +21,7 @@ from debug.comparison.metrics import token_errors
 from debug.comparison.results import Between, Culprit, Diagnosis, DiffResult, TapDistance
 from debug.drift import DriftResult, measure_drift
 from debug.executors.before_quantization import check_floats, folded_model, quantized_source
+from debug.options import DiffOptions, RunOptions
 from refmodels.checkpoints.load import (
     ModelSource,
     checkpoint_hash,
@@ -33,6 +34,7 @@ from refmodels.checkpoints.load import (
 )
 from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.families import FAMILIES
+from refmodels.options import with_fields
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import is_cache_tap
 from refmodels.text.prompts import stop_ids_in
@@ -89,44 +91,19 @@ class Side:
             self.cuts = cut_errors(self.executor, rounded, prompts)
 
 
-def diff_bundle(
-    bundle: Path,
-    model: str | None = None,
-    *,
-    prompts: Sequence[str] = (),
-    steps: int = 8,
-    seed: int = 0,
-    engine: EngineChoice = "auto",
-    emulate_rounding: bool = True,
-    cut: bool = False,
-    floats: bool = False,
-) -> DiffResult:
-    """Compare a bundle's engine with the reference of the model that it was made from.
+def diff_bundle(bundle: Path, model: str | None = None, *, engine: EngineChoice = "auto", **fields: Any) -> DiffResult:
+    """Compare a bundle with the reference of the model that it was made from.
 
     Args:
         bundle: its directory.
-        model: family name, directory or hub id; None: the family toy that the bundle names.
-        prompts: texts of at least 8 tokens; none: default texts, or random ids for a model without a tokenizer.
-        steps, seed: decode steps; seed of random ids.
+        model: what it was made from; None: the family toy that the bundle names.
         engine: see `trt_runtime.open.open_engine`.
-        emulate_rounding: on ONNX Runtime: round every node of a half-precision bundle to its dtype (see
-            `OnnxRuntimeEngine`).
-        cut, floats: as `diff`.
+        fields: those of `DiffOptions`.
     Raises:
         LogitLockError: no or a damaged bundle or model, a bundle of another model or checkpoint, a prompt too short or
             too long.
     """
-    text = bundle_side(bundle, engine)
-    return diff(
-        text,
-        model=model,
-        prompts=prompts,
-        steps=steps,
-        seed=seed,
-        emulate_rounding=emulate_rounding,
-        cut=cut,
-        floats=floats,
-    )
+    return diff(bundle_side(bundle, engine), model=model, **fields)
 
 
 def bundle_side(bundle: Path, engine: EngineChoice = "auto") -> str:
@@ -136,18 +113,7 @@ def bundle_side(bundle: Path, engine: EngineChoice = "auto") -> str:
     return f"tensorrt:{bundle}" if tensorrt else str(bundle)
 
 
-def diff(
-    *sides: str,
-    model: str | None = None,
-    prompts: Sequence[str] = (),
-    steps: int = 8,
-    seed: int = 0,
-    name_map: Path | None = None,
-    emulate_rounding: bool = True,
-    trust_remote_code: bool = False,
-    cut: bool = False,
-    floats: bool = False,
-) -> DiffResult:
+def diff(*sides: str, options: DiffOptions | None = None, **fields: Any) -> DiffResult:
     """Compare an executor with the fp64 reference, or two executors of one model: `diff(b)` or `diff(a, b)`.
 
     `b` is tested, `a` is what it should be like.  Both are judged against the fp64 reference, so that the result says
@@ -155,40 +121,28 @@ def diff(
 
     Args:
         sides: as `logitlock diff` names them (forms of `debug.executors.open.forms_help`), or trace files.
-        model: what both were made from; None: what a side says of itself.
-        prompts, steps, seed, emulate_rounding: as `diff_bundle`.
-        name_map: which values of an ONNX file are which taps.
-        trust_remote_code: run the Python code of a Hugging Face directory.
-        cut: also run the modules of bundles on the reference's tensors (see `debug.comparison.cut`).
-        floats: judge quantized bundles by the model before quantization (see `debug.executors.before_quantization`).
+        options: how they are opened, run and compared.
+        fields: those of `DiffOptions`, in the place of `options` or to change some of them: `diff(b, model="qwen")`.
     Raises:
         LogitLockError: not one or two sides, a side that cannot be opened, sides of different models, prompts that do
             not fit.
+        TypeError: a name that is no field of `DiffOptions`.
     """
+    options = with_fields(DiffOptions, options, fields)
     if len(sides) not in (1, 2):
         raise LogitLockError(f"diff takes one or two executors, got {len(sides)}")
     a, b = sides if len(sides) == 2 else (TRUTH, sides[0])
-    source = source_of(model, (b, a))
-    if not floats:
+    source = source_of(options.model, (b, a))
+    if not options.floats:
         source = quantized_source(source, _bundles((b, a)))
     alone = a in (TRUTH, f"{TRUTH}:fp64", f"{TRUTH}:fp64:exact")
-    opened = [
-        open_side(
-            text,
-            source,
-            name_map=name_map,
-            emulate_rounding=emulate_rounding,
-            trust_remote_code=trust_remote_code,
-            floats=floats,
-        )
-        for text in ([b] if alone else [b, a])
-    ]
-    batch, steps, tokens = _input(opened, source, prompts, steps, seed)
+    opened = [open_side(text, source, options, floats=options.floats) for text in ([b] if alone else [b, a])]
+    batch, steps, tokens = _input(opened, source, options)
     captures = []
     for side in opened:
         captures.append(side.capture(batch, steps, tokens))
         tokens = captures[0].tokens
-        if cut:
+        if options.cut:
             side.cut(source, batch)
         # An engine may be as large as the model; it is not needed any more.
         side.executor = None
@@ -200,61 +154,34 @@ def diff(
     return result
 
 
-def trace_side(
-    text: str,
-    path: Path,
-    *,
-    model: str | None = None,
-    prompts: Sequence[str] = (),
-    steps: int = 8,
-    seed: int = 0,
-    tokens_of: Path | None = None,
-    **options: Any,
-) -> Path:
-    """Write a trace of an executor; arguments and errors as `diff`, `tokens_of` another trace to follow."""
-    source = quantized_source(source_of(model, [text]), _bundles([text]))
-    side = open_side(text, source, **options)
+def trace_side(text: str, path: Path, options: RunOptions, *, tokens_of: Path | None = None) -> Path:
+    """Write a trace of an executor; errors as `diff`.  `tokens_of`: another trace, whose prompts and tokens it gets."""
+    source = quantized_source(source_of(options.model, [text]), _bundles([text]))
+    side = open_side(text, source, options)
     if side.executor is None:
         raise LogitLockError(f"{text} is a trace already")
     sides = [side]
     if tokens_of is not None:
-        sides.append(open_side(str(tokens_of), source))
-    batch, steps, tokens = _input(sides, source, prompts, steps, seed)
+        sides.append(open_side(str(tokens_of), source, options))
+    batch, steps, tokens = _input(sides, source, options)
     write_trace(side.executor, batch, path, steps=steps, tokens=tokens, model=source.name, numerics=side.numerics)
     return path
 
 
-def drift_side(
-    text: str,
-    *,
-    model: str | None = None,
-    prompts: Sequence[str] = (),
-    steps: int = 32,
-    seed: int = 0,
-    reset: bool = True,
-    **options: Any,
-) -> DriftResult:
-    """`measure_drift` of an executor named by text; arguments and errors as `diff`."""
-    source = quantized_source(source_of(model, [text]), _bundles([text]))
-    side = open_side(text, source, **options)
+def drift_side(text: str, options: RunOptions, *, reset: bool = True) -> DriftResult:
+    """`measure_drift` of an executor named by text; errors as `diff`."""
+    source = quantized_source(source_of(options.model, [text]), _bundles([text]))
+    side = open_side(text, source, options)
     if side.executor is None:
         raise LogitLockError(f"{text} is a trace; drift needs an executor that runs")
-    batch, steps, _ = _input([side], source, prompts, steps, seed)
+    batch, steps, _ = _input([side], source, options)
     truth = load(source, dtype=torch.float64)
     rounded = load(source, dtype=side.executor.dtype, numerics=side.numerics)
     return measure_drift(side.executor, truth, rounded, batch, steps=steps, reset=reset)
 
 
-def open_side(
-    text: str,
-    source: ModelSource,
-    *,
-    name_map: Path | None = None,
-    emulate_rounding: bool = True,
-    trust_remote_code: bool = False,
-    floats: bool = False,
-) -> Side:
-    """Open one side; arguments and errors as `diff`."""
+def open_side(text: str, source: ModelSource, options: RunOptions, *, floats: bool = False) -> Side:
+    """Open one side; errors as `diff`, `floats` as in `DiffOptions`."""
     from debug.executors.open import numerics_of, open_executor
 
     if text.endswith(".safetensors"):
@@ -278,9 +205,9 @@ def open_side(
     executor = open_executor(
         text,
         source=own,
-        map=name_map,
-        emulate_rounding=emulate_rounding,
-        trust_remote_code=trust_remote_code,
+        map=options.name_map,
+        emulate_rounding=options.emulate_rounding,
+        trust_remote_code=options.trust_remote_code,
     )
     _same_model(text, executor.spec, own)
     return Side(
@@ -364,9 +291,7 @@ def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
     raise LogitLockError("nothing says which model this is; name it with --model (family name, directory or hub id)")
 
 
-def _input(
-    sides: Sequence[Side], source: ModelSource, texts: Sequence[str], steps: int, seed: int
-) -> tuple[Prompts, int, Tensor | None]:
+def _input(sides: Sequence[Side], source: ModelSource, options: RunOptions) -> tuple[Prompts, int, Tensor | None]:
     """Prompts, decode steps and the tokens to feed; a trace or a recorded case brings its own."""
     for side in sides:
         if side.trace is not None:
@@ -375,6 +300,7 @@ def _input(
         recorded = getattr(side.executor, "prompts", None)
         if isinstance(recorded, Prompts):
             return recorded, 0, None
+    steps = options.steps
     executors = [side.executor for side in sides if side.executor is not None]
     room = min(executor.max_positions for executor in executors) - steps
     room = min([room, *(side.longest_prompt for side in sides if side.longest_prompt is not None)])
@@ -383,7 +309,7 @@ def _input(
             f"{sides[0].text} serves {room + steps} positions, but a diff needs {LEAST_TOKENS} prompt tokens "
             f"and {steps} decode steps"
         )
-    return _prompts(source, texts, room=room, seed=seed), steps, None
+    return _prompts(source, options.prompts, room=room, seed=options.seed), steps, None
 
 
 def model_prompts(model: str, texts: Sequence[str], *, seed: int) -> tuple[ModelSource, Prompts]:

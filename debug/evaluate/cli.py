@@ -48,8 +48,8 @@ def evaluate(
             show_default="all of a toy",
         ),
     ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="UTF-8 text file for perplexity; repeatable.")
+    texts: Annotated[
+        list[Path] | None, typer.Option("--text", metavar="FILE", help="UTF-8 text file for perplexity; repeatable.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of examples per task.")] = 200,
     seed: Annotated[int, typer.Option(help="Random seed for the choice of examples of a toy's tasks.")] = 1,
@@ -142,41 +142,25 @@ def evaluate(
 
     Example: logitlock eval engines/my-qwen2 hf:bf16 --model ./my-qwen2 --against hf:fp32 --text wiki.txt --no-speed
     """
+    from debug.evaluate.options import EvaluateOptions
     from debug.evaluate.run import evaluate_model
-    from debug.evaluate.speed import DEFAULT_SHAPES, parse_shape
+    from debug.evaluate.speed import parse_shape
     from debug.evaluate.tables import markdown as page
     from debug.evaluate.tables import print_evaluation
     from debug.sides import bundle_side
     from export.progress import progress_bar
     from refmodels.files import check_file_output, write_text
+    from refmodels.options import fields_in
 
-    named = [*([] if bundle is None else [bundle_side(bundle)]), *(sides or ())]
-    shapes = [parse_shape(each) for each in shape] if shape else DEFAULT_SHAPES
+    options = EvaluateOptions(**fields_in(EvaluateOptions, locals()))
+    timed = tuple(parse_shape(each) for each in shape or ()) or options.shapes
     if against is None and (max_loss is not None or max_kl is not None):
         raise LogitLockError("--max-loss and --max-kl are for a comparison; name the other executor with --against")
     if markdown is not None:
         check_file_output(markdown, "page")
+    named = [*([] if bundle is None else [bundle_side(bundle)]), *(sides or ())]
     with progress_bar("evaluate", quiet=json_output) as progress:
-        result = evaluate_model(
-            named,
-            model=model,
-            against=against,
-            tasks=tasks or (),
-            texts=text or (),
-            limit=limit,
-            seed=seed,
-            window=window,
-            stride=stride,
-            shapes=shapes if speed else (),
-            batch_size=batch_size,
-            chat=chat,
-            max_new_tokens=max_new_tokens,
-            name_map=name_map,
-            emulate_rounding=emulate_rounding,
-            trust_remote_code=trust_remote_code,
-            device=device,
-            progress=progress,
-        )
+        result = evaluate_model(named, options, shapes=timed if speed else (), progress=progress)
     if max_loss is not None and all(side.loss is None for side in result.sides):
         raise LogitLockError("--max-loss needs tasks, and none was measured; give --tasks FILE.jsonl")
     if max_kl is not None and all(side.agreement is None for side in result.sides):

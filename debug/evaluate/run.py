@@ -6,18 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from debug.comparison.compare import spec_difference
 from debug.evaluate.answers import Advance, Answers, answer_task
+from debug.evaluate.options import EvaluateOptions
 from debug.evaluate.passages import DEFAULT_WINDOW, Passage, task_passages, text_windows
 from debug.evaluate.questions import Task, find_tasks
 from debug.evaluate.results import Agreement, EvaluationResult, SideResult, TaskResult, TextResult
 from debug.evaluate.rouge import available, rouge
 from debug.evaluate.scoring import PassageScore, score
-from debug.evaluate.speed import DEFAULT_SHAPES, Shape, measure_speed
+from debug.evaluate.speed import measure_speed
 from debug.evaluate.statistics import accuracy, loss, mean_loss
 from debug.executors.open import open_executor
 from debug.sides import source_of
@@ -25,10 +27,14 @@ from export.progress import Progress
 from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load_tokenizer
 from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.files import read_text
+from refmodels.options import with_fields
 from refmodels.text.tokenizer import Tokenizer
 from trt_runtime.engine import Engine
 from trt_runtime.inspect_bundle import describe
 from trt_runtime.torch_gpu.engine import TorchEngine
+
+_SETTINGS = ("limit", "compared", "seed", "window", "stride", "batch_size", "chat", "emulate_rounding")
+"""Options that a result names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,122 +48,94 @@ class Text:
 
 def evaluate_model(
     sides: Sequence[str],
+    options: EvaluateOptions | None = None,
     *,
-    model: str | None = None,
-    against: str | None = None,
-    tasks: Sequence[str] = (),
-    texts: Sequence[Path | str] = (),
-    limit: int = 200,
-    compared: int | None = None,
-    seed: int = 1,
-    window: int | None = None,
-    stride: int | None = None,
-    shapes: Sequence[Shape] = DEFAULT_SHAPES,
-    batch_size: int = 64,
-    chat: bool = False,
-    max_new_tokens: int = 128,
-    name_map: Path | None = None,
-    emulate_rounding: bool = True,
-    trust_remote_code: bool = False,
-    device: str | None = None,
     progress: Progress | None = None,
+    **fields: Any,
 ) -> EvaluationResult:
     """Measure what models can do, and what they lose against another one.
 
-    All sides get the same examples and the same tokens.  One side is in memory at a time, and `against`.
+    All executors get the same examples and the same tokens.  One is in memory at a time, and `against`.
 
     Args:
-        sides: forms of `debug.executors.open.forms_help`, but no recordings.
-        model: what they were made from, unquantized: `reference` and `hf` without a directory are this; None: what a
-            side says of itself.
-        against: the side to compare with.
-        tasks: tasks of the bundled toys, or JSONL files (see `debug.evaluate.questions`); none: all of a toy.
-        texts: files of UTF-8 text for perplexity.
-        limit: examples a task.
-        compared: of these, how many are also read by both models for KL and top-1; None: all.
-        seed: of the examples, and of the tokens that are timed.
-        window, stride: of texts (see `debug.evaluate.passages`); None: the model's positions up to 1024, and half of
-            the window.
-        shapes: what is timed.
-        batch_size: rows at a time.
-        chat, max_new_tokens: of JSONL tasks.
-        name_map, emulate_rounding, trust_remote_code, device: see `debug.executors.open.open_executor`.
+        sides: executors, as `debug.executors.open.forms_help` names them, but no recordings.
+        options: what is measured.
+        progress: called with what is done, how much of it and how much in all.
+        fields: those of `EvaluateOptions`, in the place of `options` or to change some of them.
     Raises:
-        LogitLockError: nothing to measure, a side that cannot be opened or is of another architecture, a task or text
-            that cannot be read or is too long, or logits that are NaN or infinite.
+        LogitLockError: nothing to measure, an executor that cannot be opened or is of another architecture, a task or
+            text that cannot be read or is too long, or logits that are NaN or infinite.
+        TypeError: a name that is no field of `EvaluateOptions`.
     """
+    options = with_fields(EvaluateOptions, options, fields)
+    against = options.against
     if not sides:
         raise LogitLockError("say what to evaluate: --bundle DIR, or one or more sides")
-    source = source_of(model, [*sides, *([] if against is None else [against])])
+    source = source_of(options.model, [*sides, *([] if against is None else [against])])
     tokenizer = _tokenizer(source)
-    found_tasks = find_tasks(tasks, source, tokenizer, limit=limit, seed=seed, chat=chat, max_new_tokens=max_new_tokens)
-    window = min(source.spec.max_positions, DEFAULT_WINDOW) if window is None else window
-    stride = max(1, window // 2) if stride is None else stride
-    found_texts = {
-        str(path): _text(read_text(Path(path)), source, tokenizer, window=window, stride=stride) for path in texts
+    tasks = find_tasks(
+        options.tasks,
+        source,
+        tokenizer,
+        limit=options.limit,
+        seed=options.seed,
+        chat=options.chat,
+        max_new_tokens=options.max_new_tokens,
+    )
+    window = min(source.spec.max_positions, DEFAULT_WINDOW) if options.window is None else options.window
+    stride = max(1, window // 2) if options.stride is None else options.stride
+    options = replace(options, window=window, stride=stride)
+    texts = {
+        str(path): _text(read_text(Path(path)), source, tokenizer, window=window, stride=stride)
+        for path in options.texts
     }
-    if not (found_tasks or found_texts or shapes):
+    if not (tasks or texts or options.shapes):
         raise LogitLockError("there is nothing to measure: give --tasks or --text, or do not switch the speed off")
     if tokenizer is None:
-        assert not found_tasks and not found_texts
+        assert not tasks and not texts
 
     notes: list[str] = []
-
-    def opened(text: str) -> Engine:
-        if text.endswith(".safetensors"):
-            raise LogitLockError(f"{text} is a recording; an evaluation needs an executor that runs")
-        engine = open_executor(
-            text,
-            source=source,
-            map=name_map,
-            emulate_rounding=emulate_rounding,
-            trust_remote_code=trust_remote_code,
-            decode=True,
-            device=device,
-        )
-        check_executor(text, engine, source)
-        if _of_other_weights(engine, source):
-            notes.append(f"{text} was exported from other weights than those of {source.name}")
-        return engine
-
-    run = _Measurements(
-        tokenizer=tokenizer,
-        tasks=found_tasks,
-        texts=found_texts,
-        compared=compared,
-        shapes=shapes,
-        batch_size=batch_size,
-        progress=progress or (lambda what, done, total: None),
-    )
+    say = progress or (lambda what, done, total: None)
+    run = _Measurements(tokenizer=tokenizer, tasks=tasks, texts=texts, options=options, progress=say)
     other = other_result = other_answers = None
     with torch.inference_mode():
         if against is not None:
-            other = opened(against)
+            other = _opened(against, source, options, notes)
             other_result, other_answers = run.measure(against, other, None, None)
         results = []
         for text in sides:
-            engine = opened(text)
+            engine = _opened(text, source, options, notes)
             results.append(run.measure(text, engine, other, other_answers)[0])
             del engine
-    if any(task.summary for task in found_tasks) and not available():
+    if any(task.summary for task in tasks) and not available():
         notes.append("ROUGE is left out: it needs rouge-score (pip install 'logitlock[eval]')")
+    settings = {name: getattr(options, name) for name in _SETTINGS}
     return EvaluationResult(
         model=source.name,
         sides=results,
         against=other_result,
-        settings={
-            "limit": limit,
-            "compared": compared,
-            "seed": seed,
-            "window": window,
-            "stride": stride,
-            "batch_size": batch_size,
-            "chat": chat,
-            "emulate_rounding": emulate_rounding,
-            "threads": torch.get_num_threads(),
-        },
+        settings={**settings, "threads": torch.get_num_threads()},
         notes=notes,
     )
+
+
+def _opened(text: str, source: ModelSource, options: EvaluateOptions, notes: list[str]) -> Engine:
+    """An executor that can be measured; what should be known of it goes to `notes`."""
+    if text.endswith(".safetensors"):
+        raise LogitLockError(f"{text} is a recording; an evaluation needs an executor that runs")
+    engine = open_executor(
+        text,
+        source=source,
+        map=options.name_map,
+        emulate_rounding=options.emulate_rounding,
+        trust_remote_code=options.trust_remote_code,
+        decode=True,
+        device=options.device,
+    )
+    check_executor(text, engine, source)
+    if _of_other_weights(engine, source):
+        notes.append(f"{text} was exported from other weights than those of {source.name}")
+    return engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +145,7 @@ class _Measurements:
     tokenizer: Tokenizer | None
     tasks: Sequence[Task]
     texts: dict[str, Text]
-    compared: int | None
-    shapes: Sequence[Shape]
-    batch_size: int
+    options: EvaluateOptions
     progress: Progress
 
     def measure(
@@ -186,7 +162,7 @@ class _Measurements:
                 engine,
                 self.tokenizer,
                 task,
-                batch_size=self.batch_size,
+                batch_size=self.options.batch_size,
                 advance=self._advance(name, len(task.questions)),
             )
             agreement = None
@@ -202,7 +178,7 @@ class _Measurements:
             )
         for path, scored in self.texts.items():
             result.texts[path] = self._score_text(f"{text}: {path}", scored, engine, other, seen)
-        for shape in self.shapes:
+        for shape in self.options.shapes:
             self.progress(f"{text}: speed", 0, 0)
             result.speeds.append(measure_speed(engine, shape))
         if self.tasks:
@@ -217,9 +193,13 @@ class _Measurements:
         self, name: str, task: Task, engine: Engine, other: Engine, seen: list[PassageScore]
     ) -> Agreement:
         """Over the answers' tokens; every token goes to `seen`."""
-        passages = task_passages(task)[: self.compared]
+        passages = task_passages(task)[: self.options.compared]
         scores = score(
-            engine, passages, against=other, batch_size=self.batch_size, advance=self._advance(name, len(passages))
+            engine,
+            passages,
+            against=other,
+            batch_size=self.options.batch_size,
+            advance=self._advance(name, len(passages)),
         )
         seen += scores
         return _agreement([each.after(passage.first) for each, passage in zip(scores, passages, strict=True)])
@@ -231,7 +211,7 @@ class _Measurements:
             engine,
             text.windows,
             against=other,
-            batch_size=self.batch_size,
+            batch_size=self.options.batch_size,
             advance=self._advance(name, len(text.windows)),
         )
         scored = [each.after(passage.first) for each, passage in zip(scores, text.windows, strict=True)]
