@@ -27,7 +27,7 @@ def export(
     model: Annotated[
         str,
         typer.Option(
-            help="Family name (the bundled toy), Hugging Face directory, or hub id.",
+            help="Model to export: a family name (the bundled toy), a Hugging Face directory, or a hub id.",
             show_default=False,
             rich_help_panel=_MODEL,
         ),
@@ -35,39 +35,47 @@ def export(
     precision: Annotated[
         str,
         typer.Option(
-            help="fp32, fp16 or bf16: weights, activations and cache; or int8, int4, int4-awq, int4-gptq, smoothquant "
-            "or fp8, with the defaults of `logitlock quantize`.",
+            help="Dtype of weights, activations and cache (fp32, fp16 or bf16), or a quantization scheme "
+            "(int8, int4, int4-awq, int4-gptq, smoothquant or fp8) with the default options of `logitlock "
+            "quantize`.",
             rich_help_panel=_MODEL,
         ),
     ] = "fp16",
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of what int8, int4, ... leave as it is.", show_default="fp16", rich_help_panel=_MODEL),
+        typer.Option(
+            help="Dtype of everything that a quantization scheme does not quantize.",
+            show_default="fp16",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     kv_cache: Annotated[
         str | None,
         typer.Option(
-            help="int8 or fp8 keys and values (ONNX Runtime).", show_default="the dtype", rich_help_panel=_MODEL
+            help="Quantize cached keys and values to int8 or fp8 (ONNX Runtime only).",
+            show_default="the dtype",
+            rich_help_panel=_MODEL,
         ),
     ] = None,
     attention: Annotated[
         str,
         typer.Option(
-            help="plugin: our fused kernels in TensorRT; native: TensorRT's own attention; decomposed: plain "
-            "operators. ONNX Runtime runs all three.",
+            help="Attention of the TensorRT plan: plugin uses our fused kernels, native TensorRT's own "
+            "attention, decomposed plain operators. ONNX Runtime runs all three.",
             rich_help_panel=_MODEL,
         ),
     ] = "plugin",
     numerics: Annotated[
         str,
         typer.Option(
-            help="exact: fp32 tables and reductions; upstream: Hugging Face's rounding.", rich_help_panel=_MODEL
+            help="Numerics: exact has fp32 tables and reductions, upstream repeats Hugging Face's rounding.",
+            rich_help_panel=_MODEL,
         ),
     ] = "exact",
     precision_plan: Annotated[
         Path | None,
         typer.Option(
-            help="JSON from `logitlock bisect`: which modules stay in fp32.",
+            help="JSON file from `logitlock bisect` that lists the modules to keep in fp32.",
             show_default="none",
             rich_help_panel=_MODEL,
         ),
@@ -75,23 +83,25 @@ def export(
     random_weights: Annotated[
         bool,
         typer.Option(
-            "--random-weights", help="Random weights: config.json is enough (benchmarks).", rich_help_panel=_MODEL
+            "--random-weights",
+            help="Use random weights, for benchmarks: config.json is the only file needed.",
+            rich_help_panel=_MODEL,
         ),
     ] = False,
     backend: Annotated[
         str | None,
         typer.Option(
-            help="tensorrt: graph and TensorRT plan; torch-tensorrt: the plan through torch.export; onnxruntime: the "
-            "graph alone.",
+            help="Back end: tensorrt writes the graph and a TensorRT plan, torch-tensorrt makes the plan through "
+            "torch.export, onnxruntime writes the graph only.",
             show_default="tensorrt if it can build here, else onnxruntime",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Most prompts at a time.", rich_help_panel=_ENGINE)] = 8,
+    max_batch: Annotated[int, typer.Option(help="Maximum batch size, in prompts.", rich_help_panel=_ENGINE)] = 8,
     max_input: Annotated[
         int | None,
         typer.Option(
-            help="Most tokens of a prompt in one step; longer prompts take several.",
+            help="Maximum number of prompt tokens per step; longer prompts take several steps.",
             show_default="2048, at most --max-seq",
             rich_help_panel=_ENGINE,
         ),
@@ -99,8 +109,8 @@ def export(
     max_seq: Annotated[
         int | None,
         typer.Option(
-            help="Longest cache in tokens; a plan's cache always has room for all of them.",
-            show_default="what the model allows; with a plan at most 4096",
+            help="Maximum length of the cache, in tokens; the cache of a TensorRT plan always has this size.",
+            show_default="the model's maximum; with a plan at most 4096",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
@@ -108,41 +118,54 @@ def export(
         list[str] | None,
         typer.Option(
             "--compute-capability",
-            help="GPU to build for, such as 8.9; repeatable (TensorRT-RTX).",
+            help="Compute capability of a GPU to build for, such as 8.9 (TensorRT-RTX only); repeatable.",
             show_default="8.0 and newer",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
     workspace: Annotated[
         int | None,
-        typer.Option(help="MiB of scratch memory a kernel may use.", show_default="no limit", rich_help_panel=_ENGINE),
+        typer.Option(
+            help="Maximum scratch memory of a TensorRT kernel, in MiB.",
+            show_default="no limit",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None,
     optimization_level: Annotated[
         int | None,
-        typer.Option(help="TensorRT's builder effort, 0 to 5.", show_default="TensorRT's", rich_help_panel=_ENGINE),
+        typer.Option(
+            help="Optimization effort of TensorRT's builder, from 0 to 5.",
+            show_default="TensorRT's",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None,
     taps: Annotated[
         bool,
         typer.Option(
             "--taps",
-            help="Also build a second plan, which outputs every tap, for `logitlock diff`.",
+            help="Also build a second plan that outputs every tap, for `logitlock diff`.",
             rich_help_panel=_ENGINE,
         ),
     ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Directory of the bundle.", show_default="engines/<model>-<precision>", rich_help_panel=_OUTPUT
+            help="Directory of the bundle to write.",
+            show_default="engines/<model>-<precision>",
+            rich_help_panel=_OUTPUT,
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a bundle at the output.", rich_help_panel=_OUTPUT)
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an existing bundle in the output directory.", rich_help_panel=_OUTPUT
+        ),
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Export a model to a bundle: graph, weights, tokenizer and TensorRT engine.
 
-    Every bundle runs on ONNX Runtime; its plan runs on NVIDIA GPUs.  TensorRT-RTX builds without one.
+    Every bundle runs on ONNX Runtime; its TensorRT plan runs on NVIDIA GPUs.  TensorRT-RTX can build without a GPU.
 
     Example: python -m export --model qwen --precision fp16
 

@@ -21,94 +21,121 @@ from refmodels.checkpoints.load import moved, resolve
 from refmodels.command import JsonFlag
 from refmodels.options import fields_in
 
-_WHAT, _HOW, _DATA, _OUTPUT = "What is quantized", "How codes are found", "Calibration", "Output"
+_WHAT, _HOW, _DATA, _OUTPUT = "Format", "Method", "Calibration", "Output"
 _SCHEME_LIST = "; ".join(f"{name}: {scheme.describes}" for name, scheme in SCHEMES.items())
 
 
 def quantize(
     model: Annotated[
-        str, typer.Option(help="Family name (the bundled toy), Hugging Face directory, or hub id.", show_default=False)
+        str,
+        typer.Option(
+            help="Model to quantize: a family name (the bundled toy), a Hugging Face directory, or a hub id.",
+            show_default=False,
+        ),
     ],
     precision: Annotated[
         str | None,
         typer.Option(
-            help=f"{_SCHEME_LIST}. None, with --kv-cache: the cache only.", show_default="none", rich_help_panel=_WHAT
+            help=f"Quantization scheme. {_SCHEME_LIST}. Without it, --kv-cache quantizes only the cache.",
+            show_default="none",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     group: Annotated[
         int | None,
         typer.Option(
-            help="Input columns that share a scale; 0: one scale an output channel.",
+            help="Group size: number of input channels that share a scale; 0 means one scale per output channel.",
             show_default="128 for int4, else 0",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Zero points (not for TensorRT).", rich_help_panel=_WHAT)
+        bool, typer.Option("--asymmetric", help="Use zero points (not supported by TensorRT).", rich_help_panel=_WHAT)
     ] = False,
     inputs: Annotated[
         str | None,
         typer.Option(
-            help="Inputs of the layers: float; or 8-bit codes with one constant scale (tensor), one a token (token), "
-            "or one a token and group (group: int8, what makes int4 and int8 weights fast on a CPU).",
+            help="Inputs of the quantized layers: float keeps them; tensor, token and group quantize them to 8 "
+            "bits with one static scale, one scale per token, or one scale per token and group (int8; "
+            "this makes int4 and int8 weights fast on a CPU).",
             show_default="the scheme's",
             rich_help_panel=_WHAT,
         ),
     ] = None,
-    head: Annotated[bool, typer.Option("--head", help="The head too.", rich_help_panel=_WHAT)] = False,
+    head: Annotated[bool, typer.Option("--head", help="Also quantize the head.", rich_help_panel=_WHAT)] = False,
     kv_cache: Annotated[
         str | None,
-        typer.Option(help="int8 or fp8: keys and values too.", show_default="working dtype", rich_help_panel=_WHAT),
+        typer.Option(
+            help="Also quantize cached keys and values, to int8 or fp8.",
+            show_default="working dtype",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     precision_plan: Annotated[
         Path | None,
         typer.Option(
-            help='JSON: {"schema": 1, "precision": SCHEME, "schemes": {"blocks.0.*": "int8", "blocks.*.out": null}}.',
+            help='JSON file with schemes per layer: {"schema": 1, "precision": SCHEME, "schemes": '
+            '{"blocks.0.*": "int8", "blocks.*.out": null}}.',
             show_default="none",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     alpha: Annotated[
-        float, typer.Option(help="SmoothQuant: share of the difficulty that weights take.", rich_help_panel=_HOW)
+        float,
+        typer.Option(
+            help="SmoothQuant's migration strength alpha, from 0 to 1: the share of the difficulty that moves "
+            "from inputs to weights.",
+            rich_help_panel=_HOW,
+        ),
     ] = 0.5,
     act_order: Annotated[
-        bool, typer.Option("--act-order", help="GPTQ: columns of large inputs first.", rich_help_panel=_HOW)
+        bool,
+        typer.Option(
+            "--act-order", help="GPTQ: quantize the columns with the largest inputs first.", rich_help_panel=_HOW
+        ),
     ] = False,
     clip: Annotated[
         bool | None,
         typer.Option(
             "--clip/--no-clip",
-            help="AWQ, GPTQ: clip groups of weights where it lowers the error; GPTQ takes twice the time.",
+            help="AWQ and GPTQ: clip groups of weights if this lowers the error; GPTQ then takes twice the time.",
             show_default="AWQ: yes, GPTQ: no",
             rich_help_panel=_HOW,
         ),
     ] = None,
-    damping: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal.", rich_help_panel=_HOW)] = 0.01,
+    damping: Annotated[
+        float,
+        typer.Option(help="GPTQ: damping of the Hessian, as a fraction of its mean diagonal.", rich_help_panel=_HOW),
+    ] = 0.01,
     percentile: Annotated[
-        float, typer.Option(help="Constant input scales: of |x| that they cover.", rich_help_panel=_HOW)
+        float, typer.Option(help="Percentile of |x| that static input scales cover.", rich_help_panel=_HOW)
     ] = 100.0,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
-            help='Text, or .jsonl with "text" or "prompt" (and "answer"); repeatable.',
+            help='Calibration data: a text file, or .jsonl with "text" or "prompt" (and "answer"); repeatable.',
             show_default="bundled tasks",
             rich_help_panel=_DATA,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="At most so many rows.", rich_help_panel=_DATA)] = SAMPLES,
-    tokens: Annotated[int, typer.Option(help="At most so many tokens a row.", rich_help_panel=_DATA)] = TOKENS,
-    seed: Annotated[int, typer.Option(help="Of the choice of rows.", rich_help_panel=_DATA)] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=_DATA)] = "cpu",
+    samples: Annotated[int, typer.Option(help="Maximum number of calibration rows.", rich_help_panel=_DATA)] = SAMPLES,
+    tokens: Annotated[
+        int, typer.Option(help="Maximum number of tokens per calibration row.", rich_help_panel=_DATA)
+    ] = TOKENS,
+    seed: Annotated[int, typer.Option(help="Random seed for the choice of rows.", rich_help_panel=_DATA)] = 0,
+    device: Annotated[str, typer.Option(help="Device to quantize on: cpu or cuda.", rich_help_panel=_DATA)] = "cpu",
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Directory of the checkpoint.", show_default="models/<model>-<precision>", rich_help_panel=_OUTPUT
+            help="Directory of the checkpoint to write.",
+            show_default="models/<model>-<precision>",
+            rich_help_panel=_OUTPUT,
         ),
     ] = None,
     layout: Annotated[
         str,
         typer.Option(
-            help="compressed-tensors (vLLM), gptq, awq or modelopt (TensorRT-LLM): how codes are stored.",
+            help="Layout of the checkpoint: compressed-tensors (vLLM), gptq, awq or modelopt (TensorRT-LLM).",
             rich_help_panel=_OUTPUT,
         ),
     ] = "compressed-tensors",
@@ -116,8 +143,8 @@ def quantize(
 ) -> None:
     """Quantize a model into a checkpoint that export, diff, eval and other programs read.
 
-    The blocks are quantized one at a time, while calibration data streams through them.  `export --precision SCHEME`
-    does this with the defaults and puts the checkpoint into the bundle.
+    The blocks are quantized one at a time while calibration data streams through them.  `export --precision SCHEME`
+    does the same with the default options, and puts the checkpoint into the bundle.
 
     Example: logitlock quantize --model qwen --precision int4-awq --group 64
 

@@ -1,0 +1,160 @@
+"""Docs, help and docstrings are plain English: the clearest private turns of phrase do not come back.
+
+Taste cannot be tested; these patterns can.  "Per" is the word for a rate ("one scale per row"), a number has a name
+("maximum number of tokens", not "so many"), and the help of an option is a sentence that says what the option does.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import json
+import re
+import tokenize
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer.models
+
+from debug.command import VERBS, help_of
+from tests.support.paths import ROOT
+
+_UNITS = "row|token|layer|block|step|prompt|family|case|verb|pair|node|head|group|task|channel|tensor|byte|bucket"
+_LINKS = "(?:of|in|on|at|to|by|as|is|be|may|after|before|from|for|with|into|than|or|and|that)"
+ODD = {
+    "a rate says per": re.compile(
+        rf"\b(?:an|one|two|four|[0-9.]+)(?: (?!{_LINKS}\b)[a-z-]+){{1,2}} an? (?:{_UNITS})\b(?! (?:of|that))"
+    ),
+    "a quantity has a name": re.compile(r"\bso many\b"),
+    "a verb has a subject": re.compile(r"\b(?:is|are|was|were) (?:led back|at hand)\b|\bthat (?:is|are) to be\b"),
+}
+
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "examples").glob("*.md"),
+    *(ROOT / "notebooks").glob("*.md"),
+    *(ROOT / "notebooks").glob("*.ipynb"),
+]
+SOURCES = [file for package in ("refmodels",) for file in sorted((ROOT / package).rglob("*.py"))]
+"""Packages whose docstrings, comments and messages are checked as well."""
+
+
+def odd(text: str) -> list[str]:
+    """The rules that a text breaks, each with the words that break it."""
+    joined = re.sub(r"\s+(?:# )?", " ", text)
+    return [f"{rule}: {found[0]}" for rule, pattern in ODD.items() for found in pattern.finditer(joined)]
+
+
+def prose(path: Path) -> str:
+    """What a page says: Markdown without code blocks, or a notebook's Markdown cells."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return re.sub(r"^( *)```.*?^\1```", "", text, flags=re.S | re.M)
+
+
+def words_of(source: str) -> Iterator[str]:
+    """Strings (docstrings, messages) and runs of comments of a Python file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+    run: list[tokenize.TokenInfo] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            if run and token.start[0] != run[-1].start[0] + 1:
+                yield "\n".join(t.string for t in run)
+                run = []
+            run.append(token)
+    yield "\n".join(t.string for t in run)
+
+
+def helps(verb: str) -> Iterator[tuple[str, str]]:
+    """Name and help of every option and argument of a verb."""
+    hints = typing.get_type_hints(VERBS[verb].load(), include_extras=True)
+    for name in inspect.signature(VERBS[verb].load()).parameters:
+        assert typing.get_origin(hints[name]) is Annotated
+        [info] = [m for m in hints[name].__metadata__ if isinstance(m, typer.models.ParameterInfo)]
+        yield name, info.help or ""
+
+
+def is_sentence(text: str) -> bool:
+    """Begins with a capital letter, ends with a full stop, has a subject or a verb: not "Of the draws."."""
+    return re.match(r"(?!Of\b)[A-Z][\w'’-]*[,:]? \S", text) is not None and text.endswith(".")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages(page: Path) -> None:
+    assert not odd(prose(page))
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_sources(file: Path) -> None:
+    found = [rule for words in words_of(file.read_text(encoding="utf-8")) for rule in odd(words)]
+    assert not found
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(verb: str) -> None:
+    assert not odd(help_of(VERBS[verb].load()))
+    for name, text in helps(verb):
+        assert is_sentence(text) and not odd(text), f"{verb} {name}: {text!r}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int8, one scale a row",
+        "two launches a\nblock",
+        "UTF-8 file with one prompt a line or 4 tokens a pair",
+        "At most so many tokens.",
+        "layers are led back to taps",
+        "no GPU was at hand",
+        "against what noise that is to be judged",
+    ],
+)
+def test_the_check_sees(text: str) -> None:
+    assert odd(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int8, one scale per row",
+        "one module upstream may be a block here",
+        "as one layer of a block",
+        "two halves of a batch",
+        "the norm of a row",
+        "one step after a block",
+    ],
+)
+def test_the_check_lets_pass(text: str) -> None:
+    assert not odd(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("Of the draws.", False),
+        ("At most 5", False),
+        ("int8 or fp8: keys and values too.", False),
+        ("Seed.", False),
+        ("", False),
+        ("Random seed for sampling.", True),
+        ("GPTQ: quantize the columns with the largest inputs first.", True),
+        ("UTF-8 text file for perplexity; repeatable.", True),
+    ],
+)
+def test_the_check_of_help_sees(text: str, good: bool) -> None:
+    assert is_sentence(text) is good
+
+
+def test_words_of_a_source() -> None:
+    source = 'x = f"one scale a {y}"  # one\n# scale a row\n\n\ndef f() -> None:\n    """Two."""\n'
+    assert list(words_of(source)) == ["one scale a ", "Two.", "# one\n# scale a row"]
+    assert [odd(words) != [] for words in words_of(source)] == [False, False, True]
