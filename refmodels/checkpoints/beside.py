@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,14 @@ class Beside:
         if self.directory is None or not any(self.has(name) for name in LAYOUTS):
             return None
         return WeightFiles(self.directory)
+
+    @cached_property
+    def tensor_names(self) -> Collection[str]:
+        """Names of the checkpoint's tensors, from its index if it has one; none where there are no weights."""
+        for name in LAYOUTS:
+            if self.has(name):
+                return self.json(name).get("weight_map") or {} if name.endswith(".json") else self.tensors
+        return ()
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:

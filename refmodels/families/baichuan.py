@@ -1,25 +1,33 @@
 """Baichuan 7B (RoPE) and 13B (ALiBi), Baichuan2 7B and 13B (NormHead).
 
-One model_type covers four architectures.  RoPE models have `max_position_embeddings` in their config; NormHead is in no
-key (upstream ships another modeling file): it follows from the published vocabulary sizes, 64000 without and 125696
-with it, from `norm_head` in the config, or from the variant that the caller names.
+One model_type covers four architectures, and no key of upstream's says which: it ships another modeling file with each.
+RoPE or ALiBi follows from the published shapes, 32 heads of 4096 or 40 of 5120, from tensors, and from the code beside
+the weights (which is read, never run); NormHead from the published vocabularies, 64000 without and 125696 with it, and
+from the code.  `position` ("rope", "alibi") and `norm_head` say it for other models, in the config or as a variant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from refmodels.errors import LogitLockError
 from refmodels.families.config import LLAMA_LAYOUT, Config, Family
 from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
+_CODE = "modeling_baichuan.py"
+_POSITION_BY_SHAPE = {(4096, 32): "rope", (5120, 40): "alibi"}
 _NORM_HEAD_BY_VOCABULARY = {64000: False, 125696: True}
 
 
 def _norm_head(config: Config, vocab_size: int) -> bool:
-    for source in (config.variant, config.data):
-        if source.get("norm_head") is not None:
-            return bool(source["norm_head"])
+    said = config.option("norm_head")
+    if said is not None:
+        return bool(said)
+    code = config.beside.text(_CODE)
+    if code:
+        config.facts.append(f"NormHead, because {_CODE} has it" if "NormHead" in code else f"no NormHead in {_CODE}")
+        return "NormHead" in code
     if vocab_size not in _NORM_HEAD_BY_VOCABULARY:
         raise LogitLockError(
             f"{config.where} does not say whether this Baichuan normalizes its head, and vocab_size {vocab_size} is "
@@ -28,20 +36,47 @@ def _norm_head(config: Config, vocab_size: int) -> bool:
     return _NORM_HEAD_BY_VOCABULARY[vocab_size]
 
 
+def _position(config: Config, hidden: int, heads: int) -> str:
+    told = config.told("position", ("rope", "alibi"), _position_facts(config, hidden, heads))
+    if told is not None:
+        return told
+    likely, having = ("rope", "a") if config.has("max_position_embeddings") else ("alibi", "no")
+    config.warnings.append(
+        f"{config.where} is taken for a model with {likely}, because it has {having} key max_position_embeddings; if "
+        'that is wrong, add "position": "rope" or "alibi" to it'
+    )
+    return likely
+
+
+def _position_facts(config: Config, hidden: int, heads: int) -> Iterator[tuple[str, str]]:
+    by_shape = _POSITION_BY_SHAPE.get((hidden, heads))
+    if by_shape is not None:
+        yield by_shape, f"hidden_size is {hidden} with {heads} heads"
+    if any(name.endswith("rotary_emb.inv_freq") for name in config.beside.tensor_names):
+        yield "rope", "tensors rotary_emb.inv_freq are stored"
+    code = config.beside.text(_CODE)
+    for position, word in (("rope", "RotaryEmbedding"), ("alibi", "_gen_alibi_mask")):
+        if word in code:
+            yield position, f"{_CODE} has {word}"
+
+
 def _spec(config: Config) -> ModelSpec:
     hidden = config.get(int, "hidden_size")
     heads = config.get(int, "num_attention_heads")
     head_dim = config.divided(hidden, heads)
     vocab_size = config.get(int, "vocab_size")
     second = _norm_head(config, vocab_size)
-    rope = config.variant.get("position", "rope" if config.has("max_position_embeddings") else "alibi") == "rope"
+    rope = _position(config, hidden, heads) == "rope"
+    # Of either kind's own key upstream's default is 4096.
+    keys = ("max_position_embeddings", "model_max_length")
+    max_positions = config.get(int, *(keys if rope else reversed(keys)), default=4096)
     return ModelSpec(
         family="baichuan",
         variant=f"baichuan{'2' if second else ''}-{'7b' if rope else '13b'}",
         vocab_size=vocab_size,
         hidden_size=hidden,
         layers=config.get(int, "num_hidden_layers"),
-        max_positions=config.get(int, "max_position_embeddings", "model_max_length"),
+        max_positions=max_positions,
         norm=NormSpec(kind="rms", eps=config.get(float, "rms_norm_eps")),
         attention=AttentionSpec(
             heads=heads,

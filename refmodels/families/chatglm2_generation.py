@@ -38,24 +38,12 @@ def generation_of(config: Config) -> str:
     Raises:
         LogitLockError: facts that contradict each other, or none.
     """
-    said = config.option(KEY)
-    if said is None and "chatglm3" in config.variant:
+    if "chatglm3" in config.variant:
         # What golden cases say.
-        said = "chatglm3" if config.variant["chatglm3"] else "chatglm2"
-    if said is not None:
-        if said not in GENERATIONS:
-            raise LogitLockError(f"{config.where}: {KEY} is {said!r}; it must be one of {', '.join(GENERATIONS)}")
-        return str(said)
-    facts = list(_facts(config))
-    found = {generation: fact for generation, fact in reversed(facts)}
-    if len(found) > 1:
-        raise LogitLockError(
-            f"{config.where} contradicts itself: {'; '.join(f'{fact}, as in {name}' for name, fact in found.items())}; "
-            f'add "{KEY}": {" or ".join(map(json.dumps, found))} to it'
-        )
-    for generation, fact in found.items():
-        config.facts.append(f"it is {generation}, because {fact}")
-        return generation
+        return "chatglm3" if config.variant["chatglm3"] else "chatglm2"
+    told = config.told(KEY, GENERATIONS, _facts(config))
+    if told is not None:
+        return told
     ratio, length = config.get(float, "rope_ratio", default=1.0), config.get(int, "seq_length")
     likely = _PUBLISHED_SHAPES.get((length, ratio)) if config.raw("padded_vocab_size") == 65024 else None
     name = _PUBLISHED_NAME.match(str(config.raw("_name_or_path") or ""))

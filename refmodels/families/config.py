@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -69,6 +69,34 @@ class Config:
         """A fact that upstream has no key for, from the variant or from the config; None: neither says it."""
         given = self.variant.get(key)
         return self.raw(key) if given is None else given
+
+    def told(self, key: str, options: Collection[str], facts: Iterable[tuple[str, str]]) -> str | None:
+        """What a checkpoint is where upstream has no key that says it: what `key` says, else what facts agree on.
+
+        Args:
+            key: ours, in the variant or the config.
+            options: what it may be.
+            facts: pairs of an option and a clause that says what speaks for it.
+        Returns: an option; None where nothing tells.
+        Raises:
+            LogitLockError: the key says something else, or facts contradict each other.
+        """
+        said = self.option(key)
+        if said is not None:
+            if said not in options:
+                raise LogitLockError(f"{self.where}: {key} is {said!r}; it must be one of {', '.join(options)}")
+            return str(said)
+        found: dict[str, str] = {}
+        for option, fact in facts:
+            found.setdefault(option, fact)
+        if len(found) > 1:
+            both = "; ".join(f"{fact}, as in {option}" for option, fact in found.items())
+            named = " or ".join(f'"{option}"' for option in found)
+            raise LogitLockError(f'{self.where} contradicts itself: {both}; add "{key}": {named} to it')
+        for option, fact in found.items():
+            self.facts.append(f"{option}, because {fact}")
+            return option
+        return None
 
     def get(self, kind: type[T], *keys: str, default: T | None = None, minimum: int = 1) -> T:
         """The value of the first key present (null counts as absent).

@@ -52,6 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_head": True,
         "num_attention_heads": 4,
         "num_hidden_layers": 5,
+        "position": "rope",
         "rms_norm_eps": 1e-06,
         "tie_word_embeddings": False,
         "torch_dtype": "float16",
