@@ -13,21 +13,21 @@ from trt_runtime.generation import GenerationConfig, GenerationResult, generate
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 Advance = Callable[[int], None]
-"""Called with how many more examples are done."""
+"""Called with the number of further examples that are done."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a model said to the questions of a task, in their order: whether it is right, and its text."""
+    """A model's answers to the questions of a task, in order: whether each is right, and its text."""
 
     right: list[bool]
     texts: list[str]
 
 
 def rows_at_once(engine: Engine, batch_size: int) -> int:
-    """Rows of different lengths that an engine can decode together.
+    """Number of rows of different lengths that an engine can decode together.
 
-    Code that appends a token to all rows in one place cannot, if the model counts slots (see `debug.executors.step`).
+    Code that appends a token to all rows at one slot cannot, if the model counts slots (see `debug.executors.step`).
     """
     ours = isinstance(engine, TorchEngine) or hasattr(engine, "bundle")
     return batch_size if ours or not counts_slots(engine.spec) else 1
@@ -42,7 +42,7 @@ def continue_prompts(
     batch_size: int,
     advance: Advance = lambda count: None,
 ) -> list[GenerationResult]:
-    """`trt_runtime.generation` of any number of prompts, in batches of like length, which waste least on padding.
+    """`trt_runtime.generation` of any number of prompts, in batches of similar length, which need the least padding.
 
     Raises:
         LogitLockError: as `generate`.

@@ -3,7 +3,7 @@
     python -m debug.evaluate.harness --model logitlock --model_args side=engines/qwen-fp16,model=qwen --tasks …
 
 is the harness's own command with this model added.  In Python, give `EngineModel` to `lm_eval.simple_evaluate`.  The
-harness finds the data of its tasks on the Hugging Face hub, or in files that a task of one's own names.
+harness finds the data of its tasks on the Hugging Face hub, or in files named by your own tasks.
 
 This module alone imports lm_eval (`pip install 'logitlock[lm-eval]'`).
 """
@@ -41,15 +41,15 @@ _ARGUMENTS = ("side", "model", "batch_size", "max_length", "emulate_rounding", "
 
 @register_model("logitlock")
 class EngineModel(TemplateLM):  # type: ignore[misc]
-    """An engine with its tokenizer, as the harness wants it.
+    """An engine and its tokenizer with the harness's interface.
 
     Args:
-        engine: what runs the model.
-        tokenizer: of the model; what it puts before a prompt begins every context.
-        stop_ids: end a generated answer, besides the strings that a task names.
-        batch_size: rows at a time.
-        max_length: tokens of a forward; None: all positions of the engine.  Longer contexts lose their beginning (but
-            not the tokenizer's prefix), as in the harness's own models.
+        engine: the engine that runs the model.
+        tokenizer: the model's tokenizer; its prompt prefix begins every context.
+        stop_ids: ids that end a generated answer, in addition to a task's stop strings.
+        batch_size: number of rows per batch.
+        max_length: number of tokens per forward pass; None: all positions of the engine.  Longer contexts lose their
+            beginning (but not the tokenizer's prefix), as in the harness's own models.
     """
 
     def __init__(
@@ -71,21 +71,21 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> EngineModel:
-        """Open what `--model_args` names.
+        """Open the executor that `--model_args` names.
 
         Args:
             arg_dict: side (as `logitlock eval` names it) and model; batch_size, max_length, emulate_rounding,
                 trust_remote_code and device, all optional.
-            additional_config: what the harness adds: batch_size and device, and settings that are not for engines.
+            additional_config: additions of the harness: batch_size and device, and settings that are not for engines.
         Raises:
-            LogitLockError: no side, an unknown argument, or a side that cannot be opened.
+            LogitLockError: side is missing, an argument is unknown, or the executor cannot be opened.
         """
         extra = {key: value for key, value in (additional_config or {}).items() if value is not None}
         given = {key: extra[key] for key in ("batch_size", "device") if key in extra} | arg_dict
         unknown = sorted(set(given) - set(_ARGUMENTS))
         if unknown or "side" not in given:
             said = f"unknown {', '.join(unknown)}" if unknown else "no side"
-            raise LogitLockError(f"--model_args: {said}; they are {', '.join(_ARGUMENTS)}, and side is needed")
+            raise LogitLockError(f"--model_args: {said}; they are {', '.join(_ARGUMENTS)}, and side is required")
         side = str(given["side"])
         source = source_of(given.get("model"), [side])
         engine = open_executor(
@@ -129,7 +129,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context begins with: the last of the tokenizer's own prefix, or bos, or eos."""
+        """The token that begins a text without a context: the last of the tokenizer's own prefix, or bos, or eos."""
         if self._tokenizer.prefix:
             return self._tokenizer.prefix[-1]
         bos = self._tokenizer.special.bos
@@ -193,7 +193,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
         return found
 
     def _score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[PassageScore]:
-        """Of the second of each pair of ids, after the first."""
+        """Log-likelihood of the second ids of each pair, after the first."""
         passages = []
         for context, continuation in pairs:
             ids = self._cut([*self._begun(context), *continuation], self.max_length + 1)
@@ -207,12 +207,12 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
         return [each.after(passage.first) for each, passage in zip(scores, passages, strict=True)]
 
     def _cut(self, ids: list[int], room: int) -> list[int]:
-        """The last `room` of ids that begin with the tokenizer's prefix, which stays."""
+        """The last `room` ids, with the tokenizer's prefix kept at the beginning."""
         prefix = self._tokenizer.prefix
         return ids if len(ids) <= room else [*prefix, *ids[len(ids) - room + len(prefix) :]]
 
     def _begun(self, context: list[int]) -> list[int]:
-        """A context with the whole prefix of the tokenizer, of which the harness knows only one token."""
+        """A context with the tokenizer's whole prefix, of which the harness knows only one token."""
         prefix = list(self._tokenizer.prefix)
         if context == prefix[-1:]:
             return prefix
@@ -233,7 +233,7 @@ def _settings(arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    """The harness's command, which now knows `--model logitlock`."""
+    """The harness's command, with `--model logitlock` added."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

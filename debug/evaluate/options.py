@@ -1,4 +1,4 @@
-"""What is measured of executors: the options of `evaluate_model`, once."""
+"""The options of `evaluate_model`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from debug.evaluate.speed import DEFAULT_SHAPES, Shape
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What is measured, and how.
+    """What to measure, and how.
 
     Attributes:
-        model: what the executors were made from, unquantized: `reference` and `hf` without a directory are this; None:
-            what an executor says of itself.
+        model: the model, before quantization, that the executors were made from; `reference` and `hf` without a
+            directory run it.  None: as recorded in an executor.
         against: the executor to compare with.
         tasks: tasks of the bundled toys, or JSONL files (see `debug.evaluate.questions`); none: all of a toy.
         texts: files of UTF-8 text for perplexity.
         limit: examples per task.
-        compared: of these, how many are also read by both models for KL and top-1; None: all.
-        seed: of the examples, and of the tokens that are timed.
-        window, stride: of texts (see `debug.evaluate.passages`); None: the model's positions up to 1024, and half of
-            the window.
-        shapes: what is timed.
-        batch_size: rows at a time.
-        chat, max_new_tokens: of JSONL tasks.
+        compared: number of these examples that both models also read for KL and top-1; None: all.
+        seed: random seed for the choice of examples, and for the tokens to time.
+        window, stride: for texts, in tokens (see `debug.evaluate.passages`); None: the model's positions up to 1024,
+            and half of the window.
+        shapes: the workloads to time.
+        batch_size: maximum number of rows per batch.
+        chat, max_new_tokens: for JSONL tasks.
         name_map, emulate_rounding, trust_remote_code, device: see `debug.executors.open.open_executor`.
     """
 

@@ -1,4 +1,4 @@
-"""What is scored token by token: examples of tasks with their answers, and text cut into windows."""
+"""Passages to score token by token: examples of tasks with their answers, and text cut into windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_WINDOW = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """Tokens that a model reads; those from `first` on (at least 1) are what it should have predicted."""
+    """Tokens that a model reads; it should have predicted those from `first` on (at least 1)."""
 
     ids: Sequence[int]
     first: int
@@ -34,15 +34,15 @@ def task_passages(task: Task) -> list[Passage]:
 def text_windows(ids: Sequence[int], *, prefix: Sequence[int], window: int, stride: int) -> list[Passage]:
     """A text as windows of at most `window` tokens, each `stride` after the one before it.
 
-    Every token but the very first is scored once, in the first window that holds it.  A small stride gives tokens much
-    context (at least `window - stride` tokens, but at the beginning of the text) and costs much.
+    Every token except the very first is scored once, in the first window that holds it.  A small stride gives tokens
+    more context (at least `window - stride` tokens, except at the beginning of the text) and costs more.
 
     Args:
-        ids: of the text, without `prefix`.
-        prefix: tokens that the tokenizer puts before a prompt; they begin every window and are never scored, and with
-            them the first token of the text is.
+        ids: token ids of the text, without `prefix`.
+        prefix: tokens that the tokenizer puts before a prompt; they begin every window and are never scored.  With a
+            prefix, the first token of the text is scored too.
     Raises:
-        LogitLockError: a stride that leaves tokens without any context, a window too small, or a text of one token.
+        LogitLockError: the stride leaves tokens without context, the window is too small, or the text has one token.
     """
     room = window - len(prefix)
     known = 0 if prefix else 1
@@ -65,10 +65,10 @@ def text_windows(ids: Sequence[int], *, prefix: Sequence[int], window: int, stri
 
 @dataclass(frozen=True, kw_only=True)
 class PassageBatch:
-    """Rows of like length, padded on the right.
+    """Rows of similar length, padded on the right.
 
-    index: of each row in the list of passages.  ids, targets, mask: [rows, tokens] int64: what is fed, what comes next,
-    and 1 at tokens that are there.
+    index: index of each row in the list of passages.  ids, targets, mask: [rows, tokens] int64: the input tokens, the
+    next tokens, and 1 at real tokens.
     """
 
     index: list[int]
@@ -78,7 +78,7 @@ class PassageBatch:
 
 
 def batches(passages: Sequence[Passage], *, rows: int, elements: int, vocab: int) -> Iterator[PassageBatch]:
-    """Batches of at most `rows` passages whose logits are at most `elements` numbers (one passage in any case)."""
+    """Batches of at most `rows` passages whose logits are at most `elements` numbers (at least one passage)."""
     order = sorted(range(len(passages)), key=lambda i: len(passages[i].ids))
     while order:
         # The longest first: a batch that does not fit in memory fails at once.

@@ -1,4 +1,4 @@
-"""Tasks: prompts with the answers that are expected, of the bundled toys or of a JSONL file."""
+"""Tasks: prompts with the expected answers, from the bundled toys or from a JSONL file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from refmodels.toys.tasks import TASKS, held_out_size, toy_examples
 from refmodels.toys.vocabulary import END_ID
 
 SUMMARIES = ("summary",)
-"""The toys' tasks whose answers are texts, for which ROUGE means something."""
+"""The toys' tasks whose answers are texts, for which ROUGE is meaningful."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One example: token ids and text of the prompt, and of the answer that is expected (without an end token)."""
+    """One example: token ids and text of the prompt, and of the expected answer (without an end token)."""
 
     prompt: list[int]
     answer: list[int]
@@ -34,11 +34,11 @@ class Task:
     """Questions of one kind.
 
     Attributes:
-        exact_tokens: an answer is right if it is the expected tokens and then a stop id; otherwise if it is the
-            expected text, but for spaces around it.
+        exact_tokens: an answer is right if it has the expected tokens and then a stop id; if False, it is right if it
+            is the expected text, except for surrounding spaces.
         summary: ROUGE is measured as well.
-        stop_ids: end an answer.
-        max_new_tokens: of an answer.
+        stop_ids: ids that end an answer.
+        max_new_tokens: maximum number of tokens of an answer.
     """
 
     name: str
@@ -50,18 +50,18 @@ class Task:
 
 
 def has_toy_tasks(directory: Path) -> bool:
-    """Whether a model was made from a bundled toy: its tokenizer is one of theirs, which only their tasks need."""
+    """Whether a model was made from a bundled toy: it has the toys' tokenizer, which their tasks need."""
     path = directory / "tokenizer.json"
     return path.is_file() and any(path.read_bytes() == (toy_path(toy) / path.name).read_bytes() for toy in TOYS)
 
 
 def toy_task(name: str, tokenizer: Tokenizer, *, limit: int, seed: int) -> Task:
-    """A task of the bundled toys: held-out examples, the same ones to every model.
+    """A task of the bundled toys: held-out examples, the same for every model.
 
     Args:
         name: one of `refmodels.toys.tasks.TASKS`.
-        limit: examples; a finite task has no more than its held-out pairs.
-        seed: which examples.
+        limit: number of examples; a finite task has at most its held-out pairs.
+        seed: random seed for the choice of examples.
     """
     rows = toy_examples(name, split="held_out", count=min(limit, held_out_size(name) or limit), seed=seed)
     questions = [
@@ -86,15 +86,15 @@ def toy_task(name: str, tokenizer: Tokenizer, *, limit: int, seed: int) -> Task:
 def file_task(
     path: Path, source: ModelSource, tokenizer: Tokenizer, *, limit: int, chat: bool, max_new_tokens: int
 ) -> Task:
-    """A task of a JSONL file: one object a line with the texts "prompt" and "answer"; other keys are not read.
+    """A task of a JSONL file: one object per line with the texts "prompt" and "answer"; other keys are not read.
 
     Args:
-        limit: at most so many lines, the first.
+        limit: number of lines to read, from the first.
         chat: put each prompt into the model's chat format.
-        max_new_tokens: of an answer.
+        max_new_tokens: maximum number of tokens of an answer.
     Raises:
-        LogitLockError: a file that cannot be read, a line that is not such an object (with its number), no line, or a
-            chat with a model that has no format.
+        LogitLockError: the file cannot be read, a line (with its number) is not such an object, there is no line, or
+            the model has no chat format.
     """
     questions: list[Question] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -131,14 +131,14 @@ def find_tasks(
     chat: bool = False,
     max_new_tokens: int = 128,
 ) -> list[Task]:
-    """The tasks that are asked for; without any, all of a toy, and none of another model.
+    """The requested tasks; without names, all tasks of a toy, and no task of another model.
 
     Args:
         names: tasks of the toys, or JSONL files.
         tokenizer: None: the model has none.
     Raises:
-        LogitLockError: as `file_task`; an unknown name, a toy's task for another model, two files of one name, or no
-            tokenizer.
+        LogitLockError: as `file_task`; or a name is unknown, a toy's task is for another model, two files have the same
+            name, or there is no tokenizer.
     """
     toy = has_toy_tasks(source.directory)
     if not names:
@@ -149,7 +149,7 @@ def find_tasks(
             raise LogitLockError(f"{source.name} has no tokenizer, and tasks are texts")
         if name in TASKS:
             if not toy:
-                raise LogitLockError(f"{name} is a task of the bundled toys, and {source.name} is none of them")
+                raise LogitLockError(f"{name} is a task of the bundled toys, and {source.name} is not one of them")
             found.append(toy_task(name, tokenizer, limit=limit, seed=seed))
         elif Path(name).is_file() or name.endswith(".jsonl"):
             found.append(

@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain data."""
+"""The results of an evaluation, as plain data."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SCHEMA = 1
 class Agreement:
     """Predictions of two models after the same tokens.
 
-    tokens: compared.  kl_mean, kl_p99, kl_max: nats, of the other model against this one.  top1: share of tokens
-    after which both have the same most likely next token.
+    tokens: number of compared tokens.  kl_mean, kl_p99, kl_max: in nats, of the other model against this one.  top1:
+    share of tokens after which both have the same most likely next token.
     """
 
     tokens: int
@@ -30,7 +30,7 @@ class Agreement:
 
     @staticmethod
     def of(kl: Tensor, same_top: Tensor) -> Agreement:
-        """Of the values of each token: kl [tokens] fp64, same_top [tokens] bool."""
+        """From the values of each token: kl [tokens] fp64, same_top [tokens] bool."""
         # torch.quantile refuses more than 16 million values.
         rank = max(0, -(-99 * len(kl) // 100) - 1)
         return Agreement(
@@ -44,11 +44,12 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task of one side.
+    """One task of one executor.
 
-    accuracy: share of right answers, 0 to 1.  loss: share of examples lost against the other side, paired on the same
-    examples; negative where it wins.  rouge: mean F-measures, 0 to 1.  agreement: over the tokens of the expected
-    answers.  loss and agreement are None without a side to compare with; rouge for tasks whose answers are no texts.
+    accuracy: share of right answers, 0 to 1.  loss: share of examples lost against the other executor, paired on the
+    same examples; negative if it wins.  rouge: mean F-measures, 0 to 1.  agreement: over the tokens of the expected
+    answers.  loss and agreement are None without an executor to compare with; rouge is None for tasks whose answers are
+    not texts.
     """
 
     count: int
@@ -61,9 +62,9 @@ class TaskResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TextResult:
-    """A text under one side: exp of the mean negative log-probability of a token, and bits for each byte of UTF-8.
+    """A text under one executor: exp of the mean negative log-probability per token, and bits per byte of UTF-8.
 
-    Bits per byte do not depend on how a tokenizer cuts the text, so that they compare models of different ones.
+    Bits per byte do not depend on how a tokenizer cuts the text, so they compare models with different tokenizers.
     """
 
     tokens: int
@@ -75,10 +76,10 @@ class TextResult:
 
 @dataclass(kw_only=True)
 class SideResult:
-    """Everything measured of one side.
+    """All measurements of one executor.
 
-    side: as it was named.  engine: how it computes.  weight_bytes: of its weights as they are stored in it, None if it
-    does not tell.  accuracy: mean over the tasks, each of the same weight.  loss: the same of the paired losses.
+    side: its name on the command line.  engine: how it computes.  weight_bytes: bytes of its weights as stored, None if
+    unknown.  accuracy: mean over the tasks, with equal weights.  loss: the same of the paired losses.
     agreement: over all tokens that were compared, prompts included.
     """
 
@@ -97,7 +98,7 @@ class SideResult:
 class EvaluationResult:
     """`sides` in the order in which they were named, after `against` (None: nothing to compare with).
 
-    notes: what was left out, and why.
+    notes: measurements that were left out, and why.
     """
 
     model: str
@@ -108,15 +109,15 @@ class EvaluationResult:
 
     @property
     def all_sides(self) -> list[SideResult]:
-        """`against`, if there is one, and the sides."""
+        """`against`, if there is one, and the other executors."""
         return self.sides if self.against is None else [self.against, *self.sides]
 
     def exceeded(self, *, max_loss: float | None = None, max_kl: float | None = None) -> list[str]:
-        """One sentence for every budget that a side is over.
+        """One sentence for every budget that an executor exceeds.
 
         Args:
-            max_loss: points (hundredths) of accuracy that a side may lose, as the mean over the tasks.
-            max_kl: nats that the mean KL may have.
+            max_loss: points (hundredths) of accuracy that an executor may lose, as the mean over the tasks.
+            max_kl: largest allowed mean KL, in nats.
         """
         found = []
         for side in self.sides:

@@ -1,4 +1,4 @@
-"""An evaluation from beginning to end: sides, tasks and texts, opened and checked before anything runs."""
+"""An evaluation from beginning to end: executors, tasks and texts are opened and checked before anything runs."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from trt_runtime.inspect_bundle import describe
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 _SETTINGS = ("limit", "compared", "seed", "window", "stride", "batch_size", "chat", "emulate_rounding")
-"""Options that a result names."""
+"""Options that a result records."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A text to be scored: its windows, how many of their tokens are scored, and its bytes of UTF-8."""
+    """A text to score: its windows, the number of their tokens that are scored, and its size in bytes of UTF-8."""
 
     windows: list[Passage]
     tokens: int
@@ -53,24 +53,24 @@ def evaluate_model(
     progress: Progress | None = None,
     **fields: Any,
 ) -> EvaluationResult:
-    """Measure what models can do, and what they lose against another one.
+    """Measure accuracy, perplexity, KL, ROUGE and speed of executors, and the accuracy that they lose.
 
-    All executors get the same examples and the same tokens.  One is in memory at a time, and `against`.
+    All executors get the same examples and the same tokens.  Memory holds one executor at a time, and `against`.
 
     Args:
-        sides: executors, as `debug.executors.open.forms_help` names them, but no recordings.
-        options: what is measured.
-        progress: called with what is done, how much of it and how much in all.
-        fields: those of `EvaluateOptions`, in the place of `options` or to change some of them.
+        sides: executors, as `debug.executors.open.forms_help` names them, except recordings.
+        options: what to measure.
+        progress: called with the name of the current part, and how much of it is done and in all.
+        fields: fields of `EvaluateOptions`, instead of `options` or to change some of them.
     Raises:
-        LogitLockError: nothing to measure, an executor that cannot be opened or is of another architecture, a task or
-            text that cannot be read or is too long, or logits that are NaN or infinite.
-        TypeError: a name that is no field of `EvaluateOptions`.
+        LogitLockError: there is nothing to measure, an executor cannot be opened or has another architecture, a task or
+            text cannot be read or is too long, or logits are NaN or infinite.
+        TypeError: a name is not a field of `EvaluateOptions`.
     """
     options = with_fields(EvaluateOptions, options, fields)
     against = options.against
     if not sides:
-        raise LogitLockError("say what to evaluate: --bundle DIR, or one or more sides")
+        raise LogitLockError("say what to evaluate: --bundle DIR, or one or more executors")
     source = source_of(options.model, [*sides, *([] if against is None else [against])])
     tokenizer = _tokenizer(source)
     tasks = find_tasks(
@@ -90,7 +90,7 @@ def evaluate_model(
         for path in options.texts
     }
     if not (tasks or texts or options.shapes):
-        raise LogitLockError("there is nothing to measure: give --tasks or --text, or do not switch the speed off")
+        raise LogitLockError("there is nothing to measure: give --tasks or --text, or leave out --no-speed")
     if tokenizer is None:
         assert not tasks and not texts
 
@@ -120,7 +120,7 @@ def evaluate_model(
 
 
 def _opened(text: str, source: ModelSource, options: EvaluateOptions, notes: list[str]) -> Engine:
-    """An executor that can be measured; what should be known of it goes to `notes`."""
+    """An executor that can be measured; remarks on it go to `notes`."""
     if text.endswith(".safetensors"):
         raise LogitLockError(f"{text} is a recording; an evaluation needs an executor that runs")
     engine = open_executor(
@@ -140,7 +140,7 @@ def _opened(text: str, source: ModelSource, options: EvaluateOptions, notes: lis
 
 @dataclass(frozen=True, kw_only=True)
 class _Measurements:
-    """What is measured of every side."""
+    """The data that every executor is measured on."""
 
     tokenizer: Tokenizer | None
     tasks: Sequence[Task]
@@ -151,7 +151,7 @@ class _Measurements:
     def measure(
         self, text: str, engine: Engine, other: Engine | None, other_answers: dict[str, Answers] | None
     ) -> tuple[SideResult, dict[str, Answers]]:
-        """Everything of one side; what it lost if there is an `other`."""
+        """All measurements of one executor, with its losses if there is an `other`."""
         result = SideResult(side=text, engine=engine.arithmetic, weight_bytes=weight_bytes(engine))
         answers = {}
         seen: list[PassageScore] = []
@@ -192,7 +192,7 @@ class _Measurements:
     def _compare_answers(
         self, name: str, task: Task, engine: Engine, other: Engine, seen: list[PassageScore]
     ) -> Agreement:
-        """Over the answers' tokens; every token goes to `seen`."""
+        """Agreement over the answers' tokens; every token goes to `seen`."""
         passages = task_passages(task)[: self.options.compared]
         scores = score(
             engine,
@@ -238,7 +238,7 @@ class _Measurements:
 
 
 def weight_bytes(engine: Engine) -> int | None:
-    """Bytes of an engine's weights as they are stored in it: a bundle's initializers, or a PyTorch model's tensors."""
+    """Bytes of an engine's weights as stored: a bundle's initializers, or a PyTorch model's tensors."""
     bundle = getattr(engine, "bundle", None)
     if bundle is not None:
         return sum(int(weight["bytes"]) for weight in describe(bundle)["weights"])
@@ -255,7 +255,7 @@ def _rouge(task: Task, answers: Answers) -> dict[str, float] | None:
 
 
 def check_executor(text: str, engine: Engine, source: ModelSource) -> None:
-    """Refuse what does not run, and what has another architecture than the model; it may be quantized."""
+    """Refuse recordings, and executors with another architecture than the model; they may be quantized."""
     if hasattr(engine, "prompts"):
         raise LogitLockError(f"{text} is a recording; an evaluation needs an executor that runs")
     ours, theirs = (replace(spec, quantization=None) for spec in (source.spec, engine.spec))
@@ -266,7 +266,7 @@ def check_executor(text: str, engine: Engine, source: ModelSource) -> None:
 
 
 def _of_other_weights(engine: Engine, source: ModelSource) -> bool:
-    """Whether a bundle was made from another checkpoint; a quantized one always is, and that is what is measured."""
+    """Whether a bundle was made from another checkpoint; a quantized one always is, and its loss is to be measured."""
     bundle = getattr(engine, "bundle", None)
     if bundle is None or bundle.spec.quantization is not None:
         return False
@@ -296,5 +296,5 @@ def _tokenizer(source: ModelSource) -> Tokenizer | None:
     try:
         return load_tokenizer(source)
     except NoTokenizerError:
-        # Only the speed can be measured then; whatever needs text says so.
+        # Then only the speed can be measured; anything that needs text reports it.
         return None

@@ -1,7 +1,7 @@
 """Scores of given tokens under a model, and how far its predictions are from another model's on the same tokens.
 
-Both models read the same tokens (teacher-forced), batch by batch and side by side.  Logits are worked on a block of
-tokens at a time, in fp64: what is kept of them is a few numbers a token.
+Both models read the same tokens (teacher-forced), batch by batch and side by side.  Logits are processed one
+block of tokens at a time, in fp64; only a few numbers per token are kept.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from refmodels.errors import LogitLockError
 from trt_runtime.engine import Engine
 
 _LOGITS = 1 << 26
-"""Logits of one forward (a quarter of a gigabyte in fp32)."""
+"""Maximum number of logits per forward pass (a quarter of a gigabyte in fp32)."""
 _BLOCK = 1 << 21
-"""Logits that are in fp64 at a time."""
+"""Maximum number of logits in fp64 at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassageScore:
-    """One passage; all [tokens - 1], one entry for each token but the first.
+    """One passage; all [tokens - 1], with one entry for each token except the first.
 
     log_probability: fp64, nats.  greedy: the token is the most likely one.  kl: nats, of the other model against this
     one (fp64), and same_top: both have the same most likely token; None without another model.
@@ -59,10 +59,10 @@ def score(
     """Score every token of every passage.
 
     Args:
-        against: the model whose predictions the engine's should be.
-        batch_size: rows at a time, at most.
+        against: the model that the engine's predictions are compared with.
+        batch_size: maximum number of rows per batch.
     Raises:
-        LogitLockError: a passage longer than the positions of one of the models, or logits that are NaN or infinite.
+        LogitLockError: a passage is longer than the positions of one of the models, or logits are NaN or infinite.
     """
     engines = [engine] if against is None else [engine, against]
     longest = max(len(passage.ids) - 1 for passage in passages)
@@ -93,7 +93,7 @@ def _score_batch(
 def _forward(engines: Sequence[Engine], batch: PassageBatch) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
     """Logits of each engine [rows, tokens, vocab], targets and mask [rows, tokens], a few tokens of all rows at a time.
 
-    Only a forward that is too large at once, or longer than an engine takes, is run in pieces.
+    A forward pass runs in pieces only if it is too large, or longer than an engine allows.
     """
     rows, tokens = batch.ids.shape
     chunk = max(1, _LOGITS // (rows * engines[0].spec.vocab_size))

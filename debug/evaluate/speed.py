@@ -1,4 +1,4 @@
-"""Tokens per second, of reading a prompt and of writing after it, each by itself."""
+"""Tokens per second of prefill and of decode, measured separately."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REPEATS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is timed: `batch` rows, a prompt of `prompt` tokens, then `new` greedy tokens."""
+    """A workload to time: `batch` rows, a prompt of `prompt` tokens, then `new` greedy tokens."""
 
     batch: int
     prompt: int
@@ -32,13 +32,12 @@ DEFAULT_SHAPES = (Shape(batch=1, prompt=128, new=32),)
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """The median of a few runs after one that is not counted.
+    """The median of a few runs, after one run that is not counted.
 
     prefill_tokens_per_second: prompt tokens of all rows, until the first new token is known.
     decode_tokens_per_second: new tokens of all rows after it.
-    device: the GPU's name, or how many CPU threads.
-    rounding_emulated is never timed: it says that the engine that was evaluated imitates rounding, and that what was
-    timed is the same graph without that.
+    device: the GPU's name, or the number of CPU threads.
+    rounding_emulated: the evaluated engine emulates rounding; the same graph without emulation was timed.
     """
 
     shape: Shape
@@ -52,11 +51,11 @@ def parse_shape(text: str) -> Shape:
     """A `Shape` from BATCHxPROMPTxNEW, as 1x128x32.
 
     Raises:
-        LogitLockError: something else, or a zero.
+        LogitLockError: the text has another form, or a zero.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
-        raise LogitLockError(f"{text!r} is no shape; write BATCHxPROMPTxNEW in tokens, such as 1x128x32")
+        raise LogitLockError(f"{text!r} is not a shape; write BATCHxPROMPTxNEW in tokens, such as 1x128x32")
     batch, prompt, new = map(int, match.groups())
     return Shape(batch=batch, prompt=prompt, new=new)
 
@@ -65,7 +64,7 @@ def measure_speed(engine: Engine, shape: Shape, *, seed: int = 0) -> Speed:
     """Time an engine on random tokens.
 
     Raises:
-        LogitLockError: a shape that the engine does not serve.
+        LogitLockError: the engine does not support the shape.
     """
     emulated = isinstance(engine, OnnxRuntimeEngine) and engine.emulate_rounding
     if emulated:
@@ -109,7 +108,7 @@ def _runner(engine: Engine, shape: Shape, seed: int) -> Callable[[], tuple[float
         first = time.perf_counter()
         for _ in range(shape.new):
             token = engine.decode(token, cache)[:, -1].argmax(-1)
-        # Waits for a GPU, which a loop that keeps its tokens there does not.
+        # Wait for the GPU: the loop itself does not, because it keeps its tokens there.
         token.cpu()
         return first - began, time.perf_counter() - first
 

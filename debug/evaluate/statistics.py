@@ -1,4 +1,4 @@
-"""Intervals of 95 % around accuracies and around the accuracy that one model loses against another."""
+"""95 % intervals of accuracies, and of the accuracy that one model loses against another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _Z = 1.959963984540054
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A value and its interval of 95 %."""
+    """A value and its 95 % interval."""
 
     value: float
     low: float
@@ -22,7 +22,7 @@ class Estimate:
 def accuracy(correct: int, count: int) -> Estimate:
     """A share of right answers with Wilson's score interval (JASA 22, 1927), all between 0 and 1.
 
-    It holds its coverage near 0 and 1, where toys live and where value +- 1.96 standard errors has no width at all.
+    It keeps its coverage near 0 and 1, where the toys are and where value +- 1.96 standard errors has no width.
     """
     share, spread = correct / count, _Z**2 / count
     middle = (share + spread / 2) / (1 + spread)
@@ -42,15 +42,15 @@ class _Paired:
 def loss(theirs: Sequence[bool], ours: Sequence[bool]) -> Estimate:
     """The share of examples that `ours` loses against `theirs`, answers to the same examples in the same order.
 
-    Negative where it wins.  Only examples on which the two differ say anything: the interval is that of Bonett and
+    Negative if it wins.  Only examples on which the two differ are informative: the interval is that of Bonett and
     Price (British Journal of Mathematical and Statistical Psychology 65, 2012), which adds one to each kind of them, so
-    that it has a width even where no example differs.
+    that it has a width even if no example differs.
     """
     return mean_loss([(theirs, ours)])
 
 
 def mean_loss(pairs: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> Estimate:
-    """The mean of `loss` over several tasks, each of the same weight; the tasks' errors are independent."""
+    """The mean of `loss` over several tasks, with equal weights; the tasks' errors are independent."""
     found = [_paired(*pair) for pair in pairs]
     value = sum(each.value for each in found) / len(found)
     centre = sum(each.centre for each in found) / len(found)

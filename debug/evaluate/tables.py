@@ -19,7 +19,7 @@ _FILE_WIDTH = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """`words` is how many of the first columns are words; the others are numbers."""
+    """`words` is the number of leading columns that are words; the others are numbers."""
 
     title: str
     columns: Sequence[str]
@@ -28,16 +28,16 @@ class Table:
 
 
 def tables(result: EvaluationResult) -> list[Table]:
-    """Sides, tasks, ROUGE, texts and speed, as far as they were measured."""
+    """Executors, tasks, ROUGE, texts and speed, as far as they were measured."""
     found = [_summary(result), _tasks(result), _rouge(result), _texts(result), _speed(result)]
     return [_without_empty_columns(table) for table in found if table.rows]
 
 
 def print_evaluation(result: EvaluationResult) -> None:
-    """For people, on standard output."""
+    """Print the tables to standard output."""
     console = Console()
     if not console.is_terminal:
-        # A file or a pipe has no width; nothing is cut there.
+        # A file or a pipe has no width; nothing is truncated there.
         console = Console(width=_FILE_WIDTH)
     for side in result.all_sides:
         console.print(f"{side.side}: {side.engine}", highlight=False, markup=False)
@@ -55,7 +55,7 @@ def print_evaluation(result: EvaluationResult) -> None:
 
 
 def markdown(result: EvaluationResult, *, command: str) -> str:
-    """The same as a page of Markdown; `command` is what made it."""
+    """The same as a Markdown page; `command` is the command that made it."""
     parts = [f"# Evaluation of {result.model}", f"`{command}`"]
     parts.append("\n".join(f"- `{side.side}`: {side.engine}" for side in result.all_sides))
     for table in tables(result):
@@ -71,7 +71,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _without_empty_columns(table: Table) -> Table:
-    """What was not measured of any side needs no column."""
+    """Leave out columns that were not measured for any executor."""
     kept = [i for i in range(len(table.columns)) if any(row[i] for row in table.rows)]
     return Table(
         title=table.title,
@@ -82,7 +82,7 @@ def _without_empty_columns(table: Table) -> Table:
 
 
 def _names(result: EvaluationResult) -> dict[str, str]:
-    """Sides by the last part of their paths, where that tells them apart."""
+    """Executors by the last part of their paths, if that distinguishes them."""
     texts = [side.side for side in result.all_sides]
     short = [text.rstrip("/").rsplit("/", 1)[-1] for text in texts]
     return dict(zip(texts, short if len(set(short)) == len(set(texts)) else texts, strict=True))
@@ -101,7 +101,7 @@ def _summary(result: EvaluationResult) -> Table:
             )
         )
     return Table(
-        title="Sides" if result.against is None else f"Sides, against {result.against.side}",
+        title="Executors" if result.against is None else f"Executors, against {result.against.side}",
         columns=("side", "weights MB", "accuracy %", "loss", "95 %", *_PREDICTIONS),
         rows=rows,
         words=1,
@@ -188,7 +188,7 @@ def _speed(result: EvaluationResult) -> Table:
             )
     title = "Tokens per second, warm"
     if any(speed.rounding_emulated for side in result.all_sides for speed in side.speeds):
-        title += "; *: without the rounding that is imitated for the rest"
+        title += "; *: without the rounding emulation of the other results"
     return Table(
         title=title,
         columns=("rows x prompt x new", "side", "prefill", "decode", "ms/step", "on"),
@@ -198,7 +198,7 @@ def _speed(result: EvaluationResult) -> Table:
 
 
 def _points(loss: Estimate | None) -> tuple[str, str]:
-    """In hundredths, so that 0.995 against 0.99 is 0.5; and its interval."""
+    """The loss in hundredths, so that 0.995 against 0.99 is 0.5, and its interval."""
     if loss is None:
         return ("", "")
     return (f"{100 * loss.value:+.2f}", f"{100 * loss.low:+.2f} to {100 * loss.high:+.2f}")

@@ -26,7 +26,7 @@ from trt_runtime.generation import GenerationConfig
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 EVALUATED = 500
-"""Held-out examples a task in report.json (fewer where the task has fewer)."""
+"""Held-out examples per task in report.json (fewer if the task has fewer)."""
 
 
 def toy_accuracies(
@@ -54,7 +54,7 @@ def answer(engine: Engine, tokenizer: Tokenizer, prompt: str, *, max_new_tokens:
 
 
 def without_long_context(model: Decoder) -> dict[str, Decoder]:
-    """The same weights with dynamic NTK, logn or both switched off; none for a model that has neither."""
+    """The same weights with dynamic NTK, logn or both switched off; nothing for a model that has neither."""
     spec = model.spec
     if spec.rope is None or spec.rope.ntk_seq_length is None:
         return {}

@@ -1,1 +1,1 @@
-"""Executors of models that are not ours; each answers to `trt_runtime.engine.Engine`, so that diff takes any."""
+"""Executors for models of other projects; each implements `trt_runtime.engine.Engine`, so that diff accepts any."""

@@ -1,12 +1,12 @@
-"""Quantized bundles in a diff: what their engine is to compute, and the model before quantization.
+"""References for diffs of quantized bundles: the quantized model, or the model before quantization.
 
-A bundle that `export` has quantized brings its checkpoint; the reference is then the model with those codes
-(`quantized_source`), and the difference that quantization makes is none of the diff's.
+A bundle that `export` has quantized contains the quantized checkpoint.  The reference is then the model with these
+quantized weights (`quantized_source`), and the diff does not show the error of quantization.
 
-With `--floats` it is all of the diff's.  AWQ and SmoothQuant fold scales into the weights before they round them.  The
-unquantized model with the same scales folded (`folded_model`) computes the same function, and its tensors are
-comparable with the quantized one's, layer by layer: the local error of a layer is then the error of its codes, on the
-inputs that it really has.
+With `--floats`, it shows nothing else.  AWQ and SmoothQuant fold scales into the weights before rounding them.  The
+unquantized model with the same scales folded (`folded_model`) computes the same function, and its tensors can be
+compared with those of the quantized model, layer by layer: the local error of a layer is then its quantization error on
+its real inputs.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ def check_floats(bundle: Bundle | None, source: ModelSource, text: str) -> Mappi
     """The scales that were folded into a bundle's weights.
 
     Raises:
-        LogitLockError: not a bundle that `export` quantized from this very model; one with a quantized cache.
+        LogitLockError: `export` did not quantize this bundle from this model, or its cache is quantized.
     """
     if source.spec.quantization is not None:
-        raise LogitLockError(f"{source.name} is quantized itself; --floats compares with the model before that")
+        raise LogitLockError(f"{source.name} is quantized itself; --floats compares with the model before quantization")
     if bundle is None or bundle.quantized_path is None:
-        raise LogitLockError(f"{text} is not a bundle that export has quantized (--precision int8, int4, ...)")
+        raise LogitLockError(f"{text} is not a bundle that export quantized (--precision int8, int4, ...)")
     if bundle.spec.cache_code is not None:
-        raise LogitLockError(f"{text} has a {bundle.spec.cache_code} cache, whose codes are not comparable with floats")
+        raise LogitLockError(f"{text} has a {bundle.spec.cache_code} cache, which no float cache can be compared with")
     _check_origin(bundle, source)
     return read_folded(bundle.quantized_path)
 
 
 def quantized_source(source: ModelSource, bundles: Iterable[Bundle]) -> ModelSource:
-    """The model with the codes of a bundle that `export` has quantized itself: what its engine is to compute.
+    """The model with the quantized weights of a bundle that `export` quantized: the engine should compute the same.
 
     Raises:
-        LogitLockError: a bundle that was quantized from another checkpoint.
+        LogitLockError: the bundle was quantized from another checkpoint.
     """
     for bundle in bundles:
         if bundle.quantized_path is not None and source.spec.quantization is None:
@@ -56,7 +56,7 @@ def quantized_source(source: ModelSource, bundles: Iterable[Bundle]) -> ModelSou
 
 
 def _check_origin(bundle: Bundle, source: ModelSource) -> None:
-    """Raises where a bundle was quantized from another checkpoint of the model; another model is seen elsewhere."""
+    """Raises if a bundle was quantized from another checkpoint of the model; another model is detected elsewhere."""
     assert bundle.quantized_path is not None
     made_of, ours = (read_provenance(bundle.quantized_path) or {}).get("checkpoint_hash"), checkpoint_hash(source)
     if replace(bundle.spec, quantization=None) == source.spec and made_of != ours:
@@ -72,8 +72,8 @@ def folded_model(
     """The model with scales folded into its weights.
 
     Args:
-        source: not quantized; all of it is held in memory.
-        folded: [width] by site, 'blocks.3.attn.qkv' or 'head'.
+        source: a model that is not quantized; all of it is held in memory.
+        folded: scales [width] by linear layer, 'blocks.3.attn.qkv' or 'head'.
     """
     decoder = load(source, dtype=torch.float64 if dtype == torch.float64 else torch.float32, numerics=numerics)
     for name, scale in folded.items():

@@ -1,4 +1,4 @@
-"""What a graph computes on a short prompt: every float value that could be a tap by its shape."""
+"""Candidates for taps: every float value that a graph computes on a short prompt and whose shape fits a tap."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from debug.executors.step import ForeignStep, regroup_heads
 from refmodels.spec import ModelSpec
 
 _CHUNK = 1024
-"""Values captured at a time; each chunk opens the graph anew."""
+"""Number of values captured at a time; the graph is opened again for each chunk."""
 _LENGTHS = (13, 17, 19, 23, 29)
-"""Tokens of the prompt: one of these is no other size of the model, so that the axis of tokens is known."""
+"""Numbers of prompt tokens to try: one of them equals no other size of the model, so that the token axis is known."""
 _LAYOUTS: Mapping[int, Sequence[tuple[int, ...]]] = {
     3: ((0, 1, 2), (1, 0, 2)),
     4: ((0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (0, 3, 1, 2)),
@@ -30,7 +30,7 @@ _LAYOUTS: Mapping[int, Sequence[tuple[int, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A way to read a tensor [batch * tokens, width] from the graph; `nodes`: where its values are computed."""
+    """A way to read a tensor [batch * tokens, width] from the graph; `nodes`: the nodes that compute its values."""
 
     source: Source
     rows: Tensor
@@ -54,7 +54,7 @@ def joined(parts: Sequence[Candidate]) -> Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """What the graph computed: candidates by width, and for each node the nodes that it depends on, as bits."""
+    """The graph's values: candidates by width, and for each node the nodes that it depends on, as bits."""
 
     ids: Tensor
     by_width: Mapping[int, list[Candidate]]

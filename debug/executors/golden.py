@@ -1,4 +1,4 @@
-"""A golden case as an executor: it replays what upstream code computed, for the tokens that were recorded."""
+"""A golden case as an executor: it replays upstream's results for the recorded tokens."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from trt_runtime.engine import Engine
 
 
 class GoldenEngine(Engine):
-    """The recorded tensors of a case: of the prefill the embedding, every block, the final norm, the logits and the
-    cache of the recorded layers; of the decode steps the logits.
+    """The recorded tensors of a case.  The prefill has the embedding, every block, the final norm, the logits and the
+    cache of the recorded layers; decode steps have the logits.
 
     Attributes:
         prompts: the recorded prompts; nothing else can be run.
-        steps: recorded decode steps.
+        steps: number of recorded decode steps.
 
     Args:
-        directory: of the case, as for `logitlock verify`.
-        dtype: fp32, or bf16 or fp16 where the case was recorded in it too.
-        decode: for a run that goes on after the prefill; the only tap is then the logits, which every step has.
+        directory: directory of the case, as for `logitlock verify`.
+        dtype: fp32, or bf16 or fp16 if the case was recorded in it too.
+        decode: the run continues after the prefill; the only tap is then the logits, which every step has.
     Raises:
         LogitLockError: as `debug.golden.case.read_case`.
     """
@@ -58,7 +58,7 @@ class GoldenEngine(Engine):
         self.tap_names = ("logits",) if decode else tuple(n for n in tap_names(self.spec) if n in self._taps)
 
     def _check_parts(self) -> None:
-        """Raise where a tensor is none that a case has, or has not the shape that the model gives it."""
+        """Raise if a tensor does not belong to a case, or its shape contradicts the model."""
         ids = self.case.inputs["input_ids"]
         if ids.ndim != 2 or not ids.numel():
             raise self._misshapen("input_ids", ids, "[batch, tokens]")
@@ -90,7 +90,7 @@ class GoldenEngine(Engine):
             elif name == "uncached_logits" or name in ("position_ids", "decode_position_ids"):
                 continue
             else:
-                raise LogitLockError(f"{self.case.directory / self.case.file} has the tensor {name}, which no case has")
+                raise LogitLockError(f"{self.case.directory / self.case.file} has the tensor {name}, unknown in a case")
             if not good:
                 raise self._misshapen(name, tensor, wanted)
 
@@ -111,7 +111,7 @@ class GoldenEngine(Engine):
             for part in ("key", "value"):
                 if f"past.{i}.{part}" in expected:
                     tensor = self._axes.to_ours(expected[f"past.{i}.{part}"])
-                    # A sliding window's cache has lost the first slots.
+                    # The cache of a sliding window no longer has the first slots.
                     if tensor.shape[2] == tokens:
                         yield f"blocks.{i}.{part}", tensor
 

@@ -1,8 +1,8 @@
-"""Hugging Face `transformers` itself as an executor: taps by module hooks, its own cache filled from the caller's.
+"""Hugging Face `transformers` as an executor: taps from module hooks, its own cache filled from the caller's.
 
-Where a tap is found upstream follows from the family's checkpoint layout (`refmodels.checkpoints.weights.Layout`),
-which names every module: norms and projections show their outputs, the residual stream is what enters a norm or leaves
-a block, the attention's context is what enters its output projection, the activation what enters the MLP's.
+The family's checkpoint layout (`refmodels.checkpoints.weights.Layout`) names every module, and so the place of every
+tap: the outputs of norms and projections; the input of a norm or the output of a block for the residual stream; the
+input of the output projections for the attention's context and the MLP's activation.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def load_model(directory: Path, dtype: str, *, trust_remote_code: bool = False) 
     Args:
         directory: in Hugging Face layout.
         dtype: fp64, fp32, fp16 or bf16.
-        trust_remote_code: run the Python code in the model's directory, where transformers has none of its own.
+        trust_remote_code: run the Python code in the model's directory, if transformers has no own code for the model.
     Raises:
-        LogitLockError: transformers not installed, code without permission, or a model that cannot be loaded.
+        LogitLockError: transformers is not installed, the model needs its own code without permission, or it cannot be
+            loaded.
     """
     transformers = transformers_package()
     settings: dict[str, Any] = {}
@@ -58,7 +59,7 @@ def load_model(directory: Path, dtype: str, *, trust_remote_code: bool = False) 
     if not remote:
         settings["attn_implementation"] = "eager"
     if config.get("model_type") == "qwen":
-        # Its constructor casts the model by these flags, and probes a GPU when none is set.
+        # Its constructor casts the model according to these flags, and probes a GPU if none is set.
         settings |= {name: name == dtype for name in ("fp32", "bf16", "fp16")}
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -80,11 +81,11 @@ def load_model(directory: Path, dtype: str, *, trust_remote_code: bool = False) 
 
 
 _BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", "future_mask")
-"""Tensors of published checkpoints that hold constants; the modeling code makes them anew."""
+"""Constant tensors of published checkpoints; the modeling code recomputes them."""
 
 
 def _check_loaded(loaded: Mapping[str, Any], directory: Path) -> None:
-    """Refuse a checkpoint of which transformers has made up tensors, or left some out."""
+    """Refuse a checkpoint if transformers initialized missing tensors, or ignored some."""
     kinds = {"lacks the": "missing_keys", "has the unknown": "unexpected_keys", "misfits in the": "mismatched_keys"}
     for what, key in kinds.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in loaded.get(key) or ())
@@ -93,12 +94,12 @@ def _check_loaded(loaded: Mapping[str, Any], directory: Path) -> None:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise LogitLockError(
                 f"{directory} {what} tensor{'s' if len(names) > 1 else ''} {some}; transformers would run another "
-                "model than the one that it holds"
+                "model than the stored one"
             )
 
 
 def transformers_package() -> Any:
-    """The package `transformers`; an error that says how to install it where it is not."""
+    """The package `transformers`; if it is not installed, an error that says how to install it."""
     try:
         import transformers
     except ImportError as error:
@@ -109,7 +110,7 @@ def transformers_package() -> Any:
 
 
 def takes_positions(model: nn.Module, spec: ModelSpec) -> bool:
-    """Whether the model is told positions; the others count cache slots, or have none."""
+    """Whether the model takes positions; the others count cache slots, or have no positions."""
     parameters = inspect.signature(model.forward).parameters
     return spec.uses_position_ids and spec.position_origin == "token" and "position_ids" in parameters
 
@@ -118,7 +119,7 @@ def layer_past(past: Any, layer: int) -> tuple[Tensor, Tensor]:
     """Key and value of a layer, from a Cache object of transformers or the older tuple of tuples.
 
     Raises:
-        LogitLockError: neither of them.
+        LogitLockError: it is neither of them.
     """
     if hasattr(past, "layers"):
         return past.layers[layer].keys, past.layers[layer].values
@@ -129,12 +130,12 @@ def layer_past(past: Any, layer: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a tap is seen upstream.
+    """The place of a tap upstream.
 
     Attributes:
         modules: paths; the tensors of several are joined along the last axis.
-        entering: what enters the module instead of what leaves it.
-        half: 0 or 1: that half of the last axis (gate and up in one projection).
+        entering: the tap is the input of the module, not its output.
+        half: 0 or 1: the tap is this half of the last axis (gate and up in one projection).
         by_head: the last axis is grouped by head, (query, key, value) of each head together.
     """
 
@@ -145,7 +146,7 @@ class Place:
 
 
 def places(spec: ModelSpec, layout: Layout) -> dict[str, Place]:
-    """Every tap that a module shows; cache tensors and logits come from the model's own result."""
+    """The place of every tap that a module has; cache tensors and logits come from the model's own result."""
     fused_mlp = layout.gate == layout.up
     found: dict[str, Place] = {}
     for i in range(spec.layers):
@@ -174,9 +175,9 @@ def places(spec: ModelSpec, layout: Layout) -> dict[str, Place]:
 class HuggingFaceEngine(Engine):
     """A model of `transformers` as an executor, with the attention implementation that it was loaded with (eager).
 
-    The caller's cache is the state: each step hands upstream a cache of its own kind made from it, so that a caller
-    may change it between steps; upstream's dynamic-NTK state (Qwen), which lives in its module, is the exception.
-    Taps whose module upstream does not have are absent from `tap_names`, and `arithmetic` says which.
+    The caller's cache is the state: for each step, it is converted to upstream's kind of cache, so that a caller may
+    change it between steps; upstream's dynamic-NTK state (Qwen), which is in its module, is the exception.  Taps whose
+    module does not exist upstream are missing in `tap_names`, and `arithmetic` says which.
 
     Args:
         model: a directory in Hugging Face layout, or a loaded model for causal language modelling.
@@ -185,7 +186,7 @@ class HuggingFaceEngine(Engine):
         trust_remote_code: as `load_model`.
         device: where to run.
     Raises:
-        LogitLockError: as `load_model`; a model with another number of layers than the spec.
+        LogitLockError: as `load_model`; or the model and the spec have different numbers of layers.
     """
 
     def __init__(
@@ -229,7 +230,8 @@ class HuggingFaceEngine(Engine):
         return text + (f"; it shows no {', '.join(absent)}" if absent else "")
 
     def _returns_tuples(self) -> bool:
-        """Whether the cache is the tuple of tuples of older code: asked by one token, since no declaration says so."""
+        """Whether the cache is the tuple of tuples of older code: found by running one token, since no config says
+        it."""
         if type(self.model).__module__.startswith("transformers.models."):
             return False
         one = torch.ones(1, 1, dtype=torch.int64, device=self.device)
@@ -258,7 +260,7 @@ class HuggingFaceEngine(Engine):
         return logits
 
     def _past(self, foreign: ForeignStep) -> Any:
-        """Upstream's cache with what the caller's holds; it shows `foreign` what is added."""
+        """Upstream's cache, filled from the caller's; it reports additions to `foreign`."""
         length, cache = foreign.past_slots, foreign.cache
         if self._legacy:
             if not length:
@@ -272,7 +274,7 @@ class HuggingFaceEngine(Engine):
         update = past.update
 
         def updated(key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            # Only here are all new tokens seen: a sliding layer keeps the last ones of them.
+            # Only here are all new tokens visible: a sliding layer keeps only the last ones.
             foreign.write(f"blocks.{layer_idx}.key", key)
             foreign.write(f"blocks.{layer_idx}.value", value)
             return update(key, value, layer_idx, *args, **kwargs)
@@ -292,7 +294,7 @@ class HuggingFaceEngine(Engine):
                 stack.callback(handle.remove)
 
     def _watch(self, foreign: ForeignStep, tap: str, place: Place) -> _Seen:
-        """What a hook calls with a module's path and tensor; the tap is shown once all its modules have run."""
+        """A hook that takes a module's path and tensor; the tap is reported when all its modules have run."""
         parts: dict[str, Tensor] = {}
 
         def seen(path: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where our taps are in somebody else's graph: a name map, as a JSON file that a person can write and correct.
+"""A name map: the places of our taps in a third party's graph, as a JSON file that a person can write and correct.
 
     {"taps": {"blocks.0.attn_norm": "/model/layers.0/input_layernorm/Mul_1_output_0",
               "blocks.0.attn.qkv": {"concat": ["val_84", "val_92", "val_100"]},
@@ -7,8 +7,8 @@
      "inputs": {"input_ids": "tokens", "blocks.0.key": "layer0_k_in"},
      "outputs": {"logits": "lm_out", "blocks.0.key": "layer0_k_out"}}
 
-`inputs` and `outputs` are needed only for those whose names and shapes do not tell what they are.  A file may also hold
-the object under `taps` alone.
+`inputs` and `outputs` are needed only if names and shapes do not identify them.  A file may also hold only the object
+under `taps`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from refmodels.taps import is_cache_tap, tap_names, tap_width
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """How a tap is made from values of a graph: in this order transpose, [batch, tokens, -1], columns, heads.
+    """How a tap is made from values of a graph, in this order: transpose, [batch, tokens, -1], columns, heads.
 
     Attributes:
         value: a name; or `concat`, several sources joined along the last axis.
         transpose: axes that bring batch and tokens to the front ([0, 2, 1, 3] for [batch, heads, tokens, head_dim]);
             not needed for [batch, tokens, ...] and [batch * tokens, width].
-        columns: [start, stop) of the width, where one value holds several taps.
-        heads: the width is grouped by so many heads, (query, key, value) of each together.
+        columns: [start, stop) of the width, if one value holds several taps.
+        heads: number of heads by which the width is grouped, (query, key, value) of each together.
     """
 
     value: str | None = None
@@ -65,7 +65,7 @@ class Source:
         """[batch, tokens, width] from the graph's tensors.
 
         Raises:
-            LogitLockError: a tensor that cannot be brought into this form.
+            LogitLockError: a tensor cannot be brought into this form.
         """
         if self.value is None:
             return torch.cat([part.read(tensors, batch, tokens) for part in self.concat], -1)
@@ -75,7 +75,7 @@ class Source:
             if sorted(self.transpose) != list(range(tensor.ndim)):
                 raise LogitLockError(f"{self.value} has shape {shape}, which cannot be transposed by {self.transpose}")
             tensor = tensor.permute(self.transpose)
-        # Only a flattened [batch * tokens, width] may be cut anew; anything else would mix tokens up.
+        # Only a flattened [batch * tokens, width] may be reshaped; anything else would mix tokens.
         flat = tensor.ndim == 2 and tensor.shape[0] == batch * tokens
         if not flat and list(tensor.shape[:2]) != [batch, tokens]:
             raise LogitLockError(
@@ -118,24 +118,24 @@ def read_name_map(file: Path, spec: ModelSpec) -> NameMap:
     """Read a name map.
 
     Raises:
-        LogitLockError: not readable, an unknown key, or a tap that this model does not have.
+        LogitLockError: the file cannot be read, or has an unknown key or a tap that this model does not have.
     """
     data = read_json(file)
     if not data.keys() & {"taps", "inputs", "outputs"}:
         data = {"taps": data}
-    # What a proposal says about itself is for people.
+    # The comments of a proposal are for people.
     data = {key: value for key, value in data.items() if key not in ("confidence", "ambiguous", "unmatched")}
     known = tap_names(spec)
     for tap in data.get("taps", {}):
         if tap not in known:
             raise LogitLockError(
-                f"{file}: {tap!r} is no tap of {spec.variant}; its taps are {', '.join(known[:4])}, ..."
+                f"{file}: {tap!r} is not a tap of {spec.variant}; its taps are {', '.join(known[:4])}, ..."
             )
     return read_record(NameMap, {**data, "taps": {t: _objects(s) for t, s in data.get("taps", {}).items()}}, str(file))
 
 
 def _objects(taps: Any) -> Any:
-    """Bare names as objects, also inside `concat`."""
+    """Turn bare names into objects, also inside `concat`."""
     if isinstance(taps, str):
         return {"value": taps}
     if isinstance(taps, list):
@@ -146,10 +146,10 @@ def _objects(taps: Any) -> Any:
 
 
 def check_width(spec: ModelSpec, tap: str, tensor: Tensor) -> Tensor:
-    """The tensor, if it is as wide as the tap.
+    """The tensor, if it has the tap's width.
 
     Raises:
-        LogitLockError: it is not.
+        LogitLockError: it has another width.
     """
     a = spec.attention
     width = a.kv_heads * a.head_dim if is_cache_tap(tap) else tap_width(spec, tap)
@@ -159,5 +159,5 @@ def check_width(spec: ModelSpec, tap: str, tensor: Tensor) -> Tensor:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON object, readable; a `LogitLockError` where that cannot be done."""
+    """Write one JSON object, indented; a `LogitLockError` if it cannot be written."""
     write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n", "name map")

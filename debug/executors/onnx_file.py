@@ -35,7 +35,7 @@ _LOG_SEVERITY = 3
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that are run together: which rows, which of the past slots, which of the new tokens (all int64)."""
+    """Rows that run together: indices of the rows, of the past slots and of the new tokens (all int64)."""
 
     rows: Tensor
     kept: Tensor
@@ -43,22 +43,22 @@ class Group:
 
 
 class OnnxFileEngine(Engine):
-    """A decoder that somebody else exported (optimum, onnxruntime-genai, torch.onnx, by hand).
+    """A decoder from another exporter (optimum, onnxruntime-genai, torch.onnx, by hand).
 
-    Inputs and outputs are recognized by names and shapes; a graph without cache inputs is run on the whole sequence in
+    Inputs and outputs are recognized by names and shapes.  A graph without cache inputs runs on the whole sequence in
     every step.  Graphs for a batch of one, or with attention that takes a length instead of a mask
-    (GroupQueryAttention), are run row by row without padding.  The caller's cache is the state, except for the token
-    ids that a graph without a cache needs again.
+    (GroupQueryAttention), run row by row without padding.  The caller's cache is the state, except for the token ids,
+    which a graph without a cache needs again.
 
     Args:
-        path: the file; its external data lie beside it.
+        path: the file; its external data is beside it.
         spec: architecture facts; they must be the model's.
         names: a name map or its file; None: only the cache and the logits are tapped.
         emulate_rounding: fp16 graphs: round every node's result to fp16 (see `OnnxRuntimeEngine`); always so for bf16.
-        threads: of ONNX Runtime; default: torch's.
+        threads: number of ONNX Runtime's threads; None: as many as torch has.
     Raises:
-        LogitLockError: not a readable ONNX file, inputs or outputs that are not understood (all listed), a name that is
-            not in the graph, or a graph that ONNX Runtime cannot run.
+        LogitLockError: the file is not a readable ONNX file, inputs or outputs are not understood (all are listed), a
+            name is not in the graph, or ONNX Runtime cannot run the graph.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class OnnxFileEngine(Engine):
         return text + ("; row by row without padding" if self.roles.one_row else "")
 
     def load_graph(self) -> ir.Model:
-        """The model with function bodies in place of their calls; weights stay on disk where they are external."""
+        """The model with function bodies inlined; external weights stay on disk."""
         check_regular(self.path)
         with graph_errors(f"{self.path} cannot be read as an ONNX model"):
             return passes.InlinePass()(ir.load(self.path)).model
 
     def session(self, values: Iterable[str]) -> ort.InferenceSession:
-        """A session that also gives these values."""
+        """A session that also outputs these values."""
         model = self.load_graph()
         if self.emulate_rounding:
             model = inline_and_type(model)
@@ -156,7 +156,7 @@ class OnnxFileEngine(Engine):
             return [Group(torch.arange(batch), torch.arange(foreign.past_slots), torch.arange(tokens))]
         groups = []
         for row in range(batch):
-            # Padding is left out, unless the model counts it.
+            # Padding is dropped, unless the model counts it.
             padded = self.spec.position_origin == "slot"
             new = torch.arange(tokens) if padded else step.new_mask[row].nonzero()[:, 0]
             kept = foreign.cache.mask[row, : foreign.past_slots].nonzero()[:, 0]
@@ -215,7 +215,7 @@ class OnnxFileEngine(Engine):
             if present.shape[2] not in (new, len(group.kept) + new):
                 raise LogitLockError(
                     f"{self.path}: the cache output {name} has {present.shape[2]} slots after {len(group.kept)} slots "
-                    f"and {new} tokens; it must hold the new ones only, or all"
+                    f"and {new} tokens; it must hold only the new ones, or all"
                 )
             found[tap] = present[:, :, -new:].transpose(1, 2).flatten(2)
         if recorder is not None:
@@ -225,7 +225,7 @@ class OnnxFileEngine(Engine):
         return found
 
     def remember(self, foreign: ForeignStep) -> None:
-        """Token ids and positions by slot, for a graph that keeps nothing."""
+        """Token ids and positions by slot, for a graph without a cache."""
         step, cache = foreign.step, foreign.cache
         if self.roles.past:
             return
@@ -239,7 +239,7 @@ class OnnxFileEngine(Engine):
 
 
 def _working_dtype(graph: ir.Graph, cache: list[str]) -> torch.dtype:
-    """The dtype of the cache; without one, that of most weights."""
+    """The dtype of the cache; without a cache, the dtype of most weights."""
     sizes: dict[ir.DataType, int] = {}
     for value in graph.inputs:
         if value.name in cache and value.dtype is not None:
@@ -253,7 +253,7 @@ def _working_dtype(graph: ir.Graph, cache: list[str]) -> torch.dtype:
 
 def _ort_value(tensor: Tensor | None, argument: Any, path: Path) -> ort.OrtValue:
     if tensor is None:
-        raise LogitLockError(f"{path} asks for {argument.name}, which this model has not")
+        raise LogitLockError(f"{path} needs {argument.name}, which this model does not have")
     tensor = tensor.to(BY_ONNXRUNTIME[argument.type].torch).contiguous()
     if tensor.dtype == torch.bfloat16:
         bits = tensor.view(torch.uint16).numpy()

@@ -1,4 +1,4 @@
-"""How a side of a comparison is named on the command line, and how it is opened."""
+"""The names of executors on the command line, and opening them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trt_runtime.torch_gpu.engine import TorchEngine
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What `open_executor` was given beside the text."""
+    """The arguments of `open_executor` besides the text."""
 
     source: ModelSource
     map: Path | None
@@ -33,9 +33,10 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """One way to name a side: `text` and `meaning` for people; `open` takes what follows the first word, split at ':'.
+    """One way to name an executor.
 
-    word: what the text begins with; None: a path that `matches`.
+    text, meaning: for people.  word: the first word of the text; None: a path that `matches`.  open: takes the words
+    after the first one, split at ':'.
     """
 
     text: str
@@ -55,19 +56,19 @@ def open_executor(
     decode: bool = False,
     device: str | None = None,
 ) -> Engine:
-    """Open a side of a comparison.
+    """Open an executor.
 
     Args:
         text: one of the forms that `forms_help` lists.
-        source: the model that both sides are made from.
-        map: a name map for an ONNX file.  Where there is no such file one is proposed with the reference and written
-            there, for a person to look at; None: proposed, not written.
+        source: the model that both executors are made from.
+        map: a name map for an ONNX file.  If the file does not exist, a map is proposed with the help of the reference
+            and written there, for a person to check; None: the proposal is not written.
         emulate_rounding: round every node of half-precision graphs on the CPU.
         trust_remote_code: for hf.
-        decode: the comparison goes on after the prefill (a golden case then shows only logits).
+        decode: the comparison continues after the prefill (a golden case then has only logits).
         device: for the reference, kernels and hf; None: the CPU, and CUDA for kernels.
     Raises:
-        LogitLockError: a text of no form (the error lists them), or whatever the executor says.
+        LogitLockError: the text has none of the forms (the error lists them), or the executor raises it.
     """
     options = _Options(
         source=source,
@@ -89,16 +90,16 @@ def open_executor(
 
 
 def numerics_of(engine: Engine) -> Numerics:
-    """Whose rounding an executor has, and so which reference gives its noise floor."""
+    """Which numerics an executor rounds by, and so which reference gives its noise floor."""
     if isinstance(engine, TorchEngine):
         return engine.decoder.numerics
     bundle = getattr(engine, "bundle", None)
-    # What is neither ours nor a bundle is upstream's code, run, exported or recorded.
+    # Anything else is upstream's code, run, exported or recorded.
     return "upstream" if bundle is None else bundle.info.numerics
 
 
 def forms_help() -> str:
-    """All forms, one a paragraph."""
+    """All forms, one per paragraph."""
     return "\n\n".join(f"{form.text} : {form.meaning}" for form in FORMS)
 
 
@@ -117,7 +118,7 @@ def _reference(words: list[str], options: _Options) -> Engine:
 def _kernels(words: list[str], options: _Options) -> Engine:
     dtype = words[0] if words else "fp16"
     _check("kernels", words, len(words) < 2 and dtype in DTYPES)
-    # Without a GPU it is TorchEngine that says what is missing.
+    # Without a GPU, TorchEngine says what is missing.
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     decoder = load(options.source, dtype=DTYPES[dtype], device=device)
     return TorchEngine(decoder, kernels=True)

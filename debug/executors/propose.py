@@ -1,11 +1,11 @@
-"""A name map proposed by running the graph once and looking for what the reference computes.
+"""Propose a name map, by running the graph once and searching for the reference's tensors among its values.
 
-All float values of the graph that could be a tap by their shape are captured on a short prompt.  The reference then
-runs on the same tokens; each of its tensors is matched with the most similar value (cosine over all tokens, whatever
-the layout) among those computed after the tap that it reads, and **the graph's value takes its place in the
-reference**.  So every module is matched on the graph's own inputs: after a fault, all that is healthy still matches to
-the last digits, and only the faulty tensor itself is less alike.  Where even the best is not alike, each candidate is
-tried in its place, and the one after which the next module matches is taken.
+All float values of the graph whose shape fits a tap are captured on a short prompt.  The reference then runs on the
+same tokens.  Each of its tensors is matched with the most similar value (cosine over all tokens, in any layout) among
+those computed after the tap that it reads, and **the graph's value replaces it in the reference**.  So every module is
+matched on the graph's own inputs: after a fault, all healthy tensors still match to the last digits, and only the
+faulty tensor itself is less similar.  If even the best value is not similar, each candidate is tried, and the one after
+which the next module matches is chosen.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap, tap_names
 
 _WINDOW = 64
-"""Values of the right width looked at for one tap: a block has a few dozen of them."""
+"""Maximum number of values of the right width to compare with one tap: a block has a few dozen of them."""
 _ALIKE = 0.02
-"""Distance up to which a value is taken at once: what is no longer itself is farther away than that, and what a small
-fault leaves is nearer."""
+"""Distance up to which a value is accepted at once: a wrong tensor is farther away than this, and a tensor with a small
+fault is nearer."""
 _SURE = 0.999
-"""Cosine below which a person should look at the match."""
+"""Cosine below which a person should check the match."""
 _LEAST_COSINE = 0.5
-"""A key or value less alike than that is not in the map; there is no module after it to ask."""
+"""A key or value with a lower cosine is left out of the map; no module after it can confirm the match."""
 _TRIALS = 24
-"""Candidates tried in the place of a tap that nothing is like."""
+"""Number of candidates to try for a tap without a similar value."""
 _READS = {
     "attn.qkv": "attn_norm", "key": "attn.qkv", "value": "attn.qkv", "attn.context": "attn.qkv",
     "attn.out": "attn.context", "resid_mid": "attn.out", "mlp_norm": "resid_mid", "mlp.gate": "mlp_norm",
@@ -51,13 +51,13 @@ _READS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A name map and how sure it is.
+    """A name map and its confidence.
 
     Attributes:
         names: the map.
-        confidence: by tap, the cosine between the graph's value and what the reference makes of the graph's own inputs.
+        confidence: by tap, the cosine between the graph's value and the reference's output for the graph's own inputs.
         ambiguous: by tap, other values that fit as well.
-        unmatched: taps for which nothing fits.
+        unmatched: taps without a fitting value.
     """
 
     names: NameMap
@@ -75,7 +75,7 @@ class Proposal:
         }
 
     def summary(self) -> str:
-        """What a person should know before trusting it, in one phrase."""
+        """One phrase that says what to know before trusting the map."""
         unlike = [tap for tap, cosine in self.confidence.items() if cosine < _SURE]
         parts = [f"{len(self.names.taps)} taps by a proposed map"]
         for what, taps in (("not found", self.unmatched), ("ambiguous", [*self.ambiguous]), ("unlike", unlike)):
@@ -84,7 +84,7 @@ class Proposal:
         return ", ".join(parts)
 
     def write(self, file: Path) -> None:
-        """Write the map as JSON, for `read_name_map` and for a person to correct.
+        """Write the map as JSON, which `read_name_map` reads and a person can correct.
 
         Raises:
             LogitLockError: the file cannot be written.
@@ -95,14 +95,14 @@ class Proposal:
 def propose_map(
     path: Path | str, reference: Decoder, *, names: NameMap | None = None, seed: int = 0, threads: int | None = None
 ) -> Proposal:
-    """Find our taps in somebody else's graph.
+    """Find our taps in a third party's graph.
 
     Args:
         path: an ONNX file as for `OnnxFileEngine`.
         reference: the same model in fp32 or fp64.
-        names: what is known of inputs and outputs; its taps are kept as they are.
-        seed: of the prompt's random ids.
-        threads: of ONNX Runtime.
+        names: known inputs and outputs; its taps are kept unchanged.
+        seed: random seed for the prompt's ids.
+        threads: number of ONNX Runtime's threads.
     Memory: the candidates' values for at most 58 tokens.
     Raises:
         LogitLockError: as `OnnxFileEngine`.
@@ -115,10 +115,10 @@ def propose_map(
 
 @dataclass(frozen=True, kw_only=True)
 class _Match:
-    """A candidate beside what the reference computes.
+    """A candidate, compared with the reference's tensor.
 
-    distance: relative L2 after the best scaling, so that a tensor with a wrong factor is still found; error: without.
-    others: sources of other tensors that are as near.
+    distance: relative L2 after the best scaling, so that a tensor with a wrong factor is still found; error: relative
+    L2 without scaling.  others: sources of other tensors at the same distance.
     """
 
     found: Candidate
@@ -132,7 +132,7 @@ class _Match:
 
 
 class _Search:
-    """The walk of the reference over the graph's values."""
+    """Runs the reference along the graph's values."""
 
     def __init__(self, engine: OnnxFileEngine, reference: Decoder, captured: Captured) -> None:
         self.engine, self.reference, self.captured = engine, reference, captured
@@ -160,7 +160,7 @@ class _Search:
             self.reference.run(cache.next_step(ids), cache)
 
     def best(self, tap: str, expected: Tensor, matches: Mapping[str, _Match]) -> _Match | None:
-        """The nearest value, or the parts of qkv joined."""
+        """The nearest value, or the joined parts of qkv."""
         if tap == "logits":
             logits = Candidate(source=Source(value=tap), rows=_rows(self.captured.logits), nodes=())
             return _compared(logits, expected)
@@ -173,7 +173,7 @@ class _Search:
         return match if whole is None or match.distance < whole.distance else whole
 
     def by_trial(self, tap: str, expected: Tensor) -> _Match | None:
-        """The value with which the module that reads the tap matches."""
+        """The value with which the output of the module that reads the tap matches."""
         tried = self._candidates(tap, expected.shape[1], self.matches)
         parts = self._parts(tap, expected, self.matches)
         if parts:
@@ -186,13 +186,13 @@ class _Search:
         trials = [(self._trial(tap, {tap: match}).distance, match) for match in matches]
         limit = 2 * max(min((distance for distance, _ in trials), default=1.0), self.floor)
         near = [match for distance, match in trials if distance <= min(limit, _ALIKE)]
-        # The first of them: a norm gives the same of what has been normalized already.
+        # Take the first of them: a norm changes nothing in an input that is already normalized.
         return replace(near[0], others=tuple(match.found.source for match in near[1:])) if near else None
 
     def by_exchange(self, tap: str) -> _Match | None:
-        """The activation's output, if gate and up are the other way round in the graph; they are then exchanged.
+        """The activation's output, if gate and up are swapped in the graph; they are then exchanged.
 
-        What is like `gate` is the graph's up in a graph whose fault it is that these two are swapped.
+        If the graph's fault is that these two are swapped, the value similar to `gate` is the graph's up.
         """
         gate, up = (tap.replace("act", part) for part in ("gate", "up"))
         if not (tap.endswith("mlp.act") and gate in self.matches and up in self.matches):
@@ -209,14 +209,14 @@ class _Search:
         return trial.matches[tap]
 
     def _trial(self, tap: str, matches: Mapping[str, _Match]) -> _Trial:
-        """How far the output of the module that reads the tap is from any value, if these are the matches."""
+        """Distance of the output of the module that reads the tap from the nearest value, given these matches."""
         trial = _Trial(self, tap, {**self.matches, **matches})
         with contextlib.suppress(_Done):
             self.run(trial)
         return trial
 
     def _parts(self, tap: str, expected: Tensor, matches: Mapping[str, _Match]) -> list[_Match]:
-        """Query, key and value looked for alone; nothing if one is not found, or for another tap."""
+        """Query, key and value, each searched for by itself; nothing if one is not found, or for another tap."""
         if not tap.endswith("attn.qkv"):
             return []
         a = self.spec.attention
@@ -237,7 +237,7 @@ class _Search:
         return found
 
     def _window(self, tap: str, width: int, matches: Mapping[str, _Match]) -> list[Candidate]:
-        """The first values of this width that are computed from the tap before."""
+        """The first values of this width that are computed from the previous tap."""
         name = _reads(tap, self.spec)
         while name is not None and name not in matches:
             name = _reads(name, self.spec)
@@ -250,7 +250,7 @@ class _Search:
         matches = [_compared(candidate, expected) for candidate in candidates]
         if not matches:
             return None
-        # Among those as near as the nearest, a factor decides; then the order of execution.
+        # Among equally near values, the factor decides, then the order of execution.
         limit = 2 * max(min(m.distance for m in matches), self.floor)
         best = min((m for m in matches if m.distance <= limit), key=lambda m: max(m.error, self.floor))
         others = [
@@ -263,7 +263,7 @@ class _Search:
 
 
 class _Walk(Recorder):
-    """Matches every tap of a run of the reference, which goes on with the graph's values."""
+    """Matches every tap of a run of the reference, which continues with the graph's values."""
 
     def __init__(self, search: _Search) -> None:
         super().__init__(names=())
@@ -294,13 +294,13 @@ class _Walk(Recorder):
 
 
 class _Done(Exception):
-    """The tap that a trial waits for has come."""
+    """Raised when a trial has reached its last tap."""
 
 
 class _Trial(Recorder):
-    """A run with what is matched so far and one candidate, as far as the module that reads it.
+    """A run with the matches so far and one candidate, up to the module that reads it.
 
-    Where that module's own output is not in the graph, as far as the one after it.
+    If that module's own output is not in the graph, the run goes up to the next module.
     """
 
     def __init__(self, search: _Search, tap: str, matches: dict[str, _Match]) -> None:
@@ -321,7 +321,7 @@ class _Trial(Recorder):
             self.distance, self.tap, self.modules = min(self.distance, distance), name, self.modules - 1
             if distance <= _ALIKE or not self.modules or name == "logits":
                 raise _Done
-        # What matches is what the reference has computed.
+        # The reference's own output is what has to match.
         return tensor
 
 
@@ -330,7 +330,7 @@ def _in_place_of(tensor: Tensor, match: _Match) -> Tensor:
 
 
 def _reads(tap: str, spec: ModelSpec) -> str | None:
-    """The tap after which this one is computed."""
+    """The tap from which this one is computed."""
     if tap == "embed":
         return None
     if tap == "final_norm":
@@ -343,7 +343,7 @@ def _reads(tap: str, spec: ModelSpec) -> str | None:
 
 
 def _read_by(tap: str, spec: ModelSpec) -> tuple[str | None, ...]:
-    """All taps whose module's output this is, as far as the order of search has to know."""
+    """All taps that the module of this tap reads, as far as the order of the search depends on them."""
     first = _reads(tap, spec) if tap != "logits" else "final_norm"
     return (first, first.replace("mlp.up", "mlp.gate")) if first is not None and tap.endswith("mlp.act") else (first,)
 
@@ -366,7 +366,7 @@ def _compared(candidate: Candidate, expected: Tensor) -> _Match:
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The first few that are different tensors."""
+    """The first few candidates that are different tensors."""
     found: list[Candidate] = []
     for candidate in candidates:
         if len(found) == _TRIALS:

@@ -1,4 +1,4 @@
-"""What the inputs and outputs of somebody else's decoder graph are: recognized by name, dtype and shape."""
+"""Roles of the inputs and outputs of a third party's decoder graph, recognized by name, dtype and shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STEP_INPUTS = {
     "attention_mask": r"mask",
     "input_ids": r"^(input_?)?(ids?|tokens?)|^inputs?$|input_?ids|token_?ids",
 }
-"""Inputs by role, tried in this order: cache_position is no position_ids."""
+"""Inputs by role, tried in this order, because cache_position must not be taken for position_ids."""
 _CACHE_WORDS = r"past_?key_?values?|present_?key_?values?|key_?values?|kv_?cache"
 _LAYOUTS = ("BHSD", "BSHD", "SBHD", "BHDS")
 _NEEDS_ROWS = frozenset({"GroupQueryAttention"})
@@ -35,11 +35,11 @@ class Roles:
     """Names in the graph by role.
 
     Attributes:
-        step: input_ids, attention_mask, position_ids, cache_position, use_cache_branch, as far as there are such.
+        step: input_ids, attention_mask, position_ids, cache_position, use_cache_branch, as far as they exist.
         past, present: cache inputs and outputs by tap ("blocks.0.key"); empty for a graph without a cache.
         logits: the output.
         axes: the layout of cache tensors.
-        one_row: rows must be run one by one and without their padding.
+        one_row: rows must run one by one, without their padding.
     """
 
     step: Mapping[str, str]
@@ -51,14 +51,14 @@ class Roles:
 
 
 def read_roles(graph: ir.Graph, spec: ModelSpec, names: NameMap, path: Path) -> Roles:
-    """Say what every input and output is.
+    """Find the role of every input and output.
 
     Args:
-        graph: of a decoder: token ids in, logits out, with or without key/value caches.
-        names: what the caller says about inputs and outputs goes before what they look like.
-        path: for errors.
+        graph: a decoder's graph: token ids in, logits out, with or without key/value caches.
+        names: roles given by the caller, which take precedence.
+        path: the file, for errors.
     Raises:
-        LogitLockError: something needed is missing or something is left over, all of it listed.
+        LogitLockError: a needed role is missing or an input or output is left over; all of them are listed.
     """
     inputs = [v for v in graph.inputs if v.name not in graph.initializers]
     outputs = list(graph.outputs)
@@ -78,7 +78,7 @@ def read_roles(graph: ir.Graph, spec: ModelSpec, names: NameMap, path: Path) -> 
     cache = [v for v in outputs if v.name not in {logits, *present.values()} and _is_cache(v)]
     present |= _cache_names(cache, spec)
     if past and not present and len(cache) == len(past):
-        # Exporters name what comes out after nodes, but in the order of what goes in.
+        # Exporters name outputs after nodes, but in the order of the inputs.
         order = [v.name for v in inputs if v.name in past.values()]
         tap_of = {name: tap for tap, name in past.items()}
         present = {tap_of[name]: v.name or "" for name, v in zip(order, cache, strict=True) if name is not None}
@@ -97,7 +97,7 @@ def read_roles(graph: ir.Graph, spec: ModelSpec, names: NameMap, path: Path) -> 
 
 
 def _named(given: Mapping[str, str], values: Sequence[ir.Value], path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """What the name map says: roles of the step, and cache tensors."""
+    """The roles in the name map: those of the step, and cache tensors."""
     known = {v.name for v in values}
     for role, name in given.items():
         if name not in known:
@@ -131,7 +131,7 @@ def _check(
     if past and not present:
         names = ", ".join(str(v.name) for v in outputs[:8])
         problems.append(f"no cache outputs for the {len(past)} cache inputs among {names}")
-    problems += [f"the input {v.name} of {_describe(v)} is nothing known" for v in left_over]
+    problems += [f"the input {v.name} of {_describe(v)} has no known role" for v in left_over]
     if problems:
         raise LogitLockError(
             f"{path} is not understood as a decoder: {'; '.join(problems)}. Say in the name map what they are, under "
@@ -164,7 +164,7 @@ def _logits(outputs: Sequence[ir.Value], spec: ModelSpec) -> str | None:
 
 
 def _cache_names(values: Sequence[ir.Value], spec: ModelSpec) -> dict[str, str]:
-    """Cache tensors by tap, as far as their names tell: a word for key or value, and a number that counts layers."""
+    """Cache tensors by tap, if their names say it: a word for key or value, and a layer number."""
     words = [re.sub(_CACHE_WORDS, "", (v.name or "").lower()) for v in values]
     parts = [re.search(r"(?<![a-z])(key|value|k|v)s?(?![a-z])", word) for word in words]
     numbers = [re.findall(r"\d+", word) for word in words]
@@ -181,7 +181,7 @@ def _cache_names(values: Sequence[ir.Value], spec: ModelSpec) -> dict[str, str]:
 
 
 def _axes(value: ir.Value, spec: ModelSpec, path: Path) -> str:
-    """The layout that fits the fixed sizes of a cache input; where several do, the usual one."""
+    """The layout that fits the fixed sizes of a cache input; if several fit, the usual one."""
     assert value.shape is not None
     dims = list(value.shape)
     fixed = {"H": spec.attention.kv_heads, "D": spec.attention.head_dim}
@@ -196,5 +196,5 @@ def _axes(value: ir.Value, spec: ModelSpec, path: Path) -> str:
             return order
     raise LogitLockError(
         f"{path}: the cache input {value.name} of {_describe(value)} is not understood; expected the axes batch, "
-        f"{fixed['H']} key heads, slots of any number and a head_dim of {fixed['D']}"
+        f"{fixed['H']} key heads, any number of slots and a head_dim of {fixed['D']}"
     )

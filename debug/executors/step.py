@@ -1,4 +1,4 @@
-"""What executors of foreign models share: writing the caller's cache, showing taps, the layout of cache tensors."""
+"""Shared by executors of foreign models: writing the caller's cache, reporting taps, the layout of cache tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from refmodels.spec import ModelSpec
 
 
 class ForeignStep:
-    """One forward: taps go to the recorder as they come, keys and values to the caller's cache.
+    """One forward pass: taps go to the recorder when they are computed, keys and values to the caller's cache.
 
     Raises (deliver and write):
         LogitLockError: the recorder substitutes a tensor, which only the reference can do.
@@ -28,22 +28,23 @@ class ForeignStep:
 
     @property
     def past_slots(self) -> int:
-        """Slots of the cache before this step, those of the longest row."""
+        """Number of cache slots before this step, in the longest row."""
         return self.step.attention_mask.shape[1] - self.step.input_ids.shape[1]
 
     def appended_mask(self) -> Tensor:
-        """[batch, past_slots + tokens] int64 for code that appends the new tokens of all rows in one place."""
+        """Mask [batch, past_slots + tokens] int64, for code that appends the new tokens of all rows at the same
+        slot."""
         return torch.cat((self.cache.mask[:, : self.past_slots], self.step.new_mask), 1).to(torch.int64)
 
     def check_appended(self, what: str) -> None:
-        """Refuse rows of different lengths in a model for which it matters in which slot a token is.
+        """Refuse rows of different lengths if the model depends on the slot of a token.
 
-        Such code appends a token to all rows in one place; ours go to each row's own slot.
+        Such code appends a token to all rows at the same slot; ours uses each row's own slot.
         """
         spec, lengths = self.cache.spec, self.step.cache_lengths
         if counts_slots(spec) and bool((lengths != lengths[0]).any()):
             raise LogitLockError(
-                f"{what} cannot go on with rows of different lengths {lengths.tolist()} in a {spec.variant}, which "
+                f"{what} cannot continue with rows of different lengths {lengths.tolist()} in a {spec.variant}, which "
                 "counts cache slots; pad the prompts on the left"
             )
 
@@ -53,7 +54,7 @@ class ForeignStep:
             raise LogitLockError(f"the recorder substitutes {name}, which only the reference can do")
 
     def write(self, tap: str, new: Tensor) -> None:
-        """Put the new tokens' keys or values [batch, kv_heads, tokens, head_dim] in their slots, and show them."""
+        """Write the new tokens' keys or values [batch, kv_heads, tokens, head_dim] to their slots, and report them."""
         _, layer, part = tap.split(".")
         buffer = (self.cache.key if part == "key" else self.cache.value)[int(layer)]
         rows, slots = torch.arange(new.shape[0])[:, None], self.step.cache_lengths[:, None] + torch.arange(new.shape[2])
@@ -61,12 +62,12 @@ class ForeignStep:
         self.deliver(tap, buffer)
 
     def logits_of(self, x: Tensor) -> Tensor:
-        """The tokens that the step asks logits of: [batch, N, width] from [batch, tokens, width]."""
+        """The tokens for which the step wants logits: [batch, N, width] from [batch, tokens, width]."""
         return select_tokens(x, self.step.logit_index.to(x.device))
 
 
 def counts_slots(spec: ModelSpec) -> bool:
-    """Whether it matters to a model in which slot of the cache a token is, and not only at which position."""
+    """Whether a model depends on the cache slot of a token, and not only on its position."""
     return spec.position == "alibi" or spec.position_origin == "slot" or spec.attention.window is not None
 
 

@@ -1,4 +1,4 @@
-"""The format of a golden case: what the upstream code computed from given inputs and weights."""
+"""The format of a golden case: the results of the upstream code for given inputs and weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _INPUTS = ("input_ids", "attention_mask", "position_ids", "decode_ids", "decode_
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenCase:
-    """One case as read from disk: `inputs` (fp32 file) and `expected` (the file of the dtype), under upstream names."""
+    """One case as read from disk: `inputs` (fp32 file) and `expected` (the file of the dtype), by upstream names."""
 
     directory: Path
     meta: dict[str, Any]
@@ -34,7 +34,7 @@ class GoldenCase:
 
     @property
     def variant(self) -> dict[str, Any] | None:
-        """What no config key says; raises LogitLockError where it is no object."""
+        """Facts that no config key expresses; raises LogitLockError if they are not an object."""
         variant = self.meta.get("variant")
         if variant is not None and not isinstance(variant, dict):
             raise LogitLockError(f"{self.directory / 'meta.json'}: variant is {variant!r}; it must be an object")
@@ -42,7 +42,7 @@ class GoldenCase:
 
 
 def read_case(directory: Path, dtype: str) -> GoldenCase:
-    """Read the files of a case and check that the tensors needed are there."""
+    """Read the files of a case, and check that the required tensors exist."""
     if not directory.is_dir():
         raise LogitLockError(
             f"{directory} is not a directory; a golden case is one with config.json and io.safetensors"
@@ -72,8 +72,8 @@ def read_case(directory: Path, dtype: str) -> GoldenCase:
 def past_layout(meta: Mapping[str, Any], spec: ModelSpec) -> tuple[str, str, str, str]:
     """Axes of upstream's cache tensors, as letters B, S, H (kv heads), D, in their order.
 
-    From the first bracket of meta's `past_layout`, such as "[S, B, groups, channels]"; without it, what the upstream
-    code of the family uses.
+    From the first bracket of meta's `past_layout`, such as "[S, B, groups, channels]"; without it, the layout that
+    the family's upstream code uses.
     """
     text = meta.get("past_layout")
     if text is None:

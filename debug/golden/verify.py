@@ -1,4 +1,4 @@
-"""`logitlock verify`: the reference model against what the upstream code computed (a golden case)."""
+"""`logitlock verify`: the reference model against the results of the upstream code (a golden case)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _HIDDEN = re.compile(r"hidden_states\.(\d+)")
 class CaseResult:
     """Outcome of one case.
 
-    worst: largest absolute difference per tensor, over real positions (NaN where either side is not finite).
-    tolerance: what was allowed, per tensor.  greedy_equal: every greedy token is upstream's.
+    worst: largest absolute difference per tensor, over real positions; NaN if either value is not finite.
+    tolerance: largest allowed difference per tensor.  greedy_equal: every greedy token equals upstream's.
     """
 
     case: str
@@ -46,7 +46,7 @@ class CaseResult:
     not_compared: list[str] = field(default_factory=list)
 
     def failed(self) -> list[str]:
-        """Tensors outside their tolerance; a value that is not a number is always outside."""
+        """Tensors outside their tolerance; NaN is always outside."""
         return [name for name, value in self.worst.items() if not value <= self.tolerance[name]]
 
     @property
@@ -73,15 +73,15 @@ def verify_case(directory: str | Path, *, dtype: str = "fp32", atol: float | Non
         dtype: "fp32", or "bf16"/"fp16" to compare with io_<dtype>.safetensors.
         atol: largest allowed absolute difference of every tensor; None: `default_tolerance`.
     Raises:
-        LogitLockError: a missing or damaged file, a missing tensor, or a shape that the config does not give.
+        LogitLockError: a file is missing or damaged, a tensor is missing, or a shape contradicts the config.
 
-    In half precision the last bit is compared: where other things are multiplied before, see `add_up_as_recorded`.  A
-    CPU with fp16 instructions adds up fp16 products in another order than one without; cases were recorded on both, and
-    one of the two orders must give every bit.
+    In half precision, the last bit is compared.  If this process has multiplied anything before, see
+    `add_up_as_recorded`.  A CPU with fp16 instructions sums fp16 products in another order than a CPU without; cases
+    were recorded on both, and one of the two orders must give every bit.
     """
     add_up_as_recorded()
     case = read_case(Path(directory), dtype)
-    # In half precision the order of summation, and so the last bit, depends on the number of threads.
+    # In half precision, the order of summation, and so the last bit, depends on the number of threads.
     threads = None if dtype == "fp32" else case.meta.get("threads")
     with _threads(threads), torch.inference_mode():
         model = load(case.directory, dtype=DTYPES[dtype], numerics="upstream", variant=case.variant)
@@ -94,7 +94,7 @@ def verify_case(directory: str | Path, *, dtype: str = "fp32", atol: float | Non
 
 
 class _SumsInFloat32(TorchFunctionMode):
-    """Linear layers as fp16 instructions compute them: products and sums in fp32, one rounding."""
+    """Linear layers as fp16 instructions compute them: products and sums in fp32, rounded once."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -106,26 +106,26 @@ class _SumsInFloat32(TorchFunctionMode):
 
 
 def add_up_as_recorded() -> None:
-    """Keep oneDNN from instructions that add in another order (AMX), in this process and those that it starts.
+    """Keep oneDNN from using instructions that add in another order (AMX), in this process and those that it starts.
 
-    To be called before oneDNN multiplies anything, in whatever dtype: later it has no effect.
+    Call it before oneDNN multiplies anything, in any dtype: later it has no effect.
     """
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", RECORDED_INSTRUCTIONS)
 
 
 def has_recorded_order() -> bool:
-    """Whether sums on this CPU, after `add_up_as_recorded`, have the order of the recorded ones: to the last bit."""
+    """Whether this CPU, after `add_up_as_recorded`, sums in the order of the recordings, to the last bit."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def default_tolerance(spec: ModelSpec, dtype: str, expected: Tensor) -> float:
     """Allowed absolute difference of one tensor.
 
-    fp32: 1e-4, which separates right from plausibly wrong semantics (the goldens sit at <= 2e-5, the mildest mistake
-    at 9e-4).  Half precision, on the CPU: 0 for ChatGLM2, Qwen v1 and Baichuan, whose cast orders are part of the
-    spec; two units in the last place at the largest magnitude of the tensor for the families of `transformers`.  A CPU
-    without AVX-512 adds in another order than the one that the cases were recorded on, so that each of a block's two
-    residual sums, and what is behind them, may round the other way: a unit for each of them, for all families.
+    fp32: 1e-4, which separates right from plausibly wrong semantics (the golden cases are at <= 2e-5, the mildest
+    mistake at 9e-4).  Half precision on the CPU: 0 for ChatGLM2, Qwen v1 and Baichuan, whose cast orders are part of
+    the spec; two units in the last place at the largest magnitude of the tensor for the families of `transformers`.  A
+    CPU without AVX-512 adds in another order than the CPU of the recordings, so each of a block's two residual sums,
+    and everything after them, may round the other way: one unit is allowed for each of them, for all families.
     """
     if dtype == "fp32":
         return FP32_ATOL
@@ -139,7 +139,7 @@ def default_tolerance(spec: ModelSpec, dtype: str, expected: Tensor) -> float:
 
 
 class _CaseComparison:
-    """One comparison; exists to share the case, the model and the result between its steps."""
+    """One comparison, which shares the case, the model and the result between its steps."""
 
     def __init__(self, case: GoldenCase, model: Decoder, dtype: str, atol: float | None) -> None:
         self.case, self.model, self.spec, self.dtype, self.atol = case, model, model.spec, dtype, atol
@@ -170,7 +170,7 @@ class _CaseComparison:
         with recording(recorder):
             logits = self.model.run(step, cache)
         self._prefill(logits, recorder.tensors)
-        # Upstream keeps trailing pads in its cache and goes on behind them; ours would overwrite them.
+        # Upstream keeps trailing pads in its cache and continues after them; our cache would overwrite them.
         cache.lengths = torch.full_like(cache.lengths, tokens)
         cache.mask[:, :tokens] = self.real
         self._first_token(logits, decode_ids)
@@ -217,7 +217,7 @@ class _CaseComparison:
         theirs = theirs.permute([layout.index(axis) for axis in ("B", "H", "S", "D")])
         slots = theirs.shape[2]
         batch, heads, tokens, head_dim = ours.shape
-        # A sliding-window cache of transformers 5 keeps the last window - 1 slots only.
+        # A sliding-window cache of transformers 5 keeps only the last window - 1 slots.
         window = self.spec.attention.window
         if window is None or not min(window - 1, tokens) <= slots <= tokens:
             slots = tokens
@@ -227,12 +227,12 @@ class _CaseComparison:
         self._record(name, ours[:, :, -slots:].transpose(1, 2), theirs.transpose(1, 2), self.real[:, -slots:])
 
     def _first_token(self, logits: Tensor, decode_ids: Tensor | None) -> None:
-        """The token after the prompt: from the last position, or the last real one where that is padding."""
+        """The token after the prompt, from the last position, or from the last real one if that is padding."""
         expected = self.case.expected["logits"].double()
         for row in range(len(logits)):
             last = int(self.real[row].nonzero().max())
             ours, theirs = logits[row, last].double(), expected[row, last]
-            # In half precision a tie within the tolerance may fall either way.
+            # In half precision, a tie within the tolerance may be decided either way.
             slack = 0.0 if self.dtype == "fp32" else self.outcome.tolerance["logits"]
             self._greedy(bool(theirs[ours.argmax()] >= theirs.max() - slack))
             if decode_ids is not None and self.dtype == "fp32" and bool(self.real[row, -1]):
@@ -253,7 +253,7 @@ class _CaseComparison:
         self._compare("uncached_logits", logits, mask != 0)
 
     def _positions(self, name: str, ours: Tensor | None, real: Tensor) -> None:
-        """Positions that upstream was given must be those that the cache derives by itself."""
+        """Check that the positions given to upstream are those that the cache derives by itself."""
         theirs = self.case.expected.get(name)
         if theirs is not None and ours is not None:
             self._check(name, theirs, tuple(ours.shape))
@@ -268,7 +268,7 @@ class _CaseComparison:
         a, b = ours[real].double(), theirs[real].double()
         if tolerance is None:
             tolerance = default_tolerance(self.spec, self.dtype, b) if self.atol is None else self.atol
-        # An infinity minus the same infinity is NaN as well, so no value that is not finite can pass.
+        # Infinity minus infinity is NaN as well, so no value that is not finite can pass.
         self.outcome.worst[name] = float((a - b).abs().max()) if a.numel() else 0.0
         self.outcome.tolerance[name] = tolerance
         self.left.discard(name)
@@ -287,7 +287,7 @@ class _CaseComparison:
 
 @contextmanager
 def _threads(count: object) -> Iterator[None]:
-    """Run with at most so many threads (None: as it is)."""
+    """Run with at most `count` threads (None: unchanged)."""
     before = torch.get_num_threads()
     if isinstance(count, int) and 0 < count <= before:
         torch.set_num_threads(count)

@@ -8,7 +8,7 @@
     sections.py  verdict, culprits, tables, …         environment.py  versions and machine
     markup.py    pieces of HTML                       page.html, style.css, plots.js   the template
 
-plotly is imported only where a report is written.
+plotly is imported only when a report is written.
 """
 
 from debug.report.report import check_report, write_report

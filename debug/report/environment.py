@@ -1,4 +1,4 @@
-"""What a report says about where it was made; no names of machines, users or directories."""
+"""The environment section of a report; it has no names of machines, users or directories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("logitlock", "torch", "numpy", "onnx", "onnxruntime", "tensorrt", "
 
 
 def environment() -> dict[str, str]:
-    """Versions of what computes, and the machine; in the order in which to show them."""
+    """Versions of the libraries that compute, and the machine, in the order in which to show them."""
     found = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -20,17 +20,17 @@ _MOST_TICKS = 24
 
 
 def label(text: str) -> str:
-    """plotly.js reads tags in labels; this shows them instead."""
+    """Escape a label: plotly.js would interpret tags in it."""
     return html.escape(text, quote=False)
 
 
 def rank(tap: TapError) -> float:
-    """What to sort taps by: floors of local error, NaN and Inf above all."""
+    """Sort key of taps: local error in noise floors; NaN and Inf come first."""
     return math.inf if tap.nonfinite else tap.ratio if tap.ratio == tap.ratio else -1.0
 
 
 def floor(tap: TapError) -> float:
-    """What the local error is divided by, for all tokens together."""
+    """The noise floor of the local error, over all tokens."""
     return max(tap.floor, tap.floor_bound) if math.isfinite(tap.floor) else tap.floor_bound
 
 
@@ -82,7 +82,7 @@ def heat_map(result: DiffResult) -> Figure:
     culprits = [(column[c.tap], c.step, c.tap) for c in result.culprits]
     spoiled = [(column[t.tap], t.step, t.tap) for t in result.taps if t.nonfinite]
     data = [heat]
-    # In dark red cells only a mark with an outline of the other colour is seen.
+    # In dark red cells, only a mark with an outline in the other colour is visible.
     for name, symbol, size, marked in (("NaN or Inf", "x", 6, spoiled), ("culprit", "diamond", 11, culprits)):
         if marked:
             data.append(
@@ -116,7 +116,7 @@ def _scale(alarm: float) -> list[list[object]]:
 
 
 def curves(result: DiffResult, phase: Phase) -> Figure:
-    """Local against accumulated error along the depth, each with its floor; of several steps each tap's worst."""
+    """Local and accumulated error along the depth, each with its floor; each tap is shown at its worst step."""
     worst: dict[str, TapError] = {}
     for tap in result.taps:
         if tap.phase == phase and (tap.tap not in worst or rank(tap) > rank(worst[tap.tap])):
@@ -190,7 +190,7 @@ def kl_by_position(result: DiffResult) -> Figure:
 
 
 def margins(result: DiffResult) -> Figure:
-    """Each token's logit error against the reference's lead: which flips could be rounding."""
+    """Each token's logit error against the reference's lead, which shows the flips that rounding could explain."""
     tokens = result.logit_tokens
     kept = [t for t in tokens if not t.flip]
     data: list[Figure] = [
@@ -271,7 +271,7 @@ def _describe(result: DiffResult, token: LogitToken) -> str:
 
 
 def drift_kl(drift: DriftResult) -> Figure:
-    """KL by decode step: cache carried along, made anew, and the floor."""
+    """KL per decode step, with the cache carried along and with a new cache, and the floor."""
     x = [s.step for s in drift.steps]
     data = [_line("carried cache", "@local", x, [s.kl for s in drift.steps])]
     if any(s.reset_kl is not None for s in drift.steps):
@@ -285,7 +285,7 @@ def drift_kl(drift: DriftResult) -> Figure:
 
 
 def drift_cache(drift: DriftResult) -> Figure:
-    """Relative error of the whole cache by decode step, with its floor."""
+    """Relative error of the whole cache per decode step, with its floor."""
     x = [s.step for s in drift.steps]
     data = [
         _line("cache error", "@local", x, [s.cache_error for s in drift.steps]),
@@ -303,7 +303,7 @@ _STEPS: Figure = {"title": {"text": "decode step (0: prefill)"}}
 
 
 def positive(value: float) -> float | None:
-    """What a logarithmic axis can show."""
+    """The number, or None if a logarithmic axis cannot show it."""
     return value if math.isfinite(value) and value > 0 else None
 
 
@@ -321,7 +321,7 @@ def _line(name: str, color: str, x: Iterable[float], y: Sequence[float], *, dash
 
 
 def _log(data: Sequence[Figure], key: str, title: str) -> Figure:
-    """A logarithmic axis over whole decades, so that there are labels at both ends."""
+    """A logarithmic axis over whole decades, so that both ends have labels."""
     values = [v for trace in data for v in trace[key] if v is not None and positive(v) is not None]
     low, high = (math.log10(end) for end in (min(values, default=1.0), max(values, default=1.0)))
     low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
@@ -335,14 +335,14 @@ def _log(data: Sequence[Figure], key: str, title: str) -> Figure:
 
 
 def _depth(names: Sequence[str], *, grid: bool = True) -> Figure:
-    """The axis along the model: a tick where a block begins, as many as there is room for."""
+    """The axis along the model, with ticks at the beginning of blocks, as many as fit."""
     starts: dict[str, int] = {}
     for i, name in enumerate(names):
         parts = name.split(".")
         starts.setdefault(parts[1] if parts[0] == "blocks" and len(parts) > 1 else parts[0], i)
     every = -(-len(starts) // _MOST_TICKS)
     blocks = [(key, i) for key, i in starts.items() if key.isdigit()]
-    # Beside these there is no room for the other taps outside of blocks.
+    # These leave no room for the other taps outside of blocks.
     kept = blocks[::every] + [(key, i) for key, i in starts.items() if key == "logits"]
     return {
         "tickvals": [i for _, i in kept],

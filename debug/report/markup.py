@@ -32,7 +32,7 @@ def section(title: str, body: str, *, kind: str = "") -> str:
 
 
 def pair(parts: Iterable[str]) -> str:
-    """Beside each other where there is room."""
+    """Side by side if there is room."""
     return '<div class="pair">' + "".join(f"<div>{part}</div>" for part in parts) + "</div>"
 
 

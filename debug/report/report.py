@@ -22,7 +22,7 @@ from refmodels.files import check_file_output, write_text
 
 
 def check_report(path: Path) -> None:
-    """Raise LogitLockError where `write_report` would: plotly is not installed, or `path` cannot be written."""
+    """Raise LogitLockError if `write_report` would: plotly is not installed, or `path` cannot be written."""
     _plotly_js()
     check_file_output(path, "report")
 
@@ -38,10 +38,10 @@ def write_report(
     """Write one self-contained HTML file; it appears whole or not at all.
 
     Args:
-        result: what a diff found.
-        path: the file; overwritten.
-        drift: of the same engine, to be shown as well.
-        command: what was run, to be repeated by the reader.
+        result: the result of a diff.
+        path: the file; it is overwritten.
+        drift: a drift result of the same engine, to show as well.
+        command: the command that was run, so that the reader can repeat it.
         environment: names and values to show; None: versions and machine of this process.
     Raises:
         LogitLockError: plotly is not installed, or the file cannot be written.
@@ -79,7 +79,7 @@ def _page(result: DiffResult, drift: DriftResult | None, command: str, facts: Ma
     files = resources.files("debug.report")
     page, style, script = ((files / n).read_text("utf-8") for n in ("page.html", "style.css", "plots.js"))
     library = _plotly_js()
-    # Nothing can be loaded, and no script runs but these two, even if something slipped through the escaping.
+    # Nothing can be loaded, and only these two scripts run, even if the escaping misses something.
     scripts = " ".join(f"'sha256-{_sha256(text)}'" for text in (library, script))
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {scripts}"
     about = result.context.get("bundle") or result.context.get("model") or "LogitLock diff"

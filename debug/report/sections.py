@@ -27,7 +27,7 @@ def observer_section(result: DiffResult) -> str:
         "Observer effect",
         f"<p>Taking taps changes the logits by up to <strong>{number(effect.max_abs)}</strong>; "
         f"{effect.top1_changed} greedy tokens differ. The tap errors below are those of the tapped engine, the logits "
-        "those of the engine as it ships: what the taps show need not be what ships.</p>",
+        "those of the engine as it ships: the shipped engine may differ from what the taps show.</p>",
         kind="observer",
     )
 
@@ -73,7 +73,7 @@ def _listed(result: DiffResult) -> str:
 
 
 def _summary(culprit: Culprit) -> str:
-    """A culprit in a line: tap, place, what it is."""
+    """A culprit in one line: tap, place, kind of error."""
     where = f"{culprit.phase}" if culprit.phase == "prefill" else f"decode step {culprit.step}"
     what = {
         "nonfinite": "NaN or Inf from finite inputs",
@@ -100,9 +100,8 @@ def culprits_section(result: DiffResult) -> str:
         for i, c in enumerate(result.culprits)
     ]
     intro = (
-        "<p>Taps that are wrong by themselves, in the order of execution. A diagnosis is a known fault that was "
-        "planted in the reference module: with it, the module gives what the engine gave, up to what rounding "
-        "leaves.</p>"
+        "<p>Taps that are wrong by themselves, in the order of execution. A diagnosis is a known fault: planted in the "
+        "reference module, it makes the module reproduce the engine's output up to rounding.</p>"
     )
     more = f"<summary>{len(parts) - _WORST} more</summary>{''.join(parts[_WORST:])}"
     rest = f'<details class="culprit">{more}</details>' if len(parts) > _WORST else ""
@@ -136,7 +135,7 @@ def _diagnosis(culprit: Culprit, result: DiffResult) -> str:
             rows,
             numbers=(1, 2, 3),
         )
-        + f"<p>Seen in {culprit.occurrences} of {result.steps + 1} forwards.</p>"
+        + f"<p>Seen in {culprit.occurrences} of {result.steps + 1} forward passes.</p>"
     )
 
 
@@ -185,10 +184,10 @@ def terms_section(result: DiffResult) -> str:
     terms = {
         "Accumulated error": "The engine's tensor against the fp64 reference, both run from the same token ids. It "
         "grows along the model: everything behind a broken module has it.",
-        "Local error": "The engine's tensor against what the fp64 reference module makes of the engine's own inputs. "
-        "Only a module that is wrong by itself has it.",
-        "Noise floor": "The same two errors of the reference run in the engine's dtype: what rounding alone costs, "
-        f"measured on the same inputs, and at least one rounding ({number(result.unit_roundoff)}).",
+        "Local error": "The engine's tensor against the output of the fp64 reference module for the engine's own "
+        "inputs. Only a module that is wrong by itself has it.",
+        "Noise floor": "The same two errors of the reference in the engine's dtype: the cost of rounding alone, "
+        f"measured on the same inputs; at least one rounding ({number(result.unit_roundoff)}).",
         f"Alarm, {result.multiple:g} floors": "A local error above this many floors, for any token, is a fault: no "
         "order of rounding explains it.",
     }
@@ -201,16 +200,16 @@ def terms_section(result: DiffResult) -> str:
 def heat_map_section(result: DiffResult, plots: dict[str, Figure]) -> str:
     plots["heat"] = figures.heat_map(result)
     text = (
-        "Local error of every tap (across) in every forward (down), in noise floors. Blue is noise; from orange on it "
-        f"is above the alarm of {result.multiple:g}. A cross alone: NaN or Inf, from inputs that were so already."
+        "Local error of every tap (across) in every forward pass (down), in noise floors. Blue is noise; from orange "
+        f"on, it is above the alarm of {result.multiple:g}. A cross alone is NaN or Inf whose inputs already had it."
     )
     return section("Every module in every step", plot("heat", text))
 
 
 def curves_section(result: DiffResult, plots: dict[str, Figure]) -> str:
     text = (
-        "Local error is at its floor wherever a module does what the reference does. Accumulated error above its own "
-        "floor while local error is at the floor means: the fault came in earlier. Errors of exactly 0 are not drawn."
+        "The local error is at its floor if a module computes the same as the reference. If the accumulated error is "
+        "above its floor but the local error is not, the fault lies earlier. Errors of exactly 0 are not drawn."
     )
     plots["prefill"] = figures.curves(result, "prefill")
     parts = [f"<h3>Prefill</h3>{plot('prefill', text)}"]
@@ -295,8 +294,8 @@ def drift_section(drift: DriftResult, result: DiffResult, plots: dict[str, Figur
         '<div class="pair">'
         + plot(
             "drift_kl",
-            "Fed the reference's tokens. If the carried cache is worse than one made anew at each step, the fault is "
-            "in the cache and not in the modules.",
+            "The engine is fed the reference's tokens. If the cache carried along is worse than a new one at each "
+            "step, the fault is in the cache and not in the modules.",
         )
         + plot("drift_cache", "All live keys and values of the engine's cache against the reference's.")
         + "</div>"
@@ -344,14 +343,14 @@ def other_section(result: DiffResult) -> str:
     between = result.between
     taps = sorted(between.taps, key=lambda t: -t.rel_l2 if t.rel_l2 == t.rel_l2 else -math.inf)[:_WORST]
     return section(
-        "The other side, judged in the same way",
+        "The other executor, judged in the same way",
         f"<p><strong>{escape(verdict_line(result.other))}</strong></p>"
         + _listed(result.other)
         + facts({"engine": result.other.engine, **{k: str(v) for k, v in result.other.context.items()}})
         + f"<p>Directly against each other: KL mean {number(between.kl_mean)}, largest {number(between.kl_max)} nats; "
         f"same greedy token {between.top1:.2%}; largest logit difference {number(between.max_abs)}.</p>"
         + table(
-            "Taps in which the two sides differ most",
+            "Taps in which the two executors differ most",
             ["tap", "relative L2", "largest difference", "cosine"],
             [[mono(t.tap), number(t.rel_l2), number(t.max_abs), f"{t.cosine:.6f}"] for t in taps],
             numbers=(1, 2, 3),
@@ -360,7 +359,7 @@ def other_section(result: DiffResult) -> str:
 
 
 def tree_section(result: DiffResult) -> str:
-    """blocks.N -> taps; what holds a culprit is open."""
+    """blocks.N -> taps; groups with a culprit are open."""
     taps: dict[str, list[TapError]] = {}
     for tap in result.taps:
         taps.setdefault(tap.tap, []).append(tap)

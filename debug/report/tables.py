@@ -1,4 +1,4 @@
-"""What the debug verbs print for people."""
+"""Tables and sentences that the debug verbs print."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WORST_ROWS = 12
 
 
 def print_cases(results: Sequence[CaseResult]) -> None:
-    """The worst difference of every tensor of every case, and a line that sums up."""
+    """The worst difference of every tensor of every case, and a summary."""
     console = Console(markup=False)
     for result in results:
         failed = set(result.failed())
@@ -87,7 +87,7 @@ def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
 
 
 def _print_culprit(console: Console, culprit: Culprit) -> None:
-    """What explains a culprit, with the numbers before and after, and where in it the error is."""
+    """The diagnosis of a culprit, with the numbers before and after, and the place of its error."""
     if culprit.kind in ("accumulated", "nonfinite"):
         return
     console.print(f"  {culprit.tap}", style="bold", highlight=False)
@@ -119,7 +119,7 @@ def _print_other(console: Console, result: DiffResult, other: DiffResult, betwee
 
 
 def print_drift(result: DriftResult) -> None:
-    """A row a teacher-forced step, then the first difference of each free-running row."""
+    """One row per teacher-forced step, then the first difference of each free-running row."""
     console = Console(markup=False)
     console.print(f"engine     {result.engine}", highlight=False)
     console.print(f"reference  {result.reference}", highlight=False)
@@ -140,7 +140,7 @@ def print_drift(result: DriftResult) -> None:
     if not result.differences:
         console.print(f"free-running: the same {len(result.steps)} tokens in all {result.rows} rows", style="green")
     for d in result.differences:
-        why = "rounding can have decided it" if d.explained else "rounding does not explain it"
+        why = "rounding can explain it" if d.explained else "rounding does not explain it"
         console.print(
             f"free-running, row {d.row}: token {d.step} is {d.engine_token} instead of {d.reference_token}; the "
             f"reference leads by {d.margin:.3g}, the engine's logits are off by up to {d.error:.3g} "
@@ -151,17 +151,17 @@ def print_drift(result: DriftResult) -> None:
 
 
 def print_bisect(result: BisectResult, path: Path) -> None:
-    """The most expensive layers, the plan, and the KL of nothing, everything and the plan kept."""
+    """The most expensive layers, the plan, and the KL with no layer, every layer and the plan's layers in fp32."""
     console = Console(markup=False)
     kept = set(result.plan.float32)
     table = _table("layer", "KL alone", "share", "kept")
     total = sum(result.contributions.values())
     for tap, kl in list(result.contributions.items())[:_WORST_ROWS]:
         table.add_row(tap, _short(kl), f"{kl / total:.0%}" if total else "", "fp32" if tap in kept else "")
-    console.print(f"what each linear layer costs in {result.plan.precision} (the worst {_WORST_ROWS})")
+    console.print(f"cost of each linear layer in {result.plan.precision} (the worst {_WORST_ROWS})")
     console.print(table)
     console.print(
-        f"mean KL: {result.kl_low:.3g} nats with nothing kept, {result.kl_high:.3g} with every linear layer in fp32"
+        f"mean KL: {result.kl_low:.3g} nats with no layer in fp32, {result.kl_high:.3g} with every linear layer in fp32"
     )
     good = result.kl_engine <= result.budget
     console.print(

@@ -236,7 +236,7 @@ def test_the_other_side(aligned: DiffResult, diverged: DiffResult, tmp_path: Pat
         taps=[TapDistance(tap="blocks.1.key", rel_l2=0.0789, max_abs=1.0, cosine=0.99)],
     )  # fmt: skip
     page = page_of(dataclasses.replace(aligned, other=diverged, between=between), tmp_path)
-    for text in ("The other side", "DIVERGED", "rope applied twice", "0.0123", "0.0456", "7.25", "0.0789"):
+    for text in ("The other executor", "DIVERGED", "rope applied twice", "0.0123", "0.0456", "7.25", "0.0789"):
         assert text in page.text, text
 
 
