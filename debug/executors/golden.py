@@ -90,7 +90,7 @@ class GoldenEngine(Engine):
             elif name == "uncached_logits" or name in ("position_ids", "decode_position_ids"):
                 continue
             else:
-                raise LogitLockError(f"{self.case.directory / self.case.file} has the tensor {name}, unknown in a case")
+                raise LogitLockError(f"{self.case.directory / self.case.file} has the tensor {name}, which no case has")
             if not good:
                 raise self._misshapen(name, tensor, wanted)
 
