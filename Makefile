@@ -1,10 +1,13 @@
-# Two commands: `make demo` and `make test`. Each makes its own virtual environment in .venv.
+# `make demo`, `make quick` (the tests of a minute) and `make test` (all) each make a virtual environment in .venv.
 # `make docs` builds the documentation into build/site (the tests do it too), `make notebooks` runs the notebooks anew.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Each worker takes tests in a row and, at the end, from the other: fixtures of a module are seldom made twice.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs notebooks clean
+.PHONY: demo quick test lint docs notebooks clean
 
 # torch comes first and by itself: a later, wider range would otherwise choose a build with gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml
@@ -20,8 +23,14 @@ demo: $(VENV)/installed
 	$(BIN)/logitlock generate --bundle engines/qwen-fp16 --prompt '世界上第二高的山峰是哪座？'
 	$(BIN)/logitlock diff --model qwen --bundle engines/qwen-fp16
 
+# Says which tests have become too slow for it.
+quick: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) -m 'not slow and not gpu and not browser and not tensorrt' --durations 5 --durations-min 2
+
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -59,6 +59,7 @@ def test_golden_case_as_a_side() -> None:
     assert {tap.tap for tap in result.other.taps} < {tap.tap for tap in result.taps}
 
 
+@pytest.mark.slow
 def test_traces_meet(clean: Path, broken: Path, tmp_path: Path) -> None:
     for name, bundle, more in (("a", clean, ()), ("b", broken, ("--tokens-of", tmp_path / "a.safetensors"))):
         out = tmp_path / f"{name}.safetensors"

@@ -97,6 +97,7 @@ def test_numerics_of_the_bundle_make_the_floor(bundles: Bundles) -> None:
     assert result.verdict == "aligned", verdict_line(result)
 
 
+@pytest.mark.slow
 def test_the_floor_is_the_dtype(bundles: Bundles) -> None:
     errors = {}
     for precision, dtype in DTYPES.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from export.quantization.data import calibration_data
 from export.quantization.schemes import QuantizeOptions
 from tests.support.goldens import case_source
 
-pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+# Not imported to know it: that takes more than a second.
+pytestmark = pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "int4": {"scheme": "int4", "group": 16},

@@ -143,6 +143,7 @@ def test_position_tables_are_shared() -> None:
     assert fused.table_positions == 30 and decoder.table_positions == 20
 
 
+@pytest.mark.slow
 def test_the_engine_is_there_without_triton() -> None:
     code = (
         "import sys\n"
