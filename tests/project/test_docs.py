@@ -11,7 +11,6 @@ with " …" is the beginning of a printed one.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -29,6 +28,7 @@ from export.bundle import export_model
 from tests.support.code_blocks import Block, blocks
 from tests.support.command import logitlock
 from tests.support.paths import ROOT
+from tests.support.scripts import load_script
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 REASONS = ("needs a GPU", "needs the hub", "needs the package index", "needs a model of yours", "tests/", "make ")
@@ -157,7 +157,7 @@ def test_cli_reference_has_every_verb_and_option(monkeypatch: pytest.MonkeyPatch
     from debug.command import VERBS
 
     monkeypatch.setenv("COLUMNS", "250")
-    page = _hook("cli").cli_page()
+    page = load_script("docs/hooks/cli.py").cli_page()
     for verb in VERBS:
         section = page.split(f"\n## {verb}\n")[1].split("\n## ")[0]
         listed = re.findall(r"^│ (?:\*)? *(--[a-z][a-z-]+)", logitlock(verb, "--help").out, flags=re.M)
@@ -167,7 +167,7 @@ def test_cli_reference_has_every_verb_and_option(monkeypatch: pytest.MonkeyPatch
 
 def test_schemas_describe_what_is_written(workshop: Path) -> None:
     """Every key of a real bundle.json and of a real diff is on the page."""
-    page = _hook("schemas").schemas_page()
+    page = load_script("docs/hooks/schemas.py").schemas_page()
     info = json.loads((workshop / "engines" / "qwen-fp16" / "bundle.json").read_text(encoding="utf-8"))
     example = json.loads((ROOT / "docs" / "measured.json").read_text(encoding="utf-8"))["swapped"]["json"]
     spec = {**info["spec"], **info["spec"]["attention"], **info["spec"]["rope"]}
@@ -180,18 +180,5 @@ def test_measured_numbers_are_those_of_this_code() -> None:
     measured = json.loads((ROOT / "docs" / "measured.json").read_text(encoding="utf-8"))
     assert sum(f["cases"] for f in measured["verify"].values()) == len(list((ROOT / "tests/goldens").glob("[a-z]*")))
     assert all(f["passed"] == f["cases"] and f["bf16_exact"] == f["bf16"] for f in measured["verify"].values())
-    sys.path.insert(0, str(ROOT / "docs"))
-    from measure import rope_errors
-
-    for dtype, errors in rope_errors().items():
+    for dtype, errors in load_script("docs/measure.py").rope_errors().items():
         assert errors == pytest.approx(measured["rope_table"][dtype], rel=1e-3)
-
-
-def _hook(name: str):  # type: ignore[no-untyped-def]
-    folder = ROOT / "docs" / "hooks"
-    sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", folder / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

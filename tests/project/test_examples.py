@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from export.bundle import export_model
 from tests.support import foreign
 from tests.support.goldens import GOLDENS
 from tests.support.paths import ROOT
+from tests.support.scripts import load_script
 
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 
 def _scaled_gate(model: nn.Module) -> None:
@@ -25,7 +24,7 @@ def _scaled_gate(model: nn.Module) -> None:
 
 @pytest.mark.slow
 def test_aligns_a_foreign_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from align_onnx import align
+    align = load_script("examples/align_onnx.py").align
 
     model = str(GOLDENS / "qwen2")
     good = foreign.export(foreign.huggingface("qwen2"), tmp_path / "good.onnx")
@@ -39,7 +38,7 @@ def test_aligns_a_foreign_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_reference_in_another_projects_test() -> None:
     """The example is a pytest file; a kernel with a fault fails it."""
-    import test_my_kernels as example
+    example = load_script("examples/test_my_kernels.py")
 
     example.test_mlp_is_as_good_as_fp16_allows(2)
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +50,8 @@ def test_reference_in_another_projects_test() -> None:
 
 def test_serves_tokens(tmp_path: Path) -> None:
     from fastapi.testclient import TestClient
-    from serve import make_app
+
+    make_app = load_script("examples/serve.py").make_app
 
     bundle = export_model("qwen", precision="fp32", output=tmp_path / "bundle")
     with torch.inference_mode(), TestClient(make_app(str(bundle))) as client:

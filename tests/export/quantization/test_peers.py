@@ -7,11 +7,9 @@ all the same, `benchmarks/quantization_peers.py` is run here on a toy's layers.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,8 +27,9 @@ from refmodels.quantization.arithmetic import quantize_weight, unpack_int4, weig
 from refmodels.quantization.formats import LinearFormat
 from refmodels.quantization.linear import QuantizedLinear
 from tests.support.paths import ROOT
+from tests.support.scripts import load_script
 
-BENCHMARK = ROOT / "benchmarks" / "quantization_peers.py"
+RESULTS = ROOT / "benchmarks" / "results" / "quantization_peers.json"
 FORMATS = {
     "int4 groups": LinearFormat(weight="int4", group=32),
     "int4 zero points": LinearFormat(weight="int4", group=32, symmetric=False),
@@ -47,13 +46,8 @@ COMPRESSORS = {
 SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")
 
 
-@lru_cache
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quantization_peers", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/quantization_peers.py")
 
 
 def made_weight() -> torch.Tensor:
@@ -189,7 +183,7 @@ def test_methods_agree_with_peers_on_a_toy(package: str, what: str, kind: str) -
 
 
 def test_the_committed_comparison_is_of_these_peers() -> None:
-    rows = json.loads((BENCHMARK.parent / "results" / "quantization_peers.json").read_text())["rows"]
+    rows = json.loads(RESULTS.read_text())["rows"]
     assert {(r["package"], r["what"], r["format"]) for r in rows} == {row[:3] for row in benchmark().PEERS}
     for row in rows:
         if row["what"] == "GPTQ":
