@@ -3,6 +3,9 @@
 `fused_rms_norm` and `cached_attention` are `torch.library` custom ops (`refmodels::*`) whose eager body is the
 reference mathematics.  The decoder calls these and nothing else for RMSNorm and attention, so the reference, the ONNX
 function bodies, the plugins and their kernels all have this file to agree with.
+
+Importing `trt_runtime.kernels.torch_host`, as `TorchEngine(kernels=True)` does, registers Triton kernels as the ops'
+implementation for CUDA tensors; they run only inside its `use_kernels()`, everywhere else the bodies here do.
 """
 
 from __future__ import annotations
