@@ -7,12 +7,12 @@
     assert result.aligned, result.culprits                    # .verdict, .taps, .to_frame(), .to_json()
 
     sides.py     executors, models and prompts named by text, opened and compared; `diff` itself
-    options.py   how they are opened, run and compared
-    executors/   models that are not ours as engines: transformers, any ONNX decoder, golden cases
+    options.py   options of opening, running and comparing
+    executors/   models of others as engines: transformers, any ONNX decoder, golden cases
     capture/     runs of an engine with every tap recorded, in memory or as trace files
     comparison/  errors tap by tap, noise floors, diagnosis by the catalogue of faults
-    drift.py     errors by decode step                  bisect.py   the fewest layers to keep in fp32
-    golden/      golden cases and their check           record.py   making a golden case
+    drift.py     errors per decode step                 bisect.py   the fewest layers to keep in fp32
+    golden/      golden cases and checking them         record.py   recording a golden case
     evaluate/    accuracy, perplexity, KL, ROUGE, speed; the verb eval
     report/      results as tables and as one HTML page that works offline
     command.py   the whole `logitlock` command          cli.py      the verbs verify, record, diff, trace, drift, bisect

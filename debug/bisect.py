@@ -1,9 +1,9 @@
-"""`logitlock bisect`: the fewest linear layers that must stay in fp32 for the logits to keep within a budget.
+"""`logitlock bisect`: the smallest set of linear layers that must stay in fp32 to keep the logits within a budget.
 
-Each layer's contribution is measured: the KL of an fp32 model in which only that layer has weights and output in the
-engine's dtype.  Rounding errors of different layers are independent and small, so contributions add, and the layers
-worth keeping are those that contribute most.  How many of them is found by halving, each time with a real run of the
-whole mixed model; what is written down has been checked by exporting and running it.
+First, each layer's contribution is measured: the KL of an fp32 model in which only that layer has weights and output in
+the engine's dtype.  Rounding errors of different layers are independent and small, so contributions add, and the layers
+to keep are those that contribute most.  Their number is found by bisection, each time with a real run of the whole
+mixed model; the resulting plan is checked by exporting and running it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ SCHEMA = 1
 class BisectResult:
     """kl values: mean over all real prompt tokens, nats, against the fp64 reference.
 
-    contributions: KL of each linear layer alone in the lower precision, the largest first.  kl_low: nothing kept;
-    kl_high: every linear layer kept.  kl: of the plan, simulated; kl_engine: of the plan exported and run.
+    contributions: KL of each linear layer alone in the lower precision, the largest first.  kl_low: with no layer kept;
+    kl_high: with every linear layer kept.  kl: of the simulated plan; kl_engine: of the exported plan.
     """
 
     plan: PrecisionPlan
@@ -82,7 +82,7 @@ class _MixedLinear(nn.Module):
 
 @contextmanager
 def _replaced(decoder: Decoder, layers: dict[str, nn.Module]) -> Iterator[None]:
-    """Other modules in place of linear layers, by tap."""
+    """Replace linear layers by other modules, by tap."""
     places = {tap: linear_name(tap) for tap in layers}
     before = {tap: decoder.get_submodule(path) for tap, path in places.items()}
     for tap, path in places.items():
@@ -107,17 +107,17 @@ def find_precision_plan(
     prompts: Prompts,
     progress: Progress | None = None,
 ) -> BisectResult:
-    """Find the plan.
+    """Find the precision plan.
 
     Args:
         source: the model.
         precision: fp16 or bf16.
-        budget: mean KL in nats that the engine may have.
-        prompts: what it is measured on.
-        progress: called with what is done, how much of it, and how much in all.
+        budget: largest allowed mean KL of the engine, in nats.
+        prompts: the prompts to measure on.
+        progress: called with the name of the current part, and how much of it is done and in all.
     Raises:
-        LogitLockError: precision fp32, a budget that is not positive, or one that not even fp32 in every linear layer
-            keeps; a model whose own logits are not finite.
+        LogitLockError: the precision is fp32, the budget is not positive or is missed even with every linear layer in
+            fp32, or the model's own logits are not finite.
     """
     if source.spec.quantization is not None:
         raise LogitLockError(
@@ -142,7 +142,7 @@ def find_precision_plan(
             with _replaced(high, {tap: _MixedLinear(wide[tap], DTYPES[precision])}):
                 contributions[tap] = _kl(truth, _logits(TorchEngine(high), prompts))
             report("contributions", done + 1, len(taps))
-        # A layer whose rounding overflows costs more than any number.
+        # If rounding a layer overflows, its cost is infinite.
         ranked = sorted(taps, key=lambda tap: -contributions[tap] if math.isfinite(contributions[tap]) else -math.inf)
         runs = 0
 
@@ -178,7 +178,7 @@ def find_precision_plan(
 
 
 def _fewest(measured: Callable[[int], float], most: int, kl_low: float, budget: float) -> int:
-    """The smallest number of kept layers within the budget; `most` is known to be."""
+    """The smallest number of kept layers within the budget; `most` is known to be within it."""
     if kl_low <= budget:
         return 0
     below, within = 0, most

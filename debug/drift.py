@@ -1,10 +1,10 @@
 """How an engine drifts from the reference while it decodes.
 
-Two runs of N greedy steps after a prompt.  **Teacher-forced**: both are fed the reference's tokens, so that each step
-tells what the cache has gathered so far.  **Free-running**: each is fed its own; they part at the first token that
-differs, and the margin there says whether rounding could have decided it.  Beside the carried cache, every
-teacher-forced step is repeated with a **reset** one (the whole prefix prefilled anew): what the carried cache adds is a
-fault of the cache, not of the modules.
+There are two runs of N greedy steps after a prompt.  **Teacher-forced**: both are fed the reference's tokens, so that
+each step shows the error accumulated in the cache.  **Free-running**: each is fed its own tokens; they diverge at the
+first token that differs, and the margin there says whether rounding could have decided it.  In addition, every
+teacher-forced step is repeated with a **reset** cache (the whole prefix prefilled anew): an error that only the carried
+cache has is a fault of the cache, not of the modules.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class DriftStep:
-    """One teacher-forced step; step 0 is the prefill's last token.  Worst row where nothing else is said.
+    """One teacher-forced step; step 0 is the prefill's last token.  Values are those of the worst row unless said
+    otherwise.
 
     kl: nats, reference against engine; kl_mean over the rows.  floor_kl: the reference in the engine's dtype.  top1:
     share of rows with the reference's greedy token.  cache_error: relative L2 of all live keys and values, over all
-    layers; floor_cache_error.  reset_kl: as kl, of the engine with a cache made anew.
+    layers; floor_cache_error.  reset_kl: as kl, of the engine with a new cache.
     """
 
     step: int
@@ -52,7 +53,7 @@ class DriftStep:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstDifference:
-    """Where a free-running engine leaves the reference: the first generated token (0-based) of a row that differs.
+    """The point where a free-running engine leaves the reference: a row's first generated token (0-based) that differs.
 
     margin: the reference's lead of its token over the runner-up, in logits.  error: the engine's largest logit error at
     that step.  explained: the lead is within twice the error of the reference in the engine's dtype, so rounding could
@@ -71,7 +72,7 @@ class FirstDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class DriftResult:
-    """`steps` of the teacher-forced run, and the first difference of each row that has one."""
+    """`steps` of the teacher-forced run, and the first difference of each row, if it has one."""
 
     steps: list[DriftStep]
     differences: list[FirstDifference]
@@ -82,7 +83,7 @@ class DriftResult:
 
     @property
     def nonfinite(self) -> int | None:
-        """The first step in which the engine shows NaN or infinity; None: in none."""
+        """The first step in which the engine has NaN or infinity, or None."""
         return next((step.step for step in self.steps if not _finite(step)), None)
 
     @property
@@ -91,7 +92,7 @@ class DriftResult:
         return self.nonfinite is None and all(difference.explained for difference in self.differences)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a teacher-forced step, with the columns of `DriftStep`; errors as `DiffResult.to_frame`."""
+        """One row per teacher-forced step, with the columns of `DriftStep`; errors as `DiffResult.to_frame`."""
         return data_frame([asdict(step) for step in self.steps])
 
     def to_json(self) -> dict[str, Any]:
@@ -114,13 +115,13 @@ def measure_drift(
     """Decode `steps` tokens with the engine and the reference.
 
     Args:
-        engine: what is tested.
+        engine: the engine to test.
         truth, rounded: the reference in fp64 `exact`, and in the engine's dtype and numerics.
         prompts: the input.
-        steps: decode steps.
-        reset: also repeat each step with a cache made anew (costs a prefill a step).
+        steps: number of decode steps.
+        reset: also repeat each step with a new cache (costs one prefill per step).
     Raises:
-        LogitLockError: prompts and steps longer than the engine's cache; a reference whose own logits are not finite.
+        LogitLockError: prompts and steps exceed the engine's cache, or the reference's own logits are not finite.
     """
     with torch.inference_mode():
         runs = _decodings(engine, truth, rounded)
@@ -131,7 +132,7 @@ def measure_drift(
             again = None
             if reset:
                 cache = engine.new_cache(batch=len(ids), capacity=ids.shape[1])
-                # Dynamic NTK is chosen by the prompt, not by what has been generated since.
+                # Dynamic NTK is chosen by the prompt, not by the generated tokens.
                 inputs = cache.next_step(ids, mask, prompt_lengths=prompts.mask.sum(1), last_logits_only=True)
                 again = _last(engine.run(inputs, cache))
             found.append(_step(step, runs, logits, again))
@@ -187,7 +188,8 @@ def _step(step: int, runs: dict[str, _Decoding], logits: dict[str, Tensor], agai
     truth = logits["truth"]
     if not bool(truth.isfinite().all()):
         raise LogitLockError(
-            f"the reference's own logits hold NaN or infinity at step {step}, in fp64; nothing compares with them"
+            f"the reference's own logits hold NaN or infinity at step {step}, in fp64; nothing can be "
+            "compared with them"
         )
     kl = kl_divergence(truth, logits["engine"])
     return DriftStep(
@@ -217,7 +219,7 @@ def _cache_error(ours: KVCache, truth: KVCache) -> float:
 def _differences(
     engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, steps: int
 ) -> list[FirstDifference]:
-    """Free-running decoding; the reference in the engine's dtype follows the truth, to tell its own error there."""
+    """Free-running decoding; the reference in the engine's dtype follows the truth, to measure its own error."""
     runs = _decodings(engine, truth, rounded)
     logits = {name: run.begin(prompts, steps) for name, run in runs.items()}
     parted = torch.zeros(len(prompts.ids), dtype=torch.bool)

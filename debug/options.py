@@ -1,4 +1,4 @@
-"""How executors that are named by text are opened, run and compared: the options of diff, trace and drift, once."""
+"""The options of diff, trace and drift: how executors are opened, run and compared."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ class RunOptions:
     """How executors are opened and run.
 
     Attributes:
-        model: what they were made from: a family name, a directory or a hub id; None: what an executor says of itself.
+        model: the model that they were made from: a family name, a directory or a hub id; None: as recorded in an
+            executor.
         prompts: texts of at least 8 tokens; none: default texts, or random ids for a model without a tokenizer.
-        steps: decode steps.
-        seed: of random ids.
-        name_map: which values of an ONNX file are which taps.
-        emulate_rounding: on ONNX Runtime: round every node of a half-precision bundle to its dtype (see
+        steps: number of decode steps.
+        seed: random seed for random ids.
+        name_map: a file that maps values of an ONNX file to taps.
+        emulate_rounding: on ONNX Runtime, round every node of a half-precision bundle to its dtype (see
             `OnnxRuntimeEngine`).
         trust_remote_code: run the Python code of a Hugging Face directory.
     """
@@ -37,7 +38,8 @@ class DiffOptions(RunOptions):
 
     Attributes:
         cut: also run the modules of bundles on the reference's tensors (see `debug.comparison.cut`).
-        floats: judge quantized bundles by the model before quantization (see `debug.executors.before_quantization`).
+        floats: compare quantized bundles with the model before quantization (see
+            `debug.executors.before_quantization`).
     """
 
     cut: bool = False

@@ -1,6 +1,6 @@
-"""`logitlock record`: a golden case made by running Hugging Face `transformers` itself.
+"""`logitlock record`: make a golden case by running Hugging Face `transformers`.
 
-What is recorded, and under which names, is what `debug.golden.verify` reads: prefill logits, the output of the
+The case has the tensors, and their names, that `debug.golden.verify` reads: prefill logits, the output of the
 embedding, of every block and of the final norm, the cache of layer 0, and greedy decoding with upstream's own KV cache.
 """
 
@@ -47,17 +47,17 @@ def record_case(
 
     Args:
         hf: local directory in Hugging Face layout.
-        out: directory to make; missing or empty.  It appears whole or not at all.
-        prompts: texts, through the model's own tokenizer; none: random ids.
-        lengths: tokens of each random prompt; shorter ones are padded on the left.
-        steps: greedy decode steps with the KV cache.
-        seed: of the random ids.
+        out: directory to create; it must be missing or empty.  It appears as a whole or not at all.
+        prompts: texts, encoded with the model's own tokenizer; none: random ids.
+        lengths: number of tokens of each random prompt; shorter prompts are padded on the left.
+        steps: number of greedy decode steps with the KV cache.
+        seed: random seed for the random ids.
         half: "bf16", "fp16" or both: also run the prefill in these, with the rounding of upstream.
         trust_remote_code: run the Python code in the model's directory.
-    Returns: what meta.json holds.
+    Returns: the content of meta.json.
     Raises:
-        LogitLockError: transformers not installed, a model that it or LogitLock cannot read, remote code without
-            permission, an output directory with files in it, a prompt too long for the model.
+        LogitLockError: transformers is not installed, it or LogitLock cannot read the model, the model needs its own
+            code without permission, the output directory is not empty, or a prompt is too long for the model.
     """
     if not (hf / "config.json").is_file():
         raise LogitLockError(f"{hf} has no config.json; --hf takes a local directory in Hugging Face layout")
@@ -76,7 +76,7 @@ def record_case(
         )
     with write_directory(out, "case") as directory:
         shutil.copyfile(hf / "config.json", directory / "config.json")
-        # Before the first forward: Baichuan2's head overwrites its weight then.
+        # Before the first forward pass, which overwrites the weight of Baichuan2's head.
         save_file(_weights(model), directory / "model.safetensors", metadata={"format": "pt"})
         tensors = {"input_ids": batch.ids, "attention_mask": batch.mask} | _run(model, spec, batch, steps)
         save_file(_contiguous(tensors), directory / "io.safetensors", metadata={"format": "pt"})
@@ -97,7 +97,7 @@ def record_case(
 
 
 def _variant(model: nn.Module) -> dict[str, Any]:
-    """Facts that no config key says: which of the four Baichuan architectures this code is."""
+    """Facts that no config key expresses: which of the four Baichuan architectures this code has."""
     if getattr(model.config, "model_type", None) != "baichuan":
         return {}
     kinds = {type(module).__name__ for module in model.modules()}
@@ -122,7 +122,7 @@ def _from_text(hf: Path, prompts: Sequence[str], trust_remote_code: bool) -> Pro
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict in fp32, each storage once: a tied head is not stored."""
+    """The state dict in fp32, with each storage once: a tied head is not stored."""
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for name, tensor in model.state_dict().items():
@@ -134,7 +134,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _run(model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int) -> dict[str, Tensor]:
-    """Prefill and greedy steps of upstream, every tensor under its upstream name."""
+    """Prefill and greedy steps of upstream, with every tensor under its upstream name."""
     told = takes_positions(model, spec)
     mask = batch.mask
     positions = (mask.cumsum(1) - 1).clamp(min=0)

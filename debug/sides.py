@@ -1,4 +1,4 @@
-"""What is compared with what: sides, models and prompts, opened and checked before anything runs."""
+"""Executors, models and prompts of a comparison, opened and checked before anything runs."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from refmodels.text.tokenizer import Tokenizer
 
 LEAST_TOKENS = 8
-"""A prompt needs this many: on one token at position 0 faults of rotation, mask and scale give a difference of 0."""
+"""Minimum length of a prompt: with one token at position 0, faults of rotation, mask and scale have no effect."""
 _IN_MEMORY = 50_000_000
-"""Parameters up to which the reference stays in memory as a whole (0.4 GB in fp64)."""
+"""Number of parameters up to which the whole reference stays in memory (0.4 GB in fp64)."""
 TRUTH = "reference"
 
 
@@ -67,15 +67,15 @@ class Side:
 
     cuts: dict[str, float] = field(default_factory=dict)
     folded: Mapping[str, Tensor] | None = None
-    """With the model before quantization as the reference: the scales that were folded into the weights."""
+    """The scales folded into the weights, if the reference is the model before quantization."""
 
     def capture(self, prompts: Prompts, steps: int, tokens: Tensor | None = None) -> Capture:
         if self.trace is not None:
             same = torch.equal(self.trace.prompts.ids, prompts.ids) and self.trace.steps == steps
             if not same or (tokens is not None and not torch.equal(self.trace.tokens, tokens)):
                 raise LogitLockError(
-                    f"{self.text} was traced on other tokens than the other side; trace both with the same prompts, "
-                    "and the second with --tokens-of the first"
+                    f"{self.text} was traced on other tokens than the other executor; trace both with the same "
+                    "prompts, and the second with --tokens-of the first"
                 )
             return self.trace
         assert self.executor is not None
@@ -85,7 +85,7 @@ class Side:
         return capture_engine(self.executor, prompts, steps=steps, tokens=tokens)
 
     def cut(self, source: ModelSource, prompts: Prompts) -> None:
-        """Run the modules by themselves, where the executor is one whose graph can be cut."""
+        """Run the modules by themselves, if the executor's graph can be cut."""
         if isinstance(self.executor, OnnxRuntimeEngine):
             rounded = reference_of(source, dtype=self.executor.dtype, numerics=self.numerics)
             self.cuts = cut_errors(self.executor, rounded, prompts)
@@ -96,18 +96,18 @@ def diff_bundle(bundle: Path, model: str | None = None, *, engine: EngineChoice 
 
     Args:
         bundle: its directory.
-        model: what it was made from; None: the family toy that the bundle names.
+        model: the model that it was made from; None: the toy of the family that the bundle names.
         engine: see `trt_runtime.open.open_engine`.
-        fields: those of `DiffOptions`.
+        fields: fields of `DiffOptions`.
     Raises:
-        LogitLockError: no or a damaged bundle or model, a bundle of another model or checkpoint, a prompt too short or
-            too long.
+        LogitLockError: the bundle or model is missing or damaged, the bundle was made from another model or checkpoint,
+            or a prompt is too short or too long.
     """
     return diff(bundle_side(bundle, engine), model=model, **fields)
 
 
 def bundle_side(bundle: Path, engine: EngineChoice = "auto") -> str:
-    """A bundle as a side, with the engine that is asked for; errors as `read_bundle`."""
+    """A bundle as an executor, with the requested engine; errors as `read_bundle`."""
     opened = read_bundle(bundle, verify_hashes=False)  # they are verified when the executor is opened
     tensorrt = engine == "tensorrt" or (engine == "auto" and serves_tensorrt(opened))
     return f"tensorrt:{bundle}" if tensorrt else str(bundle)
@@ -116,17 +116,17 @@ def bundle_side(bundle: Path, engine: EngineChoice = "auto") -> str:
 def diff(*sides: str, options: DiffOptions | None = None, **fields: Any) -> DiffResult:
     """Compare an executor with the fp64 reference, or two executors of one model: `diff(b)` or `diff(a, b)`.
 
-    `b` is tested, `a` is what it should be like.  Both are judged against the fp64 reference, so that the result says
-    which of them is wrong; where `a` is the reference itself, only `b` is.
+    `b` is tested, and should match `a`.  Both are judged against the fp64 reference, so that the result says which of
+    them is wrong; if `a` is the reference itself, only `b` is judged.
 
     Args:
         sides: as `logitlock diff` names them (forms of `debug.executors.open.forms_help`), or trace files.
         options: how they are opened, run and compared.
-        fields: those of `DiffOptions`, in the place of `options` or to change some of them: `diff(b, model="qwen")`.
+        fields: fields of `DiffOptions`, instead of `options` or to change some of them: `diff(b, model="qwen")`.
     Raises:
-        LogitLockError: not one or two sides, a side that cannot be opened, sides of different models, prompts that do
-            not fit.
-        TypeError: a name that is no field of `DiffOptions`.
+        LogitLockError: there are not one or two executors, one cannot be opened, they are of different models, or the
+            prompts do not fit.
+        TypeError: a name is not a field of `DiffOptions`.
     """
     options = with_fields(DiffOptions, options, fields)
     if len(sides) not in (1, 2):
@@ -144,7 +144,7 @@ def diff(*sides: str, options: DiffOptions | None = None, **fields: Any) -> Diff
         tokens = captures[0].tokens
         if options.cut:
             side.cut(source, batch)
-        # An engine may be as large as the model; it is not needed any more.
+        # An engine may be as large as the model, and it is no longer needed.
         side.executor = None
     results = [_judged(capture, side, source) for capture, side in zip(captures, opened, strict=True)]
     result = results[0]
@@ -155,7 +155,8 @@ def diff(*sides: str, options: DiffOptions | None = None, **fields: Any) -> Diff
 
 
 def trace_side(text: str, path: Path, options: RunOptions, *, tokens_of: Path | None = None) -> Path:
-    """Write a trace of an executor; errors as `diff`.  `tokens_of`: another trace, whose prompts and tokens it gets."""
+    """Write a trace of an executor; errors as `diff`.  `tokens_of`: another trace, whose prompts and tokens are
+    used."""
     source = quantized_source(source_of(options.model, [text]), _bundles([text]))
     side = open_side(text, source, options)
     if side.executor is None:
@@ -181,7 +182,7 @@ def drift_side(text: str, options: RunOptions, *, reset: bool = True) -> DriftRe
 
 
 def open_side(text: str, source: ModelSource, options: RunOptions, *, floats: bool = False) -> Side:
-    """Open one side; errors as `diff`, `floats` as in `DiffOptions`."""
+    """Open one executor; errors as `diff`, `floats` as in `DiffOptions`."""
     from debug.executors.open import numerics_of, open_executor
 
     if text.endswith(".safetensors"):
@@ -263,7 +264,7 @@ def _same_model(text: str, spec: ModelSpec, source: ModelSource) -> None:
         theirs, ours = ("not quantized" if q is None else q.describe() for q in facts)
         raise LogitLockError(
             f"{text} is quantized otherwise than {source.name} ({theirs}; the model: {ours}); name with --model the "
-            "checkpoint that it was made of"
+            "checkpoint that it was made from"
         )
     differing = spec_difference(source.spec, spec)
     kind = "an engine" if Path(text).suffix else "a bundle"
@@ -271,7 +272,7 @@ def _same_model(text: str, spec: ModelSpec, source: ModelSource) -> None:
 
 
 def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
-    """The model that is compared: what `--model` says, or what a side says that it was made from."""
+    """The model to compare with: the one of `--model`, or the one that an executor was made from."""
     if model is not None:
         return resolve(model)
     for text in texts:
@@ -352,7 +353,7 @@ def _judged(capture: Capture, side: Side, source: ModelSource) -> DiffResult:
 
 
 def _wrong_stop_ids(bundle: Bundle, source: ModelSource) -> Culprit | None:
-    """A bundle that ends its answers at other tokens than the model does: no tensor shows it."""
+    """The culprit if a bundle ends its answers at other tokens than the model, which no tensor shows."""
     try:
         ours, theirs = (_stop_ids(directory, source) for directory in (source.directory, bundle.directory))
     except NoTokenizerError:
@@ -387,7 +388,7 @@ def _stop_ids(directory: Path, source: ModelSource) -> list[int]:
 
 
 def _between(expected: Capture, actual: Capture) -> Between:
-    """Side b (`actual`) against side a, tap by tap over all real tokens."""
+    """Executor b (`actual`) against executor a, tap by tap over all real tokens."""
     real = actual.whole().inputs.new_mask
     logits = LogitComparison()
     left, right = (torch.cat(list(c.untapped), 1) for c in (expected, actual))
@@ -414,5 +415,5 @@ def _tokenizer(source: ModelSource) -> Tokenizer | None:
     try:
         return load_tokenizer(source)
     except NoTokenizerError:
-        # Default prompts are random ids then; a prompt that the user gave needs one and says so.
+        # Default prompts are then random ids; a prompt given by the user needs a tokenizer, and raises an error.
         return None

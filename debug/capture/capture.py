@@ -1,4 +1,4 @@
-"""What an executor did with one input: every tap of a prefill and of teacher-forced decode steps."""
+"""The capture of an executor on one input: every tap of a prefill and of teacher-forced decode steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trt_runtime.engine import Engine
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """What an engine showed of one forward.
+    """The taps of an engine in one forward pass.
 
     step: 0 for the prefill.  tensors: its taps; cache taps hold the live slots after the step.  before: the cache taps
     before the step ([batch, kv_heads, slots, head_dim], no slots before the first).
@@ -34,7 +34,7 @@ class Forward:
 class Capture:
     """One prefill and `tokens.shape[1]` decode steps of an executor.
 
-    tokens: [batch, steps] int64, what was fed after the prompt.  forwards: the tapped run.  untapped: logits
+    tokens: [batch, steps] int64, fed after the prompt.  forwards: the tapped run.  untapped: logits
     [batch, tokens, vocab] of each forward of a run without taps, as the engine ships.
     """
 
@@ -52,18 +52,18 @@ class Capture:
         return self.tokens.shape[1]
 
     def as_one_step(self) -> StepInputs:
-        """Prompt and fed tokens as one forward: what the reference needs to run once instead of step by step."""
+        """Prompt and fed tokens as one forward pass, so that the reference can run once instead of step by step."""
         tokens = self.tokens
         ids = torch.cat([self.prompts.ids, tokens], 1)
         mask = torch.cat([self.prompts.mask, torch.ones_like(tokens)], 1)
-        # A cache without memory: only its bookkeeping is wanted.
+        # A cache without memory: only its bookkeeping is needed.
         cache = KVCache(self.spec, batch=len(ids), capacity=ids.shape[1], device="meta")
         return cache.next_step(ids, mask, prompt_lengths=self.prompts.mask.sum(1))
 
     def whole(self) -> Forward:
-        """All forwards as one: taps of all tokens one after the other (joined when they are read).
+        """All forward passes as one: taps of all tokens one after the other (joined when they are read).
 
-        Cache taps are left out: they are states, not streams.
+        Cache taps are left out, because they are states, not streams.
         """
         return Forward(step=0, inputs=self.as_one_step(), tensors=_Joined(self), before={})
 

@@ -27,7 +27,7 @@ _MAX_REPEATED = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """ids, mask: [batch, tokens] int64, padded on the left; `origin` says where they come from."""
+    """ids, mask: [batch, tokens] int64, padded on the left; `origin` says how they were made."""
 
     ids: Tensor
     mask: Tensor
@@ -46,7 +46,7 @@ def left_padded(rows: Sequence[Sequence[int]], origin: str, pad: int = 0) -> Pro
 
 
 def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> Prompts:
-    """Random ids; the lowest few are left out, which are control tokens in most vocabularies."""
+    """Random ids, without the lowest few, which are control tokens in most vocabularies."""
     generator = torch.Generator().manual_seed(seed)
     low = _LOWEST_ID if vocab_size > _LOWEST_ID else 0
     rows = [torch.randint(low, vocab_size, (n,), generator=generator).tolist() for n in lengths]
@@ -54,29 +54,29 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> Prompt
 
 
 def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, *, least: int) -> Prompts:
-    """Texts as they are, without a chat format.
+    """Plain texts, without a chat format.
 
     Raises:
-        LogitLockError: a text of fewer than `least` tokens.
+        LogitLockError: a text has fewer than `least` tokens.
     """
     rows = [tokenizer.encode(text) for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if len(row) < least:
             raise LogitLockError(
                 f"the prompt {text[:40]!r} has {len(row)} tokens; a diff needs at least {least}, because faults of "
-                "position, mask and scale do not show on fewer"
+                "position, mask and scale do not show with fewer"
             )
     return left_padded(rows, "text")
 
 
 def default_prompts(spec: ModelSpec, tokenizer: Tokenizer | None, *, room: int, seed: int) -> Prompts:
-    """Prompts of different lengths: short texts, or random ids where the model has no tokenizer.
+    """Prompts of different lengths: short texts, or random ids if the model has no tokenizer.
 
-    The first goes past the length at which dynamic NTK, logn scaling or a sliding window sets in, where that is at
-    most 512 tokens; otherwise their faults would not show.
+    The first prompt is longer than the length at which dynamic NTK, logn scaling or a sliding window begins, if that
+    is at most 512 tokens; otherwise their faults would not show.
 
     Args:
-        room: the longest prompt that fits.
+        room: length of the longest prompt that fits, in tokens.
     """
     if tokenizer is None:
         prompts = random_prompts(spec.vocab_size, _RANDOM_LENGTHS, seed)

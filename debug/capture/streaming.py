@@ -1,7 +1,7 @@
 """A reference that holds the weights of one part at a time.
 
 A diff needs each weight once in fp64 and once in the engine's dtype.  Loading part by part, in the order of execution,
-keeps the memory at one part instead of 8 + 2 bytes a parameter.
+needs memory for one part instead of 8 + 2 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from refmodels.taps import tap_names
 class Part:
     """Modules that run one after another, and the taps that they make.
 
-    first, last: names of the first and the last of them to run.  prefixes: of their parameters.
+    first, last: names of the first and the last module to run.  prefixes: name prefixes of their parameters.
     """
 
     first: str
@@ -53,7 +53,7 @@ def parts(spec: ModelSpec) -> list[Part]:
 
 
 class StreamedDecoder:
-    """A decoder of a checkpoint whose weights come and go.
+    """A decoder whose weights are loaded from a checkpoint part by part.
 
     Args:
         source: the model.
@@ -69,7 +69,7 @@ class StreamedDecoder:
 
     @contextmanager
     def running(self) -> Iterator[Decoder]:
-        """Forwards of the decoder inside the block load each part before it runs and drop it after."""
+        """Inside this context, forward passes of the decoder load each part before it runs and drop it afterwards."""
         with ExitStack() as hooks, ExitStack() as weights:
             for part in parts(self.decoder.spec):
                 first, last = self.decoder.get_submodule(part.first), self.decoder.get_submodule(part.last)
@@ -83,7 +83,7 @@ class StreamedDecoder:
 
     @contextmanager
     def holding(self, part: Part) -> Iterator[Decoder]:
-        """The weights of `part` are there inside the block."""
+        """The weights of `part` are loaded inside this context."""
         self._load(part.prefixes)
         try:
             yield self.decoder
@@ -107,7 +107,7 @@ Reference = Decoder | StreamedDecoder
 
 @contextmanager
 def ready(reference: Reference) -> Iterator[Decoder]:
-    """A decoder whose forwards can be run inside the block."""
+    """A decoder whose forward passes can run inside this context."""
     if isinstance(reference, StreamedDecoder):
         with reference.running() as decoder:
             yield decoder
@@ -117,7 +117,8 @@ def ready(reference: Reference) -> Iterator[Decoder]:
 
 @contextmanager
 def ready_at(reference: Reference, tap: str, *, alone: bool = False) -> Iterator[Decoder]:
-    """A decoder that has the weights of the part that makes `tap` inside the block; `alone`: only those of the tap."""
+    """A decoder that has, inside this context, the weights of the part that makes `tap`; `alone`: only the tap's
+    own."""
     if isinstance(reference, StreamedDecoder):
         part = next(p for p in parts(reference.decoder.spec) if tap in p.taps)
         with reference.holding(replace(part, prefixes=(f"{tap}.",)) if alone else part) as decoder:
@@ -127,5 +128,5 @@ def ready_at(reference: Reference, tap: str, *, alone: bool = False) -> Iterator
 
 
 def decoder_of(reference: Reference) -> Decoder:
-    """The decoder for its facts (spec, dtype, numerics); its weights may not be there."""
+    """The decoder for its facts (spec, dtype, numerics); its weights may not be loaded."""
     return reference.decoder if isinstance(reference, StreamedDecoder) else reference

@@ -1,8 +1,8 @@
-"""Captures on disk: what an executor showed, so that the two sides of a diff may be captured on different machines.
+"""Captures on disk, so that the two executors of a diff may be captured on different machines.
 
-A trace is one safetensors file.  It is written tap by tap as the executor delivers them and read tap by tap as a diff
-asks for them, so neither side ever holds more of it than one tap.  Tensors are named `{step}.{tap}`; a cache tap holds
-the slots that its step has appended, and the whole cache (`{step}.{tap}.all`) where older slots have changed.
+A trace is one safetensors file.  It is written tap by tap as the executor delivers them, and read tap by tap as a diff
+needs them, so that memory never holds more than one tap.  Tensors are named `{step}.{tap}`; a cache tap holds the slots
+that its step has appended, and the whole cache (`{step}.{tap}.all`) if older slots have changed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _HEADER_ROOM = 1 << 16
 
 
 class _SafetensorsWriter:
-    """Tensors into a safetensors file, one after the other; the header goes in front at the end.
+    """Writes tensors into a safetensors file, one after the other, and its header at the end.
 
-    safetensors' own writer wants all tensors at once.  The header's room is reserved and padded with spaces, which the
-    format allows.
+    safetensors' own writer needs all tensors at once.  Here, room for the header is reserved and padded with spaces,
+    which the format allows.
     """
 
     def __init__(self, stream: BinaryIO, room: int) -> None:
@@ -73,13 +73,13 @@ def write_trace(
     model: str = "",
     numerics: Numerics = "exact",
 ) -> None:
-    """Run an engine without and with taps and write what it shows; the file appears whole or not at all.
+    """Run an engine without and with taps, and write its capture; the file appears as a whole or not at all.
 
     Args:
         engine, prompts, steps, tokens: as `debug.capture.capture.capture_engine`.
-        path: the trace to make.
-        model: what the engine was made from, for whoever reads the trace.
-        numerics: of the reference that gives the engine's noise floor.
+        path: the trace to write.
+        model: the model that the engine was made from, for readers of the trace.
+        numerics: numerics of the reference that gives the engine's noise floor.
     Raises:
         LogitLockError: `path` cannot be written.
     """
@@ -129,10 +129,10 @@ def _write_taps(writer: _SafetensorsWriter, engine: Engine, prompts: Prompts, st
 
 
 def read_trace(path: Path) -> Capture:
-    """Open a trace; taps are read when they are asked for.
+    """Open a trace; taps are read on access.
 
     Raises:
-        LogitLockError: no such file, not a trace, another schema version, or damaged.
+        LogitLockError: the file does not exist, is not a trace, has another schema version, or is damaged.
     """
     if not path.exists():
         raise LogitLockError(f"there is no trace at {path}: no such file")
@@ -171,7 +171,7 @@ def read_trace(path: Path) -> Capture:
 
 
 def _described(metadata: Mapping[str, str], path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
-    """The spec and the taps; raises where they or the other texts are none that a trace has."""
+    """The spec and the taps; raises if they or the other texts are not valid in a trace."""
     for key, known in (("dtype", tuple(DTYPES)), ("numerics", get_args(Numerics))):
         if metadata[key] not in known:
             raise LogitLockError(f"{key} is {metadata[key]!r}; it must be one of {', '.join(known)}")
@@ -187,7 +187,7 @@ def _inputs(file: Any, spec: ModelSpec, origin: str) -> tuple[Prompts, Tensor]:
     ids, mask, tokens = (_integers(file, name) for name in ("prompt.ids", "prompt.mask", "tokens"))
     if mask.shape != ids.shape or len(tokens) != len(ids) or 0 in ids.shape:
         shapes = f"{list(ids.shape)}, {list(mask.shape)} and {list(tokens.shape)}"
-        raise LogitLockError(f"prompt.ids, prompt.mask and tokens have the shapes {shapes}, which do not go together")
+        raise LogitLockError(f"prompt.ids, prompt.mask and tokens have the shapes {shapes}, which do not fit together")
     for name, values in (("prompt.ids", ids), ("tokens", tokens)):
         if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < spec.vocab_size:
             raise LogitLockError(f"{name} holds a token id outside the vocabulary of {spec.vocab_size} ids")
@@ -204,7 +204,7 @@ def _integers(file: Any, name: str) -> Tensor:
 
 
 def _check_tensors(file: Any, spec: ModelSpec, taps: tuple[str, ...], shape: tuple[int, ...], steps: int) -> None:
-    """Raise where a tensor is missing or has another rank, batch, length or width than its tap; nothing is read."""
+    """Raise if a tensor is missing, or has another rank, batch, length or width than its tap; no tensor is read."""
     names = set(file.keys())
     batch, length = shape
 
@@ -229,7 +229,7 @@ def _check_tensors(file: Any, spec: ModelSpec, taps: tuple[str, ...], shape: tup
 
 
 def trace_origin(path: Path) -> tuple[str, Numerics]:
-    """What a trace (that `read_trace` has read) says its engine was made from ("" if nothing), and its numerics."""
+    """The model that a trace (read by `read_trace`) says its engine was made from, "" if none; and its numerics."""
     metadata = safe_open(path, "pt").metadata()  # type: ignore[no-untyped-call]
     return metadata["model"], "upstream" if metadata["numerics"] == "upstream" else "exact"
 

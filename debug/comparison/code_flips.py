@@ -1,11 +1,11 @@
-"""What one code that falls on the other side of a rounding boundary is worth.
+"""The error of code flips: quantized values that fall on the other side of a rounding boundary.
 
 An input (or a key, or a value) that is quantized while the model runs is rounded to coarse steps.  Two correct engines
-differ by rounding before that, so a number near a boundary gets neighbouring codes in them: a whole step of difference,
-in a few elements, where the floor may by luck have none.  A quarter of the relative error of one such flip is therefore
-a bound below which no floor counts: the 8 floors of an alarm are then two steps, which four flips in one token make.
-With inputs as exact as fp32 a token of 4096 has one in about 25; not rounding the input at all is an error of
-sqrt(columns / 12) steps.
+differ by rounding before that, so they may quantize a number near a boundary to neighbouring codes: a difference of a
+whole step in a few elements, of which the floor may happen to have none.  A quarter of the relative error of one such
+flip is therefore a lower bound of the floor: the alarm at 8 floors is then two steps, which takes four flips in one
+token.  With inputs as exact as fp32, about one in 25 tokens of 4096 elements has a flip; not rounding the input at all
+is an error of sqrt(columns / 12) steps.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from refmodels.taps import input_of, linear_name
 
 _SHARE = 0.25
 _FP8_STEP = 2.0**-4
-"""Half the relative distance of neighbouring e4m3 numbers at their largest, which is what rounding may change."""
+"""Half the relative distance of neighbouring e4m3 numbers at its largest, that is, the largest rounding error."""
 
 
 class CodeFlips:
-    """Relative errors that flips explain, from what the engine showed.
+    """Relative errors that flips explain, computed from the engine's tensors.
 
     Args:
-        decoder: the reference; constant input scales are read from it if its weights are there.
+        decoder: the reference; static input scales are read from it if its weights are loaded.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, self.spec = decoder, decoder.spec
         self.largest = 0.0
-        """Of all taps asked for so far: the mean over the tokens of one."""
+        """For all taps requested so far: the mean over the tokens of a tap."""
         self._cache: dict[str, float] = {}
 
     def of(self, tap: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """[batch, tokens], of the tap of a linear layer with quantized inputs or of attention on a quantized cache."""
+        """[batch, tokens], for the tap of a linear layer with quantized inputs or of attention on a quantized cache."""
         layer = tap.removesuffix(".attn.context")
         if layer != tap and self.spec.cache_code is not None:
             largest = max(self._cache[f"{layer}.key"], self._cache[f"{layer}.value"])
@@ -65,7 +65,7 @@ class CodeFlips:
         return flips
 
     def of_cache(self, tap: str, codes: Tensor) -> Tensor | None:
-        """[batch, slots], of codes [batch, kv_heads, slots, head_dim] of a quantized cache."""
+        """[batch, slots], for a quantized cache [batch, kv_heads, slots, head_dim]."""
         code = self.spec.cache_code
         if code is None:
             return None

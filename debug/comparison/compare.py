@@ -1,15 +1,15 @@
-"""`logitlock diff`: an engine against the reference, tap by tap, with the noise that its dtype explains beside it.
+"""`logitlock diff`: an engine against the reference, tap by tap, with the noise floor of its dtype.
 
 The engine runs without taps, as it ships, and with taps, on a prompt and on its own greedy tokens.  The reference then
 runs once over all of these tokens in a batch of two halves:
 
 1. on the token ids: **accumulated** error;
-2. with the engine's captured tensors put in place of its own, so that every module runs on the engine's own inputs and
-   what it makes is compared with what the engine made: **local** error.  A healthy module after a broken one has
-   accumulated but no local error.
+2. with the engine's captured tensors in place of its own, so that every module runs on the engine's own inputs and its
+   output is compared with the engine's: **local** error.  A healthy module after a broken one has accumulated but no
+   local error.
 
 It does so in fp64 with `exact` numerics (the truth) and in the engine's dtype and numerics (the noise floor of both).
-One pass over all tokens is the same computation as step by step, and reads each weight once.
+One pass over all tokens computes the same as step by step, and reads each weight once.
 
 The first tap whose local error exceeds `MULTIPLE` floors is the culprit.
 """
@@ -53,17 +53,18 @@ from refmodels.taps import cache_numbers, is_cache_tap
 from trt_runtime.engine import Engine
 
 MULTIPLE = 8.0
-"""How many floors of local error are a fault.
+"""Number of noise floors of local error above which a tap is faulty.
 
-The floor is what one particular order of rounding costs.  Another correct implementation may round its intermediate
+The floor is the error of one particular order of rounding.  Another correct implementation may round its intermediate
 results where the reference rounds once: r independent roundings give sqrt(r) floors.  The longest chain inside one
 tapped module is attention with every step stored in the working dtype (scale, two products and a sum of the rotation,
 logn, score, bias, maximum, exponential, sum, quotient, product with V: r = 12), so sqrt(12) = 3.5.  Both errors are
-norms of n random roundings a token; for the narrowest tensors (n of a few dozen) and the worst of some 10^4 tokens, the
-ratio of two such norms reaches about 2.  3.5 x 2 = 7, taken up to the next power of two.
+norms of n random roundings per token; for the narrowest tensors (n of a few dozen) and the worst of some 10^4 tokens,
+the ratio of two such norms reaches about 2.  3.5 x 2 = 7, rounded up to the next power of two.
 
-A fault below that changes a token less than rounding may.  `debug.comparison.systematic` finds some of them over all
-tokens; the others show in a diff of the same model's fp32 bundle, whose floor is four orders of magnitude lower.
+A fault below this changes a token less than rounding may.  `debug.comparison.systematic` finds some of these faults
+from all tokens together; the others show in a diff of the same model's fp32 bundle, whose floor is four orders of
+magnitude lower.
 """
 
 
@@ -79,14 +80,14 @@ def diff_engine(
     """Compare an engine with the reference over one prefill and `steps` decode steps.
 
     Args:
-        engine: what is tested.
+        engine: the engine to test.
         truth: the reference in fp64, `exact`.
         rounded: the reference in the engine's dtype and numerics; it gives the noise floor.
-        prompts: at least 8 real tokens a row, if position and mask faults are to show.
-        steps: decode steps; the engine and the reference are fed the engine's greedy tokens.
-        multiple: floors of local error that are a fault.
+        prompts: at least 8 real tokens per row, so that position and mask faults show.
+        steps: number of decode steps; the engine and the reference are fed the engine's greedy tokens.
+        multiple: number of floors of local error above which a tap is faulty.
     Raises:
-        LogitLockError: engine and reference of different specs, or prompts longer than the engine's cache.
+        LogitLockError: engine and reference have different specs, or the prompts are longer than the engine's cache.
     """
     specs = [decoder_of(r).spec for r in (truth, rounded)]
     if engine.spec != specs[0] or specs[0] != specs[1]:
@@ -98,7 +99,7 @@ def diff_engine(
 
 
 def diff_capture(capture: Capture, truth: Reference, rounded: Reference, *, multiple: float = MULTIPLE) -> DiffResult:
-    """Compare what an executor showed with the reference; arguments as `diff_engine`."""
+    """Compare the capture of an executor with the reference; arguments as `diff_engine`."""
     with torch.inference_mode():
         return _Diff(capture, truth, rounded, multiple).result()
 
@@ -120,7 +121,7 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 class _Pair(Recorder):
     """Two runs in one batch: the first half of the rows on the token ids, the second on the engine's own tensors.
 
-    `sink` receives (name, first half, second half) of every tap; behind it the second half goes on with the engine's
+    `sink` receives (name, first half, second half) of every tap; after it, the second half continues with the engine's
     tensor, so that every module of that half runs on the engine's own inputs.
     """
 
@@ -192,11 +193,12 @@ class _Diff:
 
     def _keep_floor(self, name: str, accumulated: Tensor, local: Tensor) -> None:
         if name in self.capture.tap_names:
-            # Cache tensors are views of buffers that no later token overwrites.
+            # Cache tensors are views of buffers, whose slots later tokens do not overwrite.
             self.floors[name] = accumulated, local
 
     def _compare(self, name: str, accumulated: Tensor, local: Tensor) -> None:
-        """Compare engine and floor with each tensor of the fp64 run as it comes, so that none is kept."""
+        """Compare engine and floor with each tensor of the fp64 run when it is computed, so that none has to be
+        kept."""
         if name not in self.capture.tap_names:
             return
         floors = self.floors.pop(name)
@@ -228,16 +230,17 @@ class _Diff:
             self.logits.add(accumulated[real], floors[0][real], untapped[real], engine[real])
 
     def _look_at_storage(self, name: str, engine: Tensor, floor: Tensor) -> None:
-        """Numbers that all fit a narrower dtype were rounded to it, unless the reference's own do too."""
+        """If all numbers fit a narrower dtype, they were rounded to it, unless the reference's own numbers fit it
+        too."""
         narrow = stored_as(engine, self.capture.dtype)
         if narrow is not None and stored_as(floor, self.capture.dtype) is None:
             self.narrow[name] = torch_name(narrow)
 
     def _written(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each step the engine's cache, and the slots [batch, slots] that it has written in this step.
+        """For each step, the engine's cache and the slots [batch, slots] that it has written in this step.
 
-        That is the new tokens' slots, and whatever old slot is not what it was: a cache that is only ever appended to
-        needs each slot judged once.
+        These are the slots of the new tokens, and old slots that have changed: if a cache is only appended to, each
+        slot has to be judged once.
         """
         for forward in self.capture.forwards:
             now, before = forward.tensors[name], forward.before[name]
@@ -252,8 +255,8 @@ class _Diff:
         bound = lower_bound(self.capture.spec, tap, self.capture.dtype, slots=self.whole.inputs.attention_mask.shape[1])
         accumulated, accumulated_floor = errors.accumulated.stats(), errors.accumulated_floor.stats()
         local, local_floor = errors.local.stats(), errors.local_floor.stats()
-        # A token whose floor is small by luck counts with the floor of the whole tensor.  Where the dtype overflows in
-        # the floor's run but not in the engine, nothing but the bound is known.
+        # For a token whose floor happens to be small, the floor of the whole tensor counts.  If the dtype overflows in
+        # the floor's run but not in the engine, only the bound is known.
         whole = local_floor.rel_l2 if math.isfinite(local_floor.rel_l2) else 0.0
         flip = float(errors.flip.mean()) if len(errors.flip) else 0.0
         least = errors.flip.clamp(min=max(whole, bound))
@@ -289,7 +292,7 @@ class _Diff:
         """Faulty taps, each at its first occurrence, in the order of execution."""
         found: dict[str, list[TapError]] = {}
         for error in self.taps:
-            # Not greater-or-equal: a NaN, from inputs that are NaN, is a consequence; the first one has nonfinite set.
+            # Not greater-or-equal: a NaN from NaN inputs is a consequence; the first NaN has nonfinite set.
             if error.ratio > self.multiple:
                 found.setdefault(error.tap, []).append(error)
         spoiled = next((error for error in self.taps if error.nonfinite), None)
@@ -298,10 +301,10 @@ class _Diff:
         culprits = [self._culprit(errors) for errors in found.values()]
         culprits += self._systematic({c.tap for c in culprits})
         if not culprits:
-            # Modules that are each within R floors of their own let about R accumulated floors pass on.
+            # Modules that are each within R of their own floors pass on about R accumulated floors.
             explained = max(1.0, *(e.local / max(e.floor, self.unit) for e in self.taps))
             limit = self.multiple * explained
-            # One flipped code anywhere passes on to the logits, where the floor may have had none.
+            # One flipped code anywhere has an effect on the logits, but the floor may have no flip.
             least = max(self.unit, self.flips.largest)
             if logits.rel_l2 > limit * max(logits.floor_rel_l2, least) or logits.nonfinite:
                 beyond = (e for e in self.taps if e.accumulated_ratio > limit)
@@ -328,7 +331,7 @@ class _Diff:
         )
 
     def _systematic(self, known: set[str]) -> list[Culprit]:
-        """Taps below the alarm that deviate, over all tokens, just as a known fault would make them."""
+        """Taps below the alarm that deviate, over all tokens, exactly as a known fault would make them deviate."""
         found = []
         for error in self.taps[: len(self.capture.tap_names)]:
             if error.tap in known or error.nonfinite:
@@ -393,7 +396,8 @@ class _Errors:
         dtype: torch.dtype,
         flip: Tensor | None,
     ) -> _Errors:
-        """`truth`, `floors`: accumulated and local.  A cache tensor counts by slot, as many as the engine shows.
+        """`truth`, `floors`: accumulated and local.  A cache tensor is compared by slot, for the slots that the engine
+        has.
 
         flip: [batch, tokens or slots].
         """
@@ -411,18 +415,18 @@ class _Errors:
         return _Errors(accumulated, accumulated_floor, local, local_floor, flips)
 
     def only(self, keep: Tensor, *, first: int) -> _Errors:
-        """Some tokens, their positions counted from `first`."""
+        """A selection of the tokens, with positions counted from `first`."""
         parts = (self.accumulated, self.accumulated_floor, self.local, self.local_floor)
         accumulated, accumulated_floor, local, local_floor = (part.only(keep, first=first) for part in parts)
         return _Errors(accumulated, accumulated_floor, local, local_floor, self.flip[keep])
 
 
 def lower_bound(spec: ModelSpec, tap: str, dtype: torch.dtype, *, slots: int) -> float:
-    """The relative error that every engine of this dtype may have in a tap, whatever the floor happens to be.
+    """The relative error that any engine of this dtype may have in a tap, whatever the floor is.
 
-    One rounding to the dtype; and, for a product that sums K terms one after the other in fp32 (fp64 for fp64), the
-    error of these sums: a random walk of K roundings gives sqrt(K / 6) units of them.  The floor's own BLAS may sum in
-    blocks and be several times better, which is no reason to call the engine wrong.
+    This is one rounding to the dtype and, for a matrix product that sums K terms one after the other in fp32 (fp64 for
+    fp64), the error of these sums: a random walk of K roundings gives sqrt(K / 6) units of them.  The floor's own BLAS
+    may sum in blocks and be several times better, but this does not make the engine wrong.
     """
     terms = {
         "attn.qkv": spec.hidden_size,

@@ -1,7 +1,7 @@
-"""The engine's modules on the reference's tensors: the other half of a local error.
+"""Run the engine's modules on the reference's tensors: the counterpart of the local error.
 
-A diff runs the reference's modules on what the engine showed.  Where an executor's graph can be cut, its own modules
-can be run on what the reference showed: one run tells every module's error on inputs that no fault has touched.
+A diff runs the reference's modules on the engine's tensors.  If an executor's graph can be cut, its own modules can run
+on the reference's tensors: one run gives every module's error on inputs that no fault has touched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def cut_errors(engine: OnnxRuntimeEngine, rounded: Reference, prompts: Prompts) 
 
     Args:
         engine: a bundle on ONNX Runtime.
-        rounded: the reference in the engine's dtype; its tensors are fed, and its own outputs are what is right.
+        rounded: the reference in the engine's dtype; the modules get its tensors, and should give its outputs.
         prompts: one prefill.
     """
     batch, tokens = prompts.ids.shape

@@ -1,7 +1,7 @@
-"""Why a module is wrong: try every known fault on the reference module and see which one makes the engine right.
+"""Why a module is wrong: try every known fault on the reference module, and see which one reproduces the engine.
 
-The module runs in fp64 on the inputs that the engine showed.  A fault is named if, with it, the engine's output is
-within the same multiple of the noise floor that a healthy module is.
+The module runs in fp64 on the engine's own inputs.  A fault is named if, with it, the engine's output is within the
+same multiple of the noise floor as a healthy module.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from refmodels.model import Decoder
 from refmodels.taps import is_cache_tap
 
 _MOST = 5
-"""Diagnoses to give for one tap: two faults can be the same on these inputs, but a long list says nothing."""
+"""Maximum number of diagnoses per tap: two faults may be equal on these inputs, but a long list does not help."""
 _PAIRS = 3
-"""Of a module that no single fault explains, how many of the faults that help most are tried with each other."""
+"""If no single fault explains a module, the number of best faults that are tried in pairs."""
 _ALIKE = 1.5
-"""Local errors within this factor say nothing about which of two faults it is."""
+"""Local errors within this factor do not tell two faults apart."""
 
 
 def diagnose(
     tap: str, forward: Forward, truth: Decoder, rounded: Decoder, *, bound: float, multiple: float, dtype: torch.dtype
 ) -> tuple[list[Diagnosis], Evidence]:
-    """The faults that explain the engine's output at `tap`, the best one first (none: unknown), and where it is wrong.
+    """The faults that explain the engine's output at `tap`, the best one first (none: unknown), and where the error is.
 
     Args:
         tap, forward: the culprit and a forward in which it is wrong.
         truth, rounded: the reference in fp64 and in the engine's dtype and numerics.
-        bound: the least relative floor of the tap (`debug.comparison.compare.lower_bound`).
-        multiple: noise floors that a healthy module may be off.
-        dtype: of the engine.
+        bound: the lower bound of the tap's relative floor (`debug.comparison.compare.lower_bound`).
+        multiple: number of noise floors that a healthy module may be off.
+        dtype: the engine's dtype.
     """
     try:
         module = module_at(truth, tap, forward)
     except KeyError:
-        # An executor that does not show the module's inputs.
+        # The executor does not record the module's inputs.
         return [], Evidence()
     engine = forward.tensors[tap].to(truth.device, torch.float64)
     expected = module()
     before = _compare(engine, expected, module, dtype)
     floor = _compare(module_at(rounded, tap, forward)(), expected, module, dtype)
-    # Per token, absolute: a fault may make the output longer or shorter, the rounding of its inputs stays.
+    # Absolute, per token: a fault may make the output larger or smaller, but the rounding of its inputs stays.
     whole = max(floor.rel_l2 if floor.rel_l2 == floor.rel_l2 else 0.0, bound)
     allowed = floor.token_rel.nan_to_num(nan=0.0, posinf=0.0).clamp(min=whole)
     size = _token_norms(expected, module)
 
     def tried(name: str, output: Tensor) -> Diagnosis:
         after = _compare(engine, output, module, dtype)
-        # An output that is all zero has only the error of its own.
+        # An output that is all zero has only its own error.
         limit = torch.maximum(allowed, allowed * size / _token_norms(output, module).clamp(min=1e-300))
         ratio = float((after.token_rel / limit).nan_to_num(nan=float("inf")).max())
         return Diagnosis(fault=name, local_before=before.rel_l2, local_after=after.rel_l2, ratio_after=ratio)
@@ -73,7 +73,7 @@ def diagnose(
     if not found:
         found = _of_rounding(module, engine, expected, before, dtype)
     if not found:
-        # Two faults in one module: those that help most, each with every other on top of it.
+        # Two faults in one module: combine each of the best faults with every other one.
         helping = sorted((s for s in single if s[0].local_after < before.rel_l2), key=lambda s: s[0].local_after)
         for first, changes in helping[:_PAIRS]:
             changed = replace(module, arguments={**module.arguments, **changes})
@@ -81,7 +81,7 @@ def diagnose(
                 if more.keys().isdisjoint(changes) and explains(d := tried(f"{first.fault}; {name}", changed(**more))):
                     found.append(d)
     best = min((d.local_after for d in found), default=0.0)
-    # Those that explain it equally well stay in the order of the catalogue, in which exact faults precede estimates.
+    # Faults that explain it equally well stay in the order of the catalogue, in which exact faults precede estimates.
     found.sort(key=lambda d: max(d.local_after, _ALIKE * best))
     return found[:_MOST], _evidence(module, engine, expected, before, allowed)
 
@@ -97,7 +97,7 @@ def _faults(module: Module, engine: Tensor) -> Iterator[tuple[str, dict[str, Any
 def _of_rounding(
     module: Module, engine: Tensor, expected: Tensor, before: ErrorStats, dtype: torch.dtype
 ) -> list[Diagnosis]:
-    """Faults that no exact output explains, told by what the rounding looks like."""
+    """Faults of rounding, which no exact output explains, recognized from the pattern of the error."""
     real = _real(module)
     shown, right = (_by_token(t, module)[real].flatten(1) for t in (engine, expected))
     narrow = stored_as(shown, dtype)
@@ -135,7 +135,7 @@ def _evidence(module: Module, engine: Tensor, expected: Tensor, before: ErrorSta
     shares = shares / shares.sum().clamp(min=1e-300)
     top = shares.topk(min(_MOST, len(shares)))
     channels = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    # Worth saying only where a few channels stand out.
+    # Report channels only if a few of them stand out.
     few = float(top.values.sum()) > 0.5 and len(shares) > 4 * _MOST
     return Evidence(tokens=tokens, heads=heads, head_names=names, channels=channels if few else [])
 
@@ -153,7 +153,7 @@ def _compare(actual: Tensor, expected: Tensor, module: Module, dtype: torch.dtyp
 
 
 def _by_token(tensor: Tensor, module: Module) -> Tensor:
-    """A cache tensor counts by slot: [batch, slots, kv_heads, head_dim]."""
+    """A cache tensor by slot: [batch, slots, kv_heads, head_dim]."""
     if not is_cache_tap(module.tap):
         return tensor
     return tensor[:, :, : module.forward.inputs.attention_mask.shape[1]].transpose(1, 2)

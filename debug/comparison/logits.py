@@ -1,4 +1,4 @@
-"""Logits of an engine against the reference's: KL, top-1, flips, and what taking taps changed."""
+"""Logits of an engine against the reference's: KL, top-1, flips, and the effect of recording taps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK_TOKENS = 32
 
 
 class LogitComparison:
-    """Logits of the real tokens of all forwards: numbers a token, never the logits themselves."""
+    """Logits of the real tokens of all forward passes: a few numbers per token, never the logits themselves."""
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
@@ -22,14 +22,14 @@ class LogitComparison:
         self.changed = False
 
     def add(self, truth: Tensor, rounded: Tensor, untapped: Tensor, tapped: Tensor) -> None:
-        """Each [tokens, vocab]; taken a block of tokens at a time, since a float64 vocabulary is large."""
+        """Each [tokens, vocab]; processed one block of tokens at a time, because float64 logits are large."""
         for start in range(0, len(truth), _BLOCK_TOKENS):
             block = slice(start, start + _BLOCK_TOKENS)
             self._add(*(t[block].to("cpu", torch.float64) for t in (truth, rounded, untapped, tapped)))
 
     def _add(self, truth: Tensor, rounded: Tensor, untapped: Tensor, tapped: Tensor) -> None:
         self.nonfinite += nonfinite_count(untapped)
-        # Unlike torch.equal this counts NaN in the same place as equal.
+        # Unlike torch.equal, this counts NaN in the same place as equal.
         self.changed |= not torch.allclose(untapped, tapped, rtol=0.0, atol=0.0, equal_nan=True)
         best = truth.argmax(-1)
         self.squares += torch.stack(
@@ -79,7 +79,8 @@ class LogitComparison:
         return (flips > 0) & (margin > 2 * floor_error.max())
 
     def tokens(self, inputs: StepInputs, length: int) -> list[LogitToken]:
-        """One by one, as they were added: all real tokens of `inputs`, whose first `length` columns are the prefill."""
+        """The tokens one by one, in the order of adding: all real tokens of `inputs`, whose first `length` columns are
+        the prefill."""
         places = inputs.new_mask.nonzero().tolist()
         index = inputs.new_mask.cumsum(1) - 1
         found = []

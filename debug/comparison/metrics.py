@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorStats:
-    """How far `actual` is from `expected` over the real tokens of one tensor.
+    """The distance of `actual` from `expected` over the real tokens of one tensor.
 
     max_abs: largest absolute difference.  rel_l2: |actual - expected| / |expected| over everything.  cosine: of the
-    two, as one vector.  ulp: the largest difference in units in the last place of the dtype at the largest expected
+    two tensors as vectors.  ulp: the largest difference in units in the last place of the dtype at the largest expected
     magnitude of its token.  snr_db: 20 log10(1 / rel_l2).  nonfinite: NaN and Inf in `actual`; the others are NaN then.
     token_rel: [tokens] rel_l2 of each real token, the unit in which verdicts are made; token_of: [tokens, 2] row and
     position of each.
@@ -42,9 +42,9 @@ def nonfinite_count(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class TokenErrors:
-    """What `ErrorStats` is made of, token by token: all [tokens] float64 but token_of [tokens, 2] (row, position).
+    """The data of `ErrorStats`, per token: all [tokens] float64, except token_of [tokens, 2] (row, position).
 
-    Kept apart so that one pass over a tensor of many steps gives the numbers of each step.
+    Keeping tokens separate lets one pass over a tensor of many steps give the numbers of each step.
     """
 
     token_of: Tensor
@@ -60,11 +60,11 @@ class TokenErrors:
     @property
     def rel(self) -> Tensor:
         """Relative L2 error of each token."""
-        # A token that is all zero has no scale of its own: below the smallest normal number errors count as absolute.
+        # A token that is all zero has no scale: below the smallest normal number, errors count as absolute.
         return self.off.sqrt() / self.expected.sqrt().clamp(min=self.tiny)
 
     def only(self, keep: Tensor, *, first: int) -> TokenErrors:
-        """Some of the tokens ([tokens] bool), their positions counted from `first`."""
+        """A selection of the tokens ([tokens] bool), with positions counted from `first`."""
         return TokenErrors(
             self.token_of[keep] - torch.tensor([0, first]),
             self.off[keep],
@@ -103,7 +103,7 @@ def token_errors(actual: Tensor, expected: Tensor, real: Tensor, dtype: torch.dt
     Args:
         actual, expected: [batch, tokens, ...], any float dtype.
         real: [batch, tokens] bool; other tokens are left out.
-        dtype: whose units in the last place to count in.
+        dtype: the dtype whose units in the last place are counted.
     """
     return row_errors(rows_of(actual, real), rows_of(expected, real), real.nonzero(), dtype)
 
@@ -159,5 +159,5 @@ def top_margin(logits: Tensor) -> Tensor:
 
 
 def json_number(value: float) -> float | None:
-    """The value, or None for NaN and infinities, which JSON cannot say."""
+    """The value, or None for NaN and infinities, which JSON does not have."""
     return value if value == value and abs(value) != float("inf") else None

@@ -1,8 +1,9 @@
 """The reference module behind every tap, as a function of named arguments.
 
-A decoder runs its modules one after another.  To ask what one of them would have given with a changed fact (another
-epsilon, a transposed weight, rope applied twice) it is needed alone, on the inputs that an engine showed.  `module_at`
-gives it: a kind, a function and its arguments; the fault catalogue (`debug/comparison/faults/`) changes arguments.
+A decoder runs its modules one after another.  To find the output of one of them with a changed fact (another epsilon, a
+transposed weight, rope applied twice), it has to run alone, on the inputs that were captured from an engine.
+`module_at` returns it as a kind, a function and its arguments; the fault catalogue (`debug/comparison/faults/`) changes
+arguments.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ Kind = Literal["embed", "norm", "linear", "attention", "activation", "residual"]
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """One module of the reference and the arguments that it ran with in one forward.
+    """One module of the reference, and its arguments in one forward pass.
 
-    Calling it runs it, with some arguments changed: `module(eps=1e-5)`.  Returns the value of the tap.
+    A call runs it with some arguments changed, such as `module(eps=1e-5)`, and returns the value of the tap.
     """
 
     tap: str
@@ -62,15 +63,15 @@ class Module:
         return self.tap if self.layer is None else ".".join(self.tap.split(".")[2:])
 
     def rope(self, rope: RopeSpec, *, shift: Tensor | int = 0, alpha: Tensor | None = None) -> dict[str, Tensor]:
-        """cos and sin [batch, tokens, dim / 2] of another rotation, made as this decoder makes its own.
+        """cos and sin [batch, tokens, dim / 2] of another rotation, computed as this decoder computes its own.
 
-        shift: added to the positions.  alpha: [batch] dynamic-NTK factors; None: those that the inputs chose.
+        shift: added to the positions.  alpha: [batch] dynamic-NTK factors; None: the factors chosen by the inputs.
         """
         inputs, device = self.forward.inputs, self.decoder.device
         assert inputs.position_ids is not None
         positions = inputs.position_ids.to(device) + shift
         lowest = min(0, int(positions.min()))
-        # A table begins at 0; the rotation by a negative position is the inverse one.
+        # A table begins at 0; rotating by a negative position is the inverse rotation.
         size = int(positions.abs().max()) + 1
         if alpha is None:
             factors = torch.tensor(ntk_alphas(rope, self.decoder.table_positions))
@@ -86,7 +87,7 @@ class Module:
 
 
 def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
-    """The module that makes `tap`, on what the engine showed as its inputs, in the dtype of `decoder`."""
+    """The module that makes `tap`, with the inputs captured from the engine, in the dtype of `decoder`."""
     tensors = forward.tensors
 
     def engine(name: str) -> Tensor:
@@ -145,7 +146,7 @@ def linear_of(decoder: Decoder, tap: str) -> nn.Linear | QuantizedLinear:
 
 
 def float_weight(layer: nn.Linear | QuantizedLinear, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] as numbers; a plain layer's own."""
+    """The weight [out, in], dequantized if the layer is quantized."""
     return layer.quantized.dequantized(dtype) if isinstance(layer, QuantizedLinear) else layer.weight
 
 
@@ -161,7 +162,7 @@ def _linear_arguments(decoder: Decoder, tap: str, x: Tensor) -> dict[str, Any]:
 def _quantized_linear(
     layer: QuantizedLinear, *, input: Tensor, weight: Tensor, bias: Tensor | None, rounding: str | None
 ) -> Tensor:
-    """The layer with another weight, given in numbers, or another rounding of its input."""
+    """The layer with another weight, given as floats, or another quantization of its input."""
     input = layer.scaled(input)
     if rounding is not None:
         input, weight = (t if layer.order is None else t[..., layer.order] for t in (input, weight))
@@ -170,7 +171,7 @@ def _quantized_linear(
 
 
 def rounded_input(layer: QuantizedLinear, x: Tensor, rounding: str) -> Tensor:
-    """What is left of an input after it was codes; wide until the end."""
+    """An input after quantizing and dequantizing it; wide until the end."""
     code = layer.format.input or "int8"
     if rounding == "tensor":
         assert layer.input_scale is not None
@@ -293,9 +294,9 @@ def _attention(
     after: Callable[[Tensor], Tensor] | None,
     **facts: Any,
 ) -> Tensor:
-    """`cached_attention` on copies of the caches; `part` says which of its results.
+    """`cached_attention` on copies of the caches; `part` selects its result.
 
-    causal False: every query sees all visible slots.  after: changes the result.
+    causal False: every query sees all visible slots.  after: a function that changes the result.
     """
     key, value = key.clone(), value.clone()
 
@@ -308,7 +309,7 @@ def _attention(
     tables = (cos, sin, query_scale)
     context = run(qkv, lengths, visible, tables)
     if part == "attn.context" and not causal:
-        # The keys are written; now each token asks again, from a hidden slot behind all of them.
+        # The keys are written; now each query runs again, from a hidden slot after all of them.
         key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
         slot, slots = torch.full_like(lengths, visible.shape[1]), torch.arange(visible.shape[1], device=visible.device)
         width, facts["window"] = facts["window"], 0
@@ -320,6 +321,6 @@ def _attention(
                 run(qkv[:, token], slot, F.pad(seen, (0, 1)), [None if t is None else t[:, token] for t in tables])
             )
         context = torch.cat(rows, 1)
-    # A quantized cache counts as its codes.
+    # A quantized cache is compared by its quantized values.
     result = {"key": key, "value": value, "attn.context": context}[part].to(context.dtype)
     return result if after is None else after(result)

@@ -1,4 +1,4 @@
-"""What a diff found, as dataclasses; `DiffResult.to_json` is the versioned form (schema 1)."""
+"""The results of a diff, as dataclasses; `DiffResult.to_json` is the versioned form (schema 1)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def to_plain(value: object) -> Any:
 
 
 def data_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """A row a dict; pandas is imported here only."""
+    """A table with one row per dict; pandas is imported only here."""
     try:
         import pandas as pd
     except ImportError as error:
@@ -39,23 +39,23 @@ def data_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 @dataclass(frozen=True, kw_only=True)
 class TapError:
-    """One tap in one forward; errors are relative L2 over the real tokens unless said otherwise.
+    """One tap in one forward pass; errors are relative L2 over the real tokens unless said otherwise.
 
     Attributes:
-        tap, phase, step: where; step 0 is the prefill, step n the n-th decode step.
+        tap, phase, step: the place; step 0 is the prefill, step n the n-th decode step.
         accumulated, max_abs, cosine, ulp, snr_db: engine against the fp64 reference, both from the same token ids.
-        accumulated_floor: the reference in the engine's dtype against the same.
+        accumulated_floor: the reference in the engine's dtype against the fp64 reference, likewise.
         local, local_max_abs: the engine's output against the fp64 reference module run on the engine's own inputs.
-        floor, floor_spread: the reference module in the engine's dtype on these same inputs, against the same; the
-            spread is the worst token of the batch over all of them.
-        floor_bound: what the floor counts as at least (`debug.comparison.compare.lower_bound`).
+        floor, floor_spread: the reference module in the engine's dtype on the same inputs, against the fp64 module; the
+            spread is the worst token of the batch over all tokens.
+        floor_bound: lower bound of the floor (`debug.comparison.compare.lower_bound`).
         ratio: local error over floor, of the worst token (see `debug.comparison.compare.MULTIPLE`).
         accumulated_ratio: accumulated over accumulated_floor.
         worst: row and position of the token with the largest ratio.
         cut: the engine's own module on the reference's inputs, against the reference's output (`debug.comparison.cut`);
-            None where it was not asked for or the executor cannot be cut.
-        nonfinite: NaN and Inf in the engine's tensor; numbers that they spoil are None in JSON.
-        floor_nonfinite: the reference in the engine's dtype has some as well, so the dtype itself is too small.
+            None if it was not requested or the executor cannot be cut.
+        nonfinite: number of NaN and Inf in the engine's tensor; results that they spoil are None in JSON.
+        floor_nonfinite: the reference in the engine's dtype has some as well, so the dtype's range is too small.
     """
 
     tap: str
@@ -86,11 +86,12 @@ class TapError:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """A known fault under which the reference module gives what the engine gave.
+    """A known fault with which the reference module gives the engine's output.
 
-    local_before, local_after: local error without and with the fault; ratio_after: the latter in noise floors, of the
-    worst token.  significance: of a deviation below the noise of single tokens (see `debug.comparison.systematic`), how
-    many standard deviations of the noise it is over all tokens; None for faults above the floor.
+    local_before, local_after: local error without and with the fault; ratio_after: the latter in noise floors, at
+    the worst token.  significance: for a deviation below the noise of single tokens (see
+    `debug.comparison.systematic`), its size over all tokens in standard deviations of the noise; None for faults above
+    the floor.
     """
 
     fault: str
@@ -102,7 +103,7 @@ class Diagnosis:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenView:
-    """A token (or cache slot) of a wrong tap: row and position in its forward, local error, and that in floors."""
+    """A token (or cache slot) of a wrong tap: row and position in its forward pass, local error, also in floors."""
 
     row: int
     position: int
@@ -112,11 +113,11 @@ class TokenView:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Where in a wrong tap the local error is.
+    """The place of the local error within a wrong tap.
 
-    tokens: the worst ones.  heads: relative L2 error by head (query, then key, then value heads for attn.qkv), empty
-    for taps without heads; head_names says which is which.  channels: (index, share of the squared error) of the worst
-    channels, where a few of them have most of it.
+    tokens: the worst tokens.  heads: relative L2 error by head (query, then key, then value heads for attn.qkv), empty
+    for taps without heads; head_names are their names.  channels: (index, share of the squared error) of the worst
+    channels, if a few of them have most of it.
     """
 
     tokens: list[TokenView] = field(default_factory=list)
@@ -130,10 +131,10 @@ class Culprit:
     """A tap whose own module is wrong, at its first occurrence.
 
     kind: "local" (local error above the floor), "nonfinite" (NaN or Inf from finite inputs), "systematic" (below the
-    floor of single tokens, but over all of them exactly what a known fault does), or "accumulated" (no module by
+    floor of single tokens, but over all tokens exactly the effect of a known fault), "accumulated" (no module by
     itself, but the logits are off by more than the dtype explains), or "configuration" (no tensor: the tap is then
-    what is configured wrongly, such as "stop_ids").  occurrences: forwards that show it.  diagnosis:
-    known faults that explain it, the best first; empty: unknown.  evidence: where in the tap the error is.
+    the wrong setting, such as "stop_ids").  occurrences: number of forward passes that show it.  diagnosis:
+    known faults that explain it, the best first; empty: unknown.  evidence: the place of the error within the tap.
     """
 
     tap: str
@@ -157,9 +158,10 @@ class Culprit:
 class LogitError:
     """Logits of the engine as it ships (untapped) against the fp64 reference, over all real tokens.
 
-    KL in nats, float64, reference first.  top1: share of tokens with the reference's greedy token.  flips: tokens where
-    it differs; margin_flips: those where the reference's margin is more than twice the largest error of the floor, so
-    that rounding does not explain them.  floor_*: the same of the reference in the engine's dtype.
+    KL in nats, float64, reference first.  top1: share of tokens with the reference's greedy token.  flips: number of
+    tokens where it differs; margin_flips: number of those where the reference's margin is more than twice the largest
+    error of the floor, so that rounding does not explain them.  floor_*: the same for the reference in the engine's
+    dtype.
     """
 
     tokens: int
@@ -186,8 +188,8 @@ class LogitError:
 class LogitToken:
     """The logits after one token; `LogitError` is made of these.
 
-    step, row, position: as in `TapError.worst`.  index: the token's place in the text of its row, padding not counted.
-    token: what was fed there.  expected, chosen: greedy tokens of the reference and of the engine.  margin: the
+    step, row, position: as in `TapError.worst`.  index: the token's place in the text of its row, without padding.
+    token: the input token.  expected, chosen: greedy tokens of the reference and of the engine.  margin: the
     reference's lead of its token over the runner-up.  error, floor_error: largest absolute logit error of the engine
     and of the floor.  beyond_rounding: a flip that `LogitError.margin_flips` counts.
     """
@@ -219,7 +221,7 @@ class LogitToken:
 
 @dataclass(frozen=True, kw_only=True)
 class ObserverEffect:
-    """Logits with taps against logits without.  top1_changed: tokens whose greedy token differs."""
+    """Logits with taps against logits without.  top1_changed: number of tokens whose greedy token differs."""
 
     changed: bool
     max_abs: float
@@ -232,7 +234,7 @@ class ObserverEffect:
 
 @dataclass(frozen=True, kw_only=True)
 class TapDistance:
-    """One tap of side b against side a, over all real tokens."""
+    """One tap of executor b against executor a, over all real tokens."""
 
     tap: str
     rel_l2: float
@@ -242,7 +244,7 @@ class TapDistance:
 
 @dataclass(frozen=True, kw_only=True)
 class Between:
-    """Side b against side a directly, whatever the reference says: logits (KL(a || b) in nats) and common taps."""
+    """Executor b directly against executor a, without the reference: logits (KL(a || b) in nats) and common taps."""
 
     kl_mean: float
     kl_max: float
@@ -257,11 +259,11 @@ class Between:
 
 @dataclass(kw_only=True)
 class DiffResult:
-    """Outcome of a diff; `taps` in the order of execution, step by step.
+    """The result of a diff; `taps` are in the order of execution, step by step.
 
-    logit_tokens: the logits token by token.  token_texts: texts of their ids, where there is a tokenizer.
+    logit_tokens: the logits token by token.  token_texts: texts of their ids, if there is a tokenizer.
 
-    other: of a comparison of two executors, the same of side a; between: b against a directly.
+    other: in a comparison of two executors, the result of executor a; between: b directly against a.
     """
 
     verdict: Verdict
@@ -285,7 +287,7 @@ class DiffResult:
 
     @property
     def aligned(self) -> bool:
-        """Whether nothing is wrong, on either side."""
+        """Whether nothing is wrong, in either executor."""
         return self.verdict == "aligned" and (self.other is None or self.other.aligned)
 
     @property
@@ -293,7 +295,7 @@ class DiffResult:
         return self.culprits[0].tap if self.culprits else None
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a tap and step, with the columns of `TapError`; worst_row and worst_position instead of worst.
+        """One row per tap and step, with the columns of `TapError`; worst_row and worst_position replace worst.
 
         Raises:
             LogitLockError: pandas is not installed.
@@ -304,7 +306,7 @@ class DiffResult:
         return data_frame(rows)
 
     def to_json(self, *, tokens: bool = False) -> dict[str, Any]:
-        """Schema 1; `tokens` adds "logit_tokens", an entry a token, which is long for long prompts."""
+        """Schema 1; `tokens` adds "logit_tokens" with one entry per token, which is long for long prompts."""
         return {
             "schema": SCHEMA,
             "verdict": self.verdict,

@@ -1,16 +1,17 @@
-"""Faults smaller than the rounding of one token, found over all tokens.
+"""Faults smaller than the rounding of one token, found from all tokens together.
 
-Half precision hides a wrong epsilon or the other GELU: they change a token less than rounding does.  But rounding is
-blind and a fault is not: over thousands of elements the engine has no reason to deviate in the direction in which a
-certain fault would push it, unless that fault is there.  With t the reference in fp64, f the same with the fault, r the
-reference in the engine's dtype (whose weights are rounded as the engine's are) and e the engine, the least-squares
-amount of the fault in the engine is
+Half precision hides a wrong epsilon or the other GELU: they change a token less than rounding does.  But rounding has
+    no
+direction and a fault has: over thousands of elements, the engine deviates in the direction in which a certain fault
+would push it only if it has that fault.  With t the reference in fp64, f the same with the fault, r the reference in
+the engine's dtype (whose weights are rounded as the engine's are) and e the engine, the least-squares amount of the
+fault in the engine is
 
     c = <e - r, f - t> / |f - t|^2
 
-which is 0 in a healthy engine and 1 in a faulty one, up to its standard deviation.  Rounding is not independent from
-element to element (a rounded weight serves all tokens, a rounded sum a whole token), so that is estimated from the sums
-over tokens and over channels, whichever is larger (cluster-robust; Liang & Zeger 1986).
+which is 0 in a healthy engine and 1 in a faulty one, up to its standard deviation.  Rounding is not independent between
+elements (a rounded weight affects all tokens, a rounded sum a whole token), so the standard deviation is estimated from
+the sums over tokens and over channels, whichever is larger (cluster-robust; Liang & Zeger 1986).
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from debug.comparison.results import Diagnosis
 from refmodels.model import Decoder
 
 SIGNIFICANT = 10.0
-"""Standard deviations from 0.  A diff makes some thousands of these tests; by chance alone one of 10^5 reaches 4.5."""
+"""Threshold in standard deviations from 0.  A diff makes thousands of these tests; by chance, one in 10^5 reaches
+4.5."""
 _AMOUNT = 0.1
-"""How far from 1 the amount of a fault may be, beside its own uncertainty."""
+"""Largest distance of a fault's amount from 1, in addition to its own uncertainty."""
 _KINDS = ("norm", "activation")
 
 
@@ -63,7 +65,7 @@ def systematic(tap: str, whole: Forward, truth: Decoder, rounded: Decoder, real:
             continue
         amount = float((off * push).sum()) / strength
         left = (off - amount * push) * push
-        # A deviation that fits to the last bit still has the rounding of fp64 in it.
+        # Even a deviation that fits to the last bit contains the rounding of fp64.
         least = torch.finfo(torch.float64).eps * size / math.sqrt(strength)
         deviation = max(least, *(float(left.sum(axis).norm()) / strength for axis in (0, 1)))
         if amount < SIGNIFICANT * deviation or abs(amount - 1) > _AMOUNT + 3 * deviation:
@@ -81,7 +83,7 @@ def systematic(tap: str, whole: Forward, truth: Decoder, rounded: Decoder, real:
 
 
 def _small_faults(module: Module, engine: Tensor) -> list[tuple[str, Tensor]]:
-    """Name and output of each; without those whose number was fitted to the engine, which always have amount 1."""
+    """Name and output of each fault, except those whose number was fitted to the engine: their amount is always 1."""
     return [
         (fault.full_name(detail), module(**changes))
         for fault in CATALOGUE

@@ -61,7 +61,7 @@ def continue_prompts(
 def answer_task(
     engine: Engine, tokenizer: Tokenizer, task: Task, *, batch_size: int, advance: Advance = lambda count: None
 ) -> Answers:
-    """Let an engine answer a task, greedily; errors as `continue_prompts`."""
+    """The greedy answers of an engine to a task; errors as `continue_prompts`."""
     config = GenerationConfig(max_new_tokens=task.max_new_tokens, stop_ids=task.stop_ids)
     results = continue_prompts(
         engine,

@@ -40,7 +40,7 @@ PAGES = [
     *(ROOT / "notebooks").glob("*.md"),
     *(ROOT / "notebooks").glob("*.ipynb"),
 ]
-SOURCES = [file for package in ("refmodels",) for file in sorted((ROOT / package).rglob("*.py"))]
+SOURCES = [file for package in ("refmodels", "debug") for file in sorted((ROOT / package).rglob("*.py"))]
 """Packages whose docstrings, comments and messages are checked as well."""
 
 

@@ -111,7 +111,7 @@ def logn(m: Module, _: Tensor) -> Variants:
 def gqa_tiled(m: Module, _: Tensor) -> Variants:
     heads, kv_heads = m["heads"], m["kv_heads"]
     if _is_context(m) and 1 < kv_heads < heads:
-        # Query head h reads kv head h % kv_heads: put each head where the contiguous rule gives it that one.
+        # Query head h reads kv head h % kv_heads: move each head to where the contiguous rule gives it this kv head.
         order = torch.arange(heads).view(-1, kv_heads).t().flatten()
         query, key, value = split(m)
 
@@ -201,7 +201,7 @@ def qkv_parts(m: Module, _: Tensor) -> Variants:
                 yield "".join("qkv"[i] for i in order), {"qkv": join(*(parts[i] for i in order))}
 
 
-# Faults of a number alone
+# Faults of a single number
 
 
 def _distance(actual: Tensor, engine: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What a fault is, and the list of them."""
+"""The type of a fault, and the list of all faults."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Variants = Iterator[tuple[str, dict[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A mistake by name.
+    """A named mistake.
 
-    kind: of the modules that it can befall.  variants: from the module as it should be and the engine's output.
-    small: it can hide below the rounding of half precision (see `debug.comparison.systematic`).
+    kind: kind of module this fault applies to.  variants: takes the right module and the engine's output.  small: the
+    fault can be smaller than the rounding of half precision (see `debug.comparison.systematic`).
     """
 
     name: str
@@ -40,7 +40,7 @@ _Function = Callable[[Module, Tensor], Variants]
 
 
 def fault(name: str, *kinds: Kind, small: bool = False) -> Callable[[_Function], _Function]:
-    """Put a function into the catalogue."""
+    """Add a function to the catalogue."""
 
     def register(variants: _Function) -> _Function:
         CATALOGUE.extend(Fault(name=name, kind=kind, variants=variants, small=small) for kind in kinds)

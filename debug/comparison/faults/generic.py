@@ -1,4 +1,4 @@
-"""Faults that any module can have: its output scaled, moved or rounded, whatever the module computes."""
+"""Faults that any module can have: its output is scaled, moved or rounded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LOWER = {
     torch.bfloat16: (torch.float8_e4m3fn,),
 }
 _NOISE = 4.0
-"""How many times a random walk of roundings the error of a rounded sum may be: sums also grow while they are taken."""
+"""Largest error of a rounded sum, as a multiple of a random walk of roundings: partial sums also grow."""
 
 
 def transformed(module: Module, expected: Tensor, engine: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(fault, output) for each way to change the right output of a module; shapes as of its tap.
+    """(fault, output) for each way to change the right output of a module; shapes as those of its tap.
 
     expected, engine: the reference's and the engine's output, fp64.
     """
@@ -46,7 +46,7 @@ def transformed(module: Module, expected: Tensor, engine: Tensor) -> Iterator[tu
 
 
 def _heads_exchanged(module: Module, expected: Tensor, engine: Tensor) -> tuple[str, Tensor] | None:
-    """The right heads in the engine's order, which the correlation of each pair of heads tells."""
+    """The right heads in the engine's order, found from the correlation of each pair of heads."""
     if is_cache_tap(module.tap):
         right, found = (t.transpose(0, 1).flatten(1) for t in (expected, engine))
     elif module.part in ("attn.context", "attn.qkv"):
@@ -66,7 +66,7 @@ def _heads_exchanged(module: Module, expected: Tensor, engine: Tensor) -> tuple[
 
 
 def stored_as(engine: Tensor, dtype: torch.dtype) -> torch.dtype | None:
-    """A narrower dtype in which all of the engine's numbers can be written, though it computes in `dtype`."""
+    """A narrower dtype that represents all of the engine's numbers, although it computes in `dtype`."""
     shown = engine.to(dtype)
     for narrow in _LOWER.get(dtype, ()):
         if bool(shown.any()) and torch.equal(shown.to(narrow).to(dtype), shown):
@@ -75,7 +75,7 @@ def stored_as(engine: Tensor, dtype: torch.dtype) -> torch.dtype | None:
 
 
 def rounded_sums(module: Module, off: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether an error is what sums in the working dtype would give: noise, as large as a walk of so many roundings.
+    """Whether an error looks like sums in the working dtype: noise, as large as a random walk of that many roundings.
 
     off, expected: rows of real tokens, fp64 [tokens, width].
     """
@@ -86,7 +86,7 @@ def rounded_sums(module: Module, off: Tensor, expected: Tensor, dtype: torch.dty
     relative = float(off.norm() / expected.norm())
     if not relative < _NOISE * unit * terms**0.5:
         return False
-    # Noise has no direction: neither along the output nor the same in a channel for all tokens.
+    # Noise has no direction: it is neither along the output nor equal in a channel for all tokens.
     along = float((off * expected).sum()) / float(off.norm() * expected.norm())
     steady = float(off.mean(0).norm()) * off.shape[0] ** 0.5 / float(off.std(0).norm())
     return bool(abs(along) < 5 / off.numel() ** 0.5 + unit and steady < 1.5)

@@ -95,7 +95,7 @@ def norm_head(m: Module, engine: Tensor) -> Variants:
         weight: Tensor = m["weight"]
         yield "rows normalized", {"weight": F.normalize(weight, dim=1)}
         yield "columns normalized", {"weight": F.normalize(weight, dim=0)}
-        # Without the division each row has a length of its own, which the logits tell.
+        # Without the division, each row has its own length, which shows in the logits.
         expected = m()
         length = (engine * expected).flatten(0, -2).sum(0) / expected.flatten(0, -2).square().sum(0)
         if m.decoder.spec.head_normalized:
@@ -112,7 +112,7 @@ def tied_head(m: Module, _: Tensor) -> Variants:
 def quantized(m: Module, _: Tensor) -> Variants:
     if isinstance(linear_of(m.decoder, m.tap), QuantizedLinear):
         return  # see debug.comparison.faults.quantized
-    # Whoever quantizes starts from the weights in the dtype that the engine would have had.
+    # Quantization starts from the weights in the dtype that the engine would have had.
     weight: Tensor = m["weight"].to(m.forward.tensors[m.tap].dtype).to(m["weight"].dtype)
     for linear in (LinearFormat(weight="int8"), LinearFormat(weight="int4")):
         code = linear.weight
@@ -137,7 +137,7 @@ def other_weights(m: Module, _: Tensor) -> Variants:
     for name, module in m.decoder.named_modules():
         if not isinstance(module, torch.nn.Linear | QuantizedLinear) or module.weight.shape != own.weight.shape:
             continue
-        # A part of the model that is streamed in and out is not there while another one is looked at.
+        # If the model is streamed part by part, other parts are not loaded.
         if module.weight is not own.weight and not module.weight.is_meta:
             weight = float_weight(module, m["weight"].dtype)
             yield f"those of {name}", {"weight": weight, "bias": module.bias}

@@ -27,7 +27,7 @@ def norm_eps(m: Module, engine: Tensor) -> Variants:
 
 
 def _estimated_eps(m: Module, engine: Tensor) -> float | None:
-    """The epsilon that makes the engine's rows as short as they are: y' = y sqrt((v + eps) / (v + eps'))."""
+    """The epsilon that explains the length of the engine's rows: y' = y sqrt((v + eps) / (v + eps'))."""
     bias = 0.0 if m["bias"] is None else m["bias"]
     expected, engine = m() - bias, engine - bias
     ratio = (engine * expected).sum(-1) / expected.square().sum(-1)

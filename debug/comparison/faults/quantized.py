@@ -1,4 +1,4 @@
-"""Faults of quantized linear layers: codes, zero points, scales, inputs."""
+"""Faults of quantized linear layers: weights, zero points, scales, inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def unpacked(m: Module, _: Tensor) -> Variants:
     codes = found[1].codes
     if codes.shape[1] % 8 == 0:
         yield "the two of a byte exchanged", _weight(found[1], m, codes=codes.unflatten(1, (-1, 2)).flip(2).flatten(1))
-        # AWQ's order of eight columns in a word, read in sequence.
+        # AWQ's order of eight columns per word, read in sequence.
         order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
         for detail, index in (("AWQ's order read in sequence", order), ("in AWQ's order", order.argsort())):
             yield detail, _weight(found[1], m, codes=codes.unflatten(1, (-1, 8))[:, :, index].flatten(1))
@@ -80,11 +80,11 @@ def inputs(m: Module, _: Tensor) -> Variants:
     if layer.format.input is not None:
         yield "not at all", {"rounding": None}
         if layer.format.input_scale != "token":
-            yield "with a scale a token", {"rounding": "token"}
+            yield "with a scale per token", {"rounding": "token"}
         return
-    yield "to int8, with a scale a token", {"rounding": "token"}
+    yield "to int8, with a scale per token", {"rounding": "token"}
     if layer.format.group is not None:
-        yield "to int8, with a scale a token and group", {"rounding": "group"}
+        yield "to int8, with a scale per token and group", {"rounding": "group"}
 
 
 @fault("pre-quant scale ignored", "linear")

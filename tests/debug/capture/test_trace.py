@@ -140,7 +140,7 @@ def test_nothing_is_left_of_a_trace_that_failed(tmp_path: Path) -> None:
         ({}, {"tokens": None}, "it lacks the tensor tokens"),
         ({}, {"prompt.ids": torch.zeros(9, dtype=torch.int64)}, r"prompt.ids is \[9\]"),
         ({}, {"prompt.ids": torch.zeros(1, 9)}, "must be two axes of int64"),
-        ({}, {"prompt.mask": torch.ones(1, 8, dtype=torch.int64)}, "do not go together"),
+        ({}, {"prompt.mask": torch.ones(1, 8, dtype=torch.int64)}, "do not fit together"),
         ({}, {"prompt.ids": torch.full((1, 9), 10**9)}, "outside the vocabulary"),
         ({}, {"0.embed": None}, "it lacks the tensor 0.embed"),
         ({}, {"1.untapped": torch.zeros(1, 2, 3)}, "1.untapped has the shape"),
