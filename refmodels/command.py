@@ -28,6 +28,7 @@ from refmodels.notices import LOGGER
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 """Type of the `--json` option of every verb."""
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,28 @@ def main(
         default: the verb that is meant where none is named, of a command that is known without.
         help_of: what the help of a verb says.
     """
-    asked = sys.argv[1] if len(sys.argv) > 1 else ""
-    app = typer.Typer(help=description, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    asked = _asked()
+    app = typer.Typer(
+        help=description,
+        # Completion is installed per command name; `python -m` has none.
+        add_completion=not _is_module(),
+        # The boxes of rich cut the names of options at 80 columns.
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    if default is None and len(sys.argv) == 1:
+        sys.argv.append("--help")
     if asked in verbs or default is None:
         # Also where there is one verb: without a callback typer would take it for the whole command.
-        app.callback()(_root)
+        app.callback(context_settings=_SETTINGS)(_root)
     else:
         asked = default
     for verb in [asked] if asked in verbs else verbs:
         function = verbs[verb].load() if verb == asked else _not_loaded
-        app.command(verb, help=help_of(function) if verb == asked else verbs[verb].summary)(function)
+        summary = verbs[verb].summary
+        text = help_of(function) if verb == asked else summary
+        # Without a short help, that of the list of verbs is the start of the summary.
+        app.command(verb, help=text, short_help=summary, context_settings=_SETTINGS)(function)
     _run(app)
 
 
@@ -91,7 +104,8 @@ def _run(app: typer.Typer) -> None:
     """
     _prepare()
     try:
-        code = app(standalone_mode=False)
+        # Python's own guess is that of the process, which need not be this command.
+        code = app(prog_name=None if _is_module() else Path(sys.argv[0]).stem, standalone_mode=False)
         sys.stdout.flush()
     except LogitLockError as error:
         code = _fail(str(error))
@@ -114,6 +128,17 @@ def _run(app: typer.Typer) -> None:
         # Otherwise Python tries once more at exit, and reports an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _asked() -> str:
+    """The first word after the command; during shell completion, of the line that is being completed."""
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS")
+    words = sys.argv if line is None else line.split()
+    return words[1] if len(words) > 1 else ""
+
+
+def _is_module() -> bool:
+    return Path(sys.argv[0]).name == "__main__.py"
 
 
 @lru_cache
@@ -162,7 +187,5 @@ def _terminated(number: int, frame: types.FrameType | None) -> None:
 
 
 def _fail(message: str) -> int:
-    # An empty message: typer has already shown the help, because no verb was given.
-    if message:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

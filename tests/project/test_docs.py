@@ -160,7 +160,7 @@ def test_cli_reference_has_every_verb_and_option(monkeypatch: pytest.MonkeyPatch
     page = load_script("docs/hooks/cli.py").cli_page()
     for verb in VERBS:
         section = page.split(f"\n## {verb}\n")[1].split("\n## ")[0]
-        listed = re.findall(r"^│ (?:\*)? *(--[a-z][a-z-]+)", logitlock(verb, "--help").out, flags=re.M)
+        listed = re.findall(r"^  (?:-h, )?(--[a-z][a-z-]+)", logitlock(verb, "--help").out, flags=re.M)
         missing = {name for name in listed if f"`{name}`" not in section} - {"--help"}
         assert len(listed) > 1 and not missing, (verb, missing)
 
