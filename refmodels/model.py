@@ -41,14 +41,29 @@ def gelu_new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
+def gelu_fast(x: Tensor) -> Tensor:
+    """As `gelu_new`, in the order of transformers' FastGELUActivation."""
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), rounded in half precision where transformers' QuickGELUActivation rounds."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 def activate(x: Tensor, activation: Activation, *, stepwise: bool = False) -> Tensor:
-    """The activation of the MLP; `stepwise` repeats upstream's rounding of gelu_new in half precision."""
+    """The activation of the MLP; `stepwise` repeats upstream's rounding of gelu_new and gelu_fast in half precision."""
     if activation == "silu":
         return F.silu(x)
     if activation == "relu":
         return F.relu(x)
+    if activation == "quick_gelu":
+        # Always stepwise: torch has no function that rounds it once.
+        return quick_gelu(x)
     if activation == "gelu_new" and stepwise:
         return gelu_new(x)
+    if activation == "gelu_fast" and stepwise:
+        return gelu_fast(x)
     return F.gelu(x, approximate="none" if activation == "gelu" else "tanh")
 
 

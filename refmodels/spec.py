@@ -18,7 +18,7 @@ from refmodels.json_records import read_record
 from refmodels.quantization.formats import EightBit, LinearFormat, QuantizationSpec
 
 Numerics = Literal["exact", "upstream"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu"]
 RopeTable = Literal["float32", "working", "working_arithmetic"]
 AttentionArithmetic = Literal[
     "exact",

@@ -8,6 +8,8 @@ the plugin.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 
 from export.graph.attention_body import attention_body
@@ -15,8 +17,15 @@ from export.graph.function_text import PLUGIN, WIDE, ints, make_function
 from export.graph.native_attention_body import native_attention_body, native_functions
 from refmodels.dtypes import DTYPE_TABLE
 from refmodels.quantization.arithmetic import LEAST_AMAX
-from refmodels.spec import ModelSpec, Numerics
+from refmodels.spec import Activation, ModelSpec, Numerics
 from trt_runtime.bundle import AttentionMode, Precision
+
+_STEPWISE: Mapping[Activation, str] = {
+    "gelu_new": "GeluNew",
+    "gelu_fast": "GeluFast",
+    "quick_gelu": "QuickGelu",
+}
+"""The functions of activations that are rounded after each operation (`refmodels.model.gelu_new` …)."""
 
 CACHE_SCALES = ("key_scale", "value_scale")
 """Inputs of a CachedAttention node with a quantized cache, [kv_heads] each."""
@@ -29,7 +38,9 @@ def make_functions(
     dtype = DTYPE_TABLE[precision].onnx
     native = attention == "native"
     body = native_attention_body(spec, dtype, numerics) if native else attention_body(spec, dtype, numerics)
-    functions = [_attention(spec, body), _gelu_new(dtype)]
+    functions = [_attention(spec, body)]
+    if spec.mlp.activation in _STEPWISE:
+        functions.append(_stepwise(spec.mlp.activation, dtype))
     if native:
         functions += native_functions(spec, dtype)
     if spec.norm.kind == "rms":
@@ -123,8 +134,9 @@ def _norm_lines(spec: ModelSpec, dtype: int) -> list[str]:
     return body
 
 
-def _gelu_new(dtype: int) -> onnx.FunctionProto:
-    """transformers' NewGELUActivation with a rounding after every step, as torch does it in half precision."""
+def _stepwise(activation: Activation, dtype: int) -> onnx.FunctionProto:
+    """One of transformers' written-out activations, with a rounding after every step, as torch does it in half
+    precision."""
     number = 0
     body = []
 
@@ -144,15 +156,30 @@ def _gelu_new(dtype: int) -> onnx.FunctionProto:
         body.append(f"{name}_wide = {op} ({', '.join(operands)})")
         body.append(f"{name} = Cast <to = {dtype}> ({name}_wide)")
 
-    step("half", "Mul", "x", 0.5)
-    step("cube", "Pow", "x", 3.0)
-    step("small", "Mul", "cube", 0.044715)
-    step("inner", "Add", "x", "small")
-    step("scaled", "Mul", "inner", 0.7978845608028654)
-    body.append("tanh = Tanh (scaled)")
-    step("plus_one", "Add", "tanh", 1.0)
-    body.append("y = Mul (half, plus_one)")
-    return make_function("GeluNew", ("x",), ("y",), body)
+    if activation == "quick_gelu":
+        step("scaled", "Mul", "x", 1.702)
+        # Runtimes without a sigmoid in half precision round inside it.
+        body.append(f"scaled_again = Cast <to = {WIDE}> (scaled)")
+        body.append("sigmoid_wide = Sigmoid (scaled_again)")
+        body.append(f"sigmoid = Cast <to = {dtype}> (sigmoid_wide)")
+        body.append("y = Mul (x, sigmoid)")
+    else:
+        step("half", "Mul", "x", 0.5)
+        if activation == "gelu_new":
+            step("cube", "Pow", "x", 3.0)
+            step("small", "Mul", "cube", 0.044715)
+            step("inner", "Add", "x", "small")
+            step("scaled", "Mul", "inner", 0.7978845608028654)
+        else:
+            step("outer", "Mul", "x", 0.7978845608)
+            step("small", "Mul", "x", 0.044715)
+            step("square", "Mul", "small", "x")
+            step("inner", "Add", "square", 1.0)
+            step("scaled", "Mul", "outer", "inner")
+        body.append("tanh = Tanh (scaled)")
+        step("plus_one", "Add", "tanh", 1.0)
+        body.append("y = Mul (half, plus_one)")
+    return make_function(_STEPWISE[activation], ("x",), ("y",), body)
 
 
 def _attention(spec: ModelSpec, body: list[str]) -> onnx.FunctionProto:

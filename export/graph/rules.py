@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from export.graph import quantized_rules
 from export.graph.function_text import CODE_ELEMENTS, DOMAIN
 from export.graph.functions import CACHE_SCALES, attention_inputs, inline
 from export.graph.lowering import Lowering, Rule, tap_of
-from refmodels.model import gelu_new
+from refmodels.model import gelu_fast, gelu_new, quick_gelu
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.quantization.formats import LIMITS
 from refmodels.quantization.linear import QuantizedLinear
@@ -179,10 +180,10 @@ def relu(graph: Lowering, node: fx.Node) -> None:
     graph.emit("Relu", [graph.arg(node, 0, "input")], graph.define(node, "relu"))
 
 
-def lower_gelu_new(graph: Lowering, node: fx.Node) -> None:
+def stepwise_activation(graph: Lowering, node: fx.Node, *, op_type: str) -> None:
     output = graph.define(node, "gelu")
-    call = helper.make_node("GeluNew", [graph.arg(node, 0, "x")], [output], name=output, domain=DOMAIN)
-    graph.nodes += inline(graph.functions["GeluNew"], call)
+    call = helper.make_node(op_type, [graph.arg(node, 0, "x")], [output], name=output, domain=DOMAIN)
+    graph.nodes += inline(graph.functions[op_type], call)
 
 
 RULES: Mapping[Any, Rule] = {
@@ -195,7 +196,9 @@ RULES: Mapping[Any, Rule] = {
     tap: tapped,
     rope_rows: lower_rope_rows,
     select_tokens: lower_select_tokens,
-    gelu_new: lower_gelu_new,
+    gelu_new: partial(stepwise_activation, op_type="GeluNew"),
+    gelu_fast: partial(stepwise_activation, op_type="GeluFast"),
+    quick_gelu: partial(stepwise_activation, op_type="QuickGelu"),
     operator.getitem: getitem,
     operator.add: lambda graph, node: binary(graph, "Add", node),
     operator.mul: lambda graph, node: binary(graph, "Mul", node),

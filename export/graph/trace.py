@@ -14,7 +14,7 @@ from export.graph.rules import RULES
 from refmodels.checkpoints.load import empty_decoder
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
-from refmodels.model import Decoder, gelu_new
+from refmodels.model import Decoder, gelu_fast, gelu_new, quick_gelu
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.positions import build_tables
 from refmodels.quantization.linear import QuantizedLinear
@@ -22,7 +22,7 @@ from refmodels.recorder import tap
 from refmodels.spec import ModelSpec, Numerics
 from trt_runtime.bundle import AttentionMode, Precision
 
-_LEAF_FUNCTIONS = (tap, cached_attention, fused_rms_norm, rope_rows, select_tokens, gelu_new)
+_LEAF_FUNCTIONS = (tap, cached_attention, fused_rms_norm, rope_rows, select_tokens, gelu_new, gelu_fast, quick_gelu)
 """Functions that the trace keeps as one node each."""
 
 

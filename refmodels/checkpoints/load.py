@@ -27,7 +27,7 @@ from refmodels.checkpoints.shards import StoredTensor, WeightFiles
 from refmodels.checkpoints.weights import WeightMap
 from refmodels.dtypes import DTYPES, torch_name
 from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES, family_of
+from refmodels.families import FAMILIES, family_of, model_type_of
 from refmodels.families.config import Config, Family
 from refmodels.json_records import read_json
 from refmodels.model import Decoder
@@ -91,8 +91,11 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     if not where.is_file():
         raise LogitLockError(f"{directory} has no config.json; a model directory in Hugging Face layout has one")
     data = read_json(where)
-    family = family_of(data, str(where))
-    config = Config(data, variant or {}, str(where), Beside(directory))
+    typed = {**data, "model_type": model_type_of(data, str(where))}
+    family = family_of(typed, str(where))
+    config = Config(typed, variant or {}, str(where), Beside(directory))
+    if data.get("model_type") is None:
+        config.facts.append(f"model_type {typed['model_type']}, because architectures is {data['architectures']}")
     spec = family.spec(config)
     if spec.tied_head and _stores_own_head(spec, family, config.beside):
         spec = replace(spec, tied_head=False)
@@ -101,7 +104,7 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
             'as transformers 5 does; write "tie_word_embeddings": false'
         )
     source = ModelSource(
-        directory=directory, config=data, spec=spec, family=family, name=name, facts=tuple(config.facts)
+        directory=directory, config=typed, spec=spec, family=family, name=name, facts=tuple(config.facts)
     )
     found = moved(source, directory)
     for text in config.warnings:
@@ -136,7 +139,8 @@ def moved(source: ModelSource, directory: Path) -> ModelSource:
         LogitLockError: no readable config.json there.
     """
     where = directory / "config.json"
-    config, plain = read_json(where), replace(source.spec, quantization=None)
+    config = {**read_json(where), "model_type": source.config["model_type"]}
+    plain = replace(source.spec, quantization=None)
     modelopt = directory / MODELOPT_NAME
     found = read_config(
         config,

@@ -65,8 +65,8 @@ WeightMap = Mapping[str, tuple[Part, ...]]
 class Layout:
     """Module names of a checkpoint; those of a block are relative to `block`, which contains `{i}`.
 
-    `qkv`: one fused module, or query, key and value.  `gate` and `up` may name one fused module, [gate | up].
-    `conv1d`: linears are stored [in, out].  `fused_by_head`: see `Part.interleaved_heads`.
+    `qkv`: one fused module, or query and [key | value], or query, key and value.  `gate` and `up` may name one fused
+    module, [gate | up].  `conv1d`: linears are stored [in, out].  `fused_by_head`: see `Part.interleaved_heads`.
     """
 
     embed: str
@@ -110,7 +110,7 @@ def weight_map(spec: ModelSpec, layout: Layout) -> WeightMap:
         table["position_embed.weight"] = (Part(name=f"{layout.position_embed}.weight", shape=(spec.max_positions, h)),)
     for i in range(spec.layers):
         ours, theirs = f"blocks.{i}", layout.block.format(i=i)
-        rows = (spec.qkv_width,) if len(layout.qkv) == 1 else (query, kv, kv)
+        rows = {1: (spec.qkv_width,), 2: (query, 2 * kv), 3: (query, kv, kv)}[len(layout.qkv)]
         by_head = a.heads if layout.fused_by_head else 0
         qkv = [
             Part(name=f"{theirs}.{name}", shape=(count, h), interleaved_heads=by_head)

@@ -14,20 +14,32 @@ from refmodels.spec import ModelSpec
 FAMILIES: Mapping[str, Family] = {f.name: f for f in (chatglm2.FAMILY, baichuan.FAMILY, qwen.FAMILY, gpt.FAMILY)}
 
 
-def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family that reads this Hugging Face config.
+def model_type_of(config: Mapping[str, Any], where: str = "config.json") -> str:
+    """The model_type of a Hugging Face config; where it says none, the one whose class `architectures` names.
 
     Raises:
-        LogitLockError: no model_type, or one that no family knows.
+        LogitLockError: a model_type that no family knows; none, and no class that one knows.
     """
-    model_type = config.get("model_type")
-    for family in FAMILIES.values():
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(t for f in FAMILIES.values() for t in f.model_types)
-    if model_type is None:
-        raise LogitLockError(f"{where} has no model_type; known ones: {known}")
-    raise LogitLockError(f"{where} has the unknown model_type {model_type!r}; known ones: {known}")
+    types = {t: classes for family in FAMILIES.values() for t, classes in family.model_types.items()}
+    said = config.get("model_type")
+    if said is not None:
+        if isinstance(said, str) and said in types:
+            return said
+        raise LogitLockError(f"{where} has the unknown model_type {said!r}; known ones: {', '.join(types)}")
+    named = config.get("architectures")
+    found = [t for t, classes in types.items() for c in (named if isinstance(named, list) else ()) if c in classes]
+    if found:
+        return found[0]
+    also = f"none of its architectures {named!r} is known" if named else "no architectures"
+    raise LogitLockError(
+        f'{where} has no model_type, and {also}: add "model_type" to it; known ones: {", ".join(types)}'
+    )
+
+
+def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
+    """The family that reads this Hugging Face config.  Errors as `model_type_of`."""
+    model_type = model_type_of(config, where)
+    return next(family for family in FAMILIES.values() if model_type in family.model_types)
 
 
 def spec_from_config(
@@ -42,4 +54,5 @@ def spec_from_config(
     Raises:
         LogitLockError: a missing key, an unknown model_type, or a setting that is not supported.
     """
-    return family_of(config, where).spec(Config(config, variant or {}, where))
+    typed = {**config, "model_type": model_type_of(config, where)}
+    return family_of(typed, where).spec(Config(typed, variant or {}, where))

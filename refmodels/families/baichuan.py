@@ -106,7 +106,7 @@ _LAYOUT = replace(LLAMA_LAYOUT, qkv=("self_attn.W_pack",))
 
 FAMILY = Family(
     name="baichuan",
-    model_types=("baichuan",),
+    model_types={"baichuan": ("BaichuanForCausalLM", "BaiChuanForCausalLM")},
     describes="Baichuan 7B and 13B, Baichuan2 7B and 13B (RoPE, ALiBi, NormHead)",
     spec=_spec,
     layout=lambda spec: _LAYOUT,

@@ -86,7 +86,7 @@ def _layout(spec: ModelSpec) -> Layout:
 
 FAMILY = Family(
     name="chatglm2",
-    model_types=("chatglm",),
+    model_types={"chatglm": ("ChatGLMModel", "ChatGLMForConditionalGeneration")},
     describes="ChatGLM2-6B, ChatGLM3-6B and their long-context models, GLM-4-9B (remote code)",
     spec=_spec,
     layout=_layout,

@@ -19,6 +19,8 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_new",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_fast",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
 
@@ -127,6 +129,12 @@ class Config:
         if value != expected:
             raise LogitLockError(f"{self.where}: {key} = {value!r} is not supported; only {expected!r} is")
 
+    def one_of(self, key: str, known: Collection[str | None]) -> None:
+        """Refuse a setting that is none of the known ones; None stands for an absent key."""
+        if self.raw(key) not in known:
+            named = ", ".join(repr(value) for value in known if value is not None)
+            raise LogitLockError(f"{self.where}: {key} = {self.raw(key)!r} is not supported; only {named} are")
+
     def activation(self, *keys: str, default: str | None = None) -> Activation:
         name = self.get(str, *keys, default=default)
         if name not in _ACTIVATIONS:
@@ -161,7 +169,8 @@ class Family:
 
     Attributes:
         name: as on the command line; also the name of the bundled toy.
-        model_types: values of `model_type` in config.json that this family reads.
+        model_types: values of `model_type` in config.json that this family reads, each with the classes that
+            `architectures` names for it.
         describes: the published models it covers, for `logitlock models`.
         spec: config -> facts.
         layout: facts -> the names in its checkpoints.
@@ -169,7 +178,7 @@ class Family:
     """
 
     name: str
-    model_types: tuple[str, ...]
+    model_types: Mapping[str, tuple[str, ...]]
     describes: str
     spec: Callable[[Config], ModelSpec]
     layout: Callable[[ModelSpec], Layout]

@@ -1,6 +1,10 @@
-"""GPT-2, GPTBigCode (SantaCoder, StarCoder, Granite) and StarCoder2.
+"""GPT-2, GPTBigCode (SantaCoder, StarCoder, Granite), SantaCoder as first published, and StarCoder2.
 
 Upstream: transformers models/gpt2, models/gpt_bigcode, models/starcoder2 (read at 5.23.0), eager attention.
+
+bigcode/santacoder says model_type "gpt2" and ships its own code, configuration_gpt2_mq.py and modeling_gpt2_mq.py:
+GPT-2 with one key and value for all heads where `attention_head_type` is "multiquery", in modules q_attn and kv_attn
+that are Conv1D as in GPT-2.  In which order that code rounds is not known here; its `upstream` numerics are exact ones.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from refmodels.checkpoints.weights import Layout
+from refmodels.errors import LogitLockError
 from refmodels.families.config import LLAMA_LAYOUT, Config, Family
 from refmodels.spec import AttentionArithmetic, AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
@@ -19,17 +24,20 @@ def _spec(config: Config) -> ModelSpec:
 def _learned(config: Config) -> ModelSpec:
     """GPT-2 and GPTBigCode: learned positions, LayerNorm, tied head."""
     bigcode = config.data.get("model_type") == "gpt_bigcode"
+    santacoder = not bigcode and _is_santacoder(config)
     hidden = config.get(int, "n_embd", "hidden_size")
     heads = config.get(int, "n_head", "num_attention_heads")
     head_dim = config.divided(hidden, heads)
-    multi_query = bigcode and config.get(bool, "multi_query", default=True)
+    multi_query = santacoder or (bigcode and config.get(bool, "multi_query", default=True))
     config.require("add_cross_attention", False, False)
     arithmetic: AttentionArithmetic = "eager_multiply_float32" if bigcode else "eager_multiply"
-    if config.get(bool, "reorder_and_upcast_attn", default=False):
+    if santacoder:
+        arithmetic = "exact"
+    elif config.get(bool, "reorder_and_upcast_attn", default=False):
         arithmetic = "eager_upcast"
     return ModelSpec(
         family="gpt",
-        variant="gpt_bigcode" if bigcode else "gpt2",
+        variant="gpt_bigcode" if bigcode else "santacoder" if santacoder else "gpt2",
         vocab_size=config.get(int, "vocab_size"),
         hidden_size=hidden,
         layers=config.get(int, "n_layer", "num_hidden_layers"),
@@ -54,6 +62,26 @@ def _learned(config: Config) -> ModelSpec:
         position="learned",
         tied_head=config.get(bool, "tie_word_embeddings", default=True),
     )
+
+
+def _is_santacoder(config: Config) -> bool:
+    """Whether a config of type gpt2 is one of SantaCoder's code with one key and value for all heads.
+
+    Raises:
+        LogitLockError: the config and the tensors contradict each other.
+    """
+    kind = config.raw("attention_head_type")
+    config.one_of("attention_head_type", ("multihead", "multiquery", None))
+    names = config.beside.tensor_names
+    stored = any(name.endswith(".attn.kv_attn.weight") for name in names)
+    if names and kind is not None and stored != (kind == "multiquery"):
+        raise LogitLockError(
+            f"{config.where} says attention_head_type {kind!r}, but its weights have "
+            f"{'' if stored else 'no '}tensors attn.kv_attn of one key and value for all heads"
+        )
+    if stored:
+        config.facts.append("SantaCoder, because tensors attn.kv_attn are stored")
+    return stored or kind == "multiquery"
 
 
 def _starcoder2(config: Config) -> ModelSpec:
@@ -107,12 +135,15 @@ _GPT2 = Layout(
     head="lm_head",
     conv1d=True,
 )
+_SANTACODER = replace(_GPT2, qkv=("attn.q_attn", "attn.kv_attn"))
 _STARCODER2 = replace(LLAMA_LAYOUT, gate=None, up="mlp.c_fc", mlp_out="mlp.c_proj")
 
 
 def _layout(spec: ModelSpec) -> Layout:
     if spec.variant == "starcoder2":
         return _STARCODER2
+    if spec.variant == "santacoder":
+        return _SANTACODER
     if spec.variant == "gpt_bigcode":
         return replace(_GPT2, conv1d=False, fused_by_head=spec.attention.kv_heads == spec.attention.heads)
     return _GPT2
@@ -120,8 +151,12 @@ def _layout(spec: ModelSpec) -> Layout:
 
 FAMILY = Family(
     name="gpt",
-    model_types=("gpt2", "gpt_bigcode", "starcoder2"),
-    describes="GPT-2, GPTBigCode (SantaCoder, StarCoder, Granite), StarCoder2",
+    model_types={
+        "gpt2": ("GPT2LMHeadModel", "GPT2LMHeadCustomModel"),
+        "gpt_bigcode": ("GPTBigCodeForCausalLM",),
+        "starcoder2": ("Starcoder2ForCausalLM",),
+    },
+    describes="GPT-2, SantaCoder, GPTBigCode (StarCoder, Granite), StarCoder2",
     spec=_spec,
     layout=_layout,
     ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", r".*rotary_emb\.inv_freq"),

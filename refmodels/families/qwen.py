@@ -76,7 +76,7 @@ _QWEN1 = Layout(
 
 FAMILY = Family(
     name="qwen",
-    model_types=("qwen", "qwen2"),
+    model_types={"qwen": ("QWenLMHeadModel",), "qwen2": ("Qwen2ForCausalLM",)},
     describes="Qwen 1.8B, 7B, 14B, 72B (dynamic NTK, logn), Qwen2",
     spec=_spec,
     layout=lambda spec: LLAMA_LAYOUT if spec.variant == "qwen2" else _QWEN1,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import refmodels
+from refmodels.model import activate
 from refmodels.notices import say_once
 from refmodels.spec import RopeSpec, spec_from_dict
 from tests.support.checkpoints import read_case, write_model
@@ -119,3 +120,36 @@ def test_a_rope_theta_that_is_no_number_is_named(theta: Any) -> None:
         return
     with pytest.raises(refmodels.LogitLockError, match=r"rope_parameters: rope_theta is .*; it must be of type float"):
         refmodels.spec_from_config(changed)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu_fast", "gelu_new", "gelu", "gelu_pytorch_tanh", "silu"])
+def test_activations_of_gpt2(activation: str, tmp_path: Path) -> None:
+    """In fp32 and, with upstream's roundings, in half precision bit for bit."""
+    config, tensors, _ = read_case("gpt2_b1")
+    folder = write_model(tmp_path, config | {"activation_function": activation}, tensors)
+    assert_computes_as_transformers(folder)
+    x = torch.linspace(-6, 6, 4001)
+    theirs = pytest.importorskip("transformers.activations").ACT2FN[activation]
+    spec = refmodels.resolve(folder).spec
+    for dtype in (torch.bfloat16, torch.float16):
+        half = x.to(dtype)
+        assert torch.equal(activate(half, spec.mlp.activation, stepwise=True), theirs(half))
+
+
+@pytest.mark.parametrize("case", ["qwen2_b1", "gpt2_b1", "gpt_bigcode_b1", "starcoder2_b1"])
+def test_a_config_without_model_type_is_known_by_its_architectures(case: str, tmp_path: Path) -> None:
+    config, tensors, _ = read_case(case)
+    expected = refmodels.resolve(write_model(tmp_path, config, tensors)).spec
+    without = {key: value for key, value in config.items() if key != "model_type"}
+    write_model(tmp_path, without, tensors)
+    source = refmodels.resolve(tmp_path)
+    assert source.spec == expected and source.config["model_type"] == config["model_type"]
+    assert source.facts[0].startswith(f"model_type {config['model_type']}, because architectures is ")
+    refmodels.load(source)
+    write_model(tmp_path, without | {"architectures": ["LlamaForCausalLM"]}, tensors)
+    with pytest.raises(refmodels.LogitLockError, match=r"none of its architectures \['LlamaForCausalLM'\] is known"):
+        refmodels.resolve(tmp_path)
+    del without["architectures"]
+    write_model(tmp_path, without, tensors)
+    with pytest.raises(refmodels.LogitLockError, match='no model_type, and no architectures: add "model_type" to it'):
+        refmodels.resolve(tmp_path)
