@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from refmodels.checkpoints.load import tokenizer_in
 from refmodels.command import JsonFlag
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
+from refmodels.text.generation_defaults import GenerationDefaults, generation_defaults
 from refmodels.text.prompts import prompt_ids, read_prompts, stop_ids_in
 from trt_runtime.bundle import read_bundle
 from trt_runtime.engine import Engine
@@ -25,8 +27,10 @@ from trt_runtime.generation import GenerationConfig
 from trt_runtime.generation import generate as run_generation
 from trt_runtime.inspect_bundle import describe, weight_groups
 from trt_runtime.open import EngineChoice, open_engine
-from trt_runtime.sampling import Sampling
+from trt_runtime.sampling import Sampling, sampling_of
 from trt_runtime.torch_gpu.engine import TorchEngine, kernels_serve
+
+_OF_MODEL = "of generation_config.json, else {}"
 
 
 def generate(
@@ -44,14 +48,38 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option(help="Put each prompt into the model's chat format.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per prompt.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k most likely tokens; 0 means all tokens.")] = 0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sampling temperature; 0 takes the most likely token.", show_default=_OF_MODEL.format(0)),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Sample among the k most likely tokens; 0 means all tokens.", show_default=_OF_MODEL.format(0)
+        ),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(help="Sample among the most likely tokens whose probabilities add up to this value.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Sample among the most likely tokens whose probabilities add up to this value.",
+            show_default=_OF_MODEL.format(1),
+        ),
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Penalty on tokens that have occurred before; a value above 1 makes them less likely.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Penalty on tokens that have occurred before; a value above 1 makes them less likely.",
+            show_default=_OF_MODEL.format(1),
+        ),
+    ] = None,
+    no_generation_config: Annotated[
+        bool,
+        typer.Option(
+            "--no-generation-config",
+            help="Leave out the sampling and the repetition penalty of the model's generation_config.json; its stop "
+            "ids stay.",
+        ),
+    ] = False,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text, which is cut off; repeatable.")] = None,
     stop_id: Annotated[
         list[int] | None,
@@ -88,13 +116,10 @@ def generate(
 
     Example: logitlock generate --bundle engines/qwen-fp16 --prompt '世界上第二高的山峰是哪座？'
     """
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
-        ),
-        stop_strings=tuple(stop or ()),
-    )
+    asked: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, stop_strings=tuple(stop or ()))
+    # Of what the user asks alone, before a model is opened.
+    Sampling(**{"temperature": 1.0, **{name: value for name, value in asked.items() if value is not None}})
     prompts = read_prompts(prompt, prompt_file)
     if not prompts:
         raise LogitLockError("there is no prompt: give --prompt TEXT or --prompt-file FILE")
@@ -117,17 +142,23 @@ def generate(
         directory = source.directory
     tokenizer = tokenizer_in(directory, executor.spec)
     stops = (*stop_ids_in(directory, executor.spec, tokenizer, chat=chat), *(stop_id or ()))
-    config = dataclasses.replace(config, stop_ids=stops)
+    defaults = GenerationDefaults() if no_generation_config else generation_defaults(directory)
+    sampling = sampling_of(defaults, **asked, seed=seed)
+    config = dataclasses.replace(config, stop_ids=stops, sampling=sampling)
     ids = [prompt_ids(text, executor.spec, tokenizer, chat=chat) for text in prompts]
+    own = [name for name in asked if asked[name] is None and getattr(sampling, name) != getattr(Sampling(), name)]
+    origin = f" ({' and '.join(own)} of {defaults.file.name})" if own and defaults.file is not None else ""
     live = stream and len(prompts) == 1 and not json_output
     if not json_output:
         print(f"engine: {executor.arithmetic}", file=sys.stderr)
+        print(f"sampling: {sampling.describe()}{origin}; stop ids: {_numbers(stops)}", file=sys.stderr)
     results = run_generation(
         executor, tokenizer, ids, config, on_text=(lambda _, text: print(text, end="", flush=True)) if live else None
     )
     if json_output:
         rows = [{"prompt": text, **vars(result)} for text, result in zip(prompts, results, strict=True)]
-        print(json.dumps({"engine": executor.arithmetic, "results": rows}, ensure_ascii=False, indent=2))
+        document = {"engine": executor.arithmetic, "sampling": vars(sampling), "stop_ids": list(stops), "results": rows}
+        print(json.dumps(document, ensure_ascii=False, indent=2))
     elif live:
         print()
     else:
@@ -148,6 +179,10 @@ def inspect(
         print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
         _show(found)
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values)) or "none"
 
 
 def _dtype(name: str) -> Any:

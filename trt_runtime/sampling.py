@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from refmodels.errors import LogitLockError
+from refmodels.text.generation_defaults import SAMPLING_DEFAULTS, GenerationDefaults
+
+_OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,11 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
 
+    def describe(self) -> str:
+        """What acts, in one phrase."""
+        named = [f"{name} {getattr(self, name):g}" for name, off in _OFF.items() if getattr(self, name) != off]
+        return ", ".join(named if self.temperature else ["greedy", *named])
+
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise LogitLockError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
@@ -49,6 +57,39 @@ class Sampling:
             raise LogitLockError(f"repetition_penalty must be a positive number, got {self.repetition_penalty}")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise LogitLockError("top_k and top_p choose among random draws: give a temperature above 0 with them")
+
+
+def sampling_of(
+    defaults: GenerationDefaults,
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int = 0,
+) -> Sampling:
+    """What a user gives, and for the rest (None) what the checkpoint says, as in transformers' `generate`.
+
+    A checkpoint's temperature, top_k and top_p act where its do_sample is true or the user gives a temperature.
+
+    Raises:
+        LogitLockError: as `Sampling`; a key of the checkpoint that is not served.
+    """
+    defaults.check()
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    given = {name: value for name, value in asked.items() if value is not None}
+    values = dict(defaults.values)
+    if defaults.samples:
+        values = {**SAMPLING_DEFAULTS, **values}
+    if not (defaults.samples if temperature is None else temperature > 0):
+        values = {name: value for name, value in values.items() if name not in SAMPLING_DEFAULTS}
+    elif values.get("temperature", 1) == 0:
+        raise LogitLockError(f"{defaults.file}: do_sample is true, but temperature is 0; it must be above 0")
+    try:
+        Sampling(**{"temperature": 1.0, **values})  # type: ignore[arg-type]
+    except LogitLockError as error:
+        raise LogitLockError(f"{defaults.file}: {error}") from None
+    return Sampling(**{**values, **given}, seed=seed)  # type: ignore[arg-type]
 
 
 def adjust(logits: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:

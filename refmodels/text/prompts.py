@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from refmodels.errors import LogitLockError
 from refmodels.files import read_text
-from refmodels.json_records import read_json
 from refmodels.text.chat import chat_ids
 from refmodels.text.chat import stop_ids as chat_stop_ids
+from refmodels.text.generation_defaults import generation_defaults
 from refmodels.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,20 +32,14 @@ def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) 
 
 
 def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
-    """The ids of the tokens that end an answer: eos_token_id of generation_config.json (one or several), the
-    tokenizer's eos, and in a chat those of its format.
+    """The ids of the tokens that end an answer: eos_token_id (one or several) of generation_config.json, else of
+    config.json, else the tokenizer's eos; and in a chat those of its format.
 
     Raises:
         LogitLockError: eos_token_id is neither a number nor a list of numbers.
     """
-    stops: list[int] = []
-    path = directory / "generation_config.json"
-    declared = read_json(path).get("eos_token_id") if path.is_file() else None
-    for value in declared if isinstance(declared, list) else [] if declared is None else [declared]:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise LogitLockError(f"{path}: eos_token_id is {declared!r}; it must be a token id or a list of them")
-        stops.append(value)
-    if tokenizer.special.eos is not None:
+    stops = list(generation_defaults(directory).eos)
+    if not stops and tokenizer.special.eos is not None:
         stops.append(tokenizer.special.eos)
     if chat:
         stops += chat_stop_ids(spec.chat_format, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 import refmodels
 from export.bundle import export_model
-from refmodels.checkpoints.load import tokenizer_in
+from refmodels.checkpoints.load import TOYS, tokenizer_in
 from refmodels.command import main
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
@@ -96,7 +97,7 @@ def test_stop_ids_of_generation_config(tmp_path: Path) -> None:
     tokenizer = tokenizer_in(source.directory, source.spec)
     eos = tokenizer.special.eos
     assert eos == 2
-    for declared, expected in (({"eos_token_id": [7, 2, 9]}, (7, 2, 9)), ({"eos_token_id": 5}, (5, 2)), ({}, (2,))):
+    for declared, expected in (({"eos_token_id": [7, 2, 9]}, (7, 2, 9)), ({"eos_token_id": 5}, (5,)), ({}, (2,))):
         (tmp_path / "generation_config.json").write_text(json.dumps(declared))
         assert stop_ids_in(tmp_path, source.spec, tokenizer, chat=False) == expected
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
@@ -105,6 +106,26 @@ def test_stop_ids_of_generation_config(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").unlink()
     assert stop_ids_in(tmp_path, source.spec, tokenizer, chat=True)[0] == eos
     assert tokenizer.token_id("<|im_end|>") in stop_ids_in(tmp_path, source.spec, tokenizer, chat=True)
+
+
+def test_generation_config_acts_and_is_said(tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "qwen"
+    shutil.copytree(TOYS / "qwen", folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2, "repetition_penalty": 5.0}')
+    shared = ["generate", "--model", folder, "--prompt", MOUNTAIN, "--max-new-tokens", 12]
+    code, text, said = command(*shared)
+    assert code == 0
+    acts = "sampling: greedy, repetition_penalty 5 (repetition_penalty of generation_config.json); stop ids: 2\n"
+    assert acts in said
+    code, plain, said = command(*shared, "--no-generation-config")
+    assert text != plain and "sampling: greedy; stop ids: 2\n" in said
+    assert command(*shared, "--repetition-penalty", 1)[1] == plain
+    document = json.loads(command(*shared, "--json")[1])
+    assert document["sampling"]["repetition_penalty"] == 5 and document["stop_ids"] == [2]
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2, "num_beams": 2}')
+    code, _, said = command(*shared)
+    assert code == 2 and "sets num_beams to 2, which is not supported: --no-generation-config" in said
+    assert command(*shared, "--no-generation-config")[1] == plain
 
 
 def test_generation_ends_at_a_declared_stop_id(tmp_path: Path, command: Command) -> None:
