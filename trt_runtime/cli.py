@@ -116,7 +116,12 @@ def generate(
 
     Example: logitlock generate --bundle engines/qwen-fp16 --prompt '世界上第二高的山峰是哪座？'
     """
-    asked: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    asked: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+    }
     config = GenerationConfig(max_new_tokens=max_new_tokens, stop_strings=tuple(stop or ()))
     # Of what the user asks alone, before a model is opened.
     Sampling(**{"temperature": 1.0, **{name: value for name, value in asked.items() if value is not None}})

@@ -57,8 +57,8 @@ class GenerationDefaults:
         """Raises LogitLockError where a key is not served."""
         for key, value in self.unserved.items():
             raise LogitLockError(
-                f"{self.file} sets {key} to {value!r}, which is not supported: --no-generation-config leaves its choice "
-                "of tokens out"
+                f"{self.file} sets {key} to {value!r}, which is not supported: --no-generation-config leaves out how "
+                "the file chooses tokens"
             )
 
 

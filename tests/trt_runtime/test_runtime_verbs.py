@@ -18,6 +18,7 @@ from refmodels.checkpoints.load import TOYS, tokenizer_in
 from refmodels.command import main
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
+from refmodels.spec import spec_from_dict
 from refmodels.text.prompts import stop_ids_in
 from tests.support.checkpoints import read_case, write_model
 from trt_runtime.__main__ import VERBS
@@ -195,7 +196,7 @@ def test_inspect(toy_bundle: Path, command: Command) -> None:
     code, out, _ = command("inspect", toy_bundle, "--json")
     found = json.loads(out)
     spec = refmodels.resolve("qwen").spec
-    assert code == 0 and found["spec"] == spec.to_dict() and found["precision"] == "fp16"
+    assert code == 0 and spec_from_dict(found["spec"]) == spec and found["precision"] == "fp16"
     assert found["nodes"]["refmodels::CachedAttention"] == spec.layers
     assert found["nodes"]["refmodels::FusedRmsNorm"] == 2 * spec.layers + 1
     sizes = {w["name"]: w["bytes"] for w in found["weights"]}
