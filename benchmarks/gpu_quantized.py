@@ -51,7 +51,7 @@ from refmodels.families import spec_from_config  # noqa: E402
 from refmodels.model import Decoder  # noqa: E402
 from refmodels.quantization.formats import LinearFormat, group_formats  # noqa: E402
 from refmodels.quantization.linear import QuantizedLinear  # noqa: E402
-from refmodels.spec import ModelSpec, linear_modules  # noqa: E402
+from refmodels.spec import ModelSpec  # noqa: E402
 from trt_runtime.generation import GenerationConfig, generate  # noqa: E402
 from trt_runtime.torch_gpu import convert  # noqa: E402
 from trt_runtime.torch_gpu.engine import TorchEngine  # noqa: E402
@@ -90,7 +90,7 @@ def random_parameter(name: str, like: Tensor, linear: LinearFormat | None, gener
 
 def quantized_decoder(linear: LinearFormat, *, head: bool) -> Decoder:
     spec = spec_from_config(CONFIGS[MODEL])
-    formats = {module: linear for module in linear_modules(spec.layers, gated=True, head=head)}
+    formats = {module: linear for module in spec.linears if head or module != "head"}
     decoder = empty_decoder(replace(spec, quantization=group_formats(formats)))
     generator = torch.Generator("cuda").manual_seed(0)
     for name, parameter in list(decoder.named_parameters()):

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import refmodels
 from export.quantization.awq import search_clip, search_scale
 from export.quantization.data import calibration_data
-from export.quantization.fold import BLOCK_SITES, TAPS, readers
+from export.quantization.fold import BLOCK_SITES, input_tap, readers
 from export.quantization.gptq import Hessian, gptq, layer_error
 from export.quantization.smoothquant import smooth_scale
 from refmodels.quantization.arithmetic import pack_int4, quantize_weight, weight_scale
@@ -56,7 +56,7 @@ def layers_of(toy: str) -> Iterator[Layer]:
     source = refmodels.resolve(toy)
     model = refmodels.load(source)
     prefixes = [f"blocks.{i}." for i in range(model.spec.layers)]
-    taps = [prefix + TAPS[site] for prefix in prefixes for site in BLOCK_SITES]
+    taps = [prefix + input_tap(model.spec, site) for prefix in prefixes for site in BLOCK_SITES]
     seen: dict[str, list[Tensor]] = {tap: [] for tap in taps}
     for ids, mask in calibration_data(source).batches():
         with refmodels.recording(refmodels.Recorder(taps)) as recorder:
@@ -66,7 +66,7 @@ def layers_of(toy: str) -> Iterator[Layer]:
             seen[tap].append(tensor[mask.bool()])
     for prefix in prefixes:
         for site in BLOCK_SITES:
-            x = torch.cat(seen[prefix + TAPS[site]])[:TOKENS]
+            x = torch.cat(seen[prefix + input_tap(model.spec, site)])[:TOKENS]
             for name in readers(model.spec, site):
                 yield f"{toy} {prefix}{name}", model.get_submodule(prefix + name).weight.detach().clone(), x
 

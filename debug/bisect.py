@@ -31,7 +31,6 @@ from refmodels.checkpoints.load import ModelSource, load
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
-from refmodels.taps import linear_name
 from trt_runtime.bundle import Precision
 from trt_runtime.engine import Engine
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
@@ -83,7 +82,7 @@ class _MixedLinear(nn.Module):
 @contextmanager
 def _replaced(decoder: Decoder, layers: dict[str, nn.Module]) -> Iterator[None]:
     """Replace linear layers by other modules, by tap."""
-    places = {tap: linear_name(tap) for tap in layers}
+    places = {tap: decoder.spec.taps[tap].module for tap in layers}
     before = {tap: decoder.get_submodule(path) for tap, path in places.items()}
     for tap, path in places.items():
         _set(decoder, path, layers[tap])
@@ -192,7 +191,7 @@ def _fewest(measured: Callable[[int], float], most: int, kl_low: float, budget: 
 
 
 def _linear(decoder: Decoder, tap: str) -> nn.Linear:
-    module = decoder.get_submodule(linear_name(tap))
+    module = decoder.get_submodule(decoder.spec.taps[tap].module)
     assert isinstance(module, nn.Linear)
     return module
 

@@ -142,7 +142,7 @@ def _parameters(
 ) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's parameters in `dtype`, those of the linear layers in `float32` in fp32."""
     names = list(parameter_shapes(spec))
-    wide = parameters_of(float32, names)
+    wide = parameters_of(spec, float32, names)
     for kind, chosen in ((dtype, set(names) - wide), (torch.float32, wide)):
         if chosen:
             yield from stream_parameters(source, dtype=kind, numerics=numerics, prefixes=tuple(chosen))

@@ -21,7 +21,6 @@ from refmodels.errors import LogitLockError
 from refmodels.files import write_text
 from refmodels.json_records import read_json, read_record
 from refmodels.spec import ModelSpec
-from refmodels.taps import linear_name
 from trt_runtime.bundle import Precision
 
 SCHEMA = 1
@@ -40,12 +39,13 @@ class PrecisionPlan:
 
 def linear_taps(spec: ModelSpec) -> list[str]:
     """The modules that a plan may name, in the order of execution; a tied head shares its weight and is not one."""
-    return ["logits" if module == "head" else module for module in spec.linears]
+    own = set(spec.linears)
+    return [tap.name for tap in spec.taps.values() if tap.kind == "linear" and tap.module in own]
 
 
-def parameters_of(taps: Collection[str], names: Collection[str]) -> set[str]:
+def parameters_of(spec: ModelSpec, taps: Collection[str], names: Collection[str]) -> set[str]:
     """Those of the parameter `names` that the linear layers at `taps` own."""
-    owners = {linear_name(tap) for tap in taps}
+    owners = {spec.taps[tap].module for tap in taps}
     return {name for name in names if name.rpartition(".")[0] in owners}
 
 
@@ -87,7 +87,7 @@ def read_schemes(path: Path, spec: ModelSpec, scheme: str | None) -> dict[str, s
         matching = [name for name in linear_taps(spec) if fnmatchcase(name, pattern)]
         if not matching:
             raise LogitLockError(f"{path} names {pattern!r}, which matches no linear layer of {spec.variant}")
-        found |= {linear_name(name): other for name in matching}
+        found |= {spec.taps[name].module: other for name in matching}
     return found
 
 

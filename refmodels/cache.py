@@ -98,6 +98,12 @@ class KVCache:
         self.mask = torch.zeros(self.batch, self.capacity, dtype=torch.bool)
         self.ntk_table = torch.zeros(self.batch, dtype=torch.int64)
 
+    def by_tap(self) -> dict[str, Tensor]:
+        """The buffers, by the names of their taps."""
+        tensors = {"key": self.key, "value": self.value}
+        caches = (tap for tap in self.spec.taps.values() if tap.kind == "cache")
+        return {tap.name: tensors[tap.part][tap.layer] for tap in caches if tap.layer is not None}
+
     def next_step(
         self,
         input_ids: Tensor,

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from refmodels.errors import LogitLockError
 from refmodels.json_records import read_record
 from refmodels.quantization.formats import EightBit, LinearFormat, QuantizationSpec
+from refmodels.taps import Tap, make_taps
 
 Numerics = Literal["exact", "upstream"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu"]
@@ -127,8 +129,9 @@ class ModelSpec:
             raise LogitLockError(f"spec of {self.variant}: rope must be given exactly when position is 'rope'")
         if a.heads % a.kv_heads:
             raise LogitLockError(f"spec of {self.variant}: {a.heads} heads are not a multiple of {a.kv_heads} kv_heads")
-        known = set(self.linears)
-        for module in self.quantization.modules if self.quantization is not None else ():
+        quantized = () if self.quantization is None else self.quantization.modules
+        known = set(self.linears) if quantized else ()
+        for module in quantized:
             if module not in known:
                 raise LogitLockError(f"spec of {self.variant}: {module!r} is not a linear layer that can be quantized")
         if self.rope is not None and (self.rope.dim % 2 or not 0 < self.rope.dim <= a.head_dim):
@@ -174,10 +177,16 @@ class ModelSpec:
         limited = layer >= a.window_first_layer and layer not in a.window_skips
         return a.window if a.window is not None and limited else 0
 
+    @cached_property
+    def taps(self) -> Mapping[str, Tap]:
+        """Every tensor that has a name, in the order of execution."""
+        return make_taps(self)
+
     @property
     def linears(self) -> tuple[str, ...]:
         """Linear layers that have a weight of their own, in the order of execution; a tied head has none."""
-        return tuple(linear_modules(self.layers, gated=self.mlp.gated, head=not self.tied_head))
+        found = (tap.module for tap in self.taps.values() if tap.kind == "linear")
+        return tuple(module for module in found if module != "head" or not self.tied_head)
 
     def format_of(self, module: str) -> LinearFormat | None:
         """The format of a quantized linear layer ('blocks.0.attn.qkv', 'head'); None if it is not quantized."""
@@ -213,12 +222,3 @@ def spec_from_dict(data: dict[str, Any]) -> ModelSpec:
         LogitLockError: an unknown or missing key, or a value of the wrong type, named with its path.
     """
     return read_record(ModelSpec, data, "spec")
-
-
-def linear_modules(layers: int, *, gated: bool, head: bool) -> Iterable[str]:
-    """Names of a decoder's linear layers in the order of execution."""
-    parts = ("attn.qkv", "attn.out", *(("mlp.gate",) if gated else ()), "mlp.up", "mlp.out")
-    for layer in range(layers):
-        yield from (f"blocks.{layer}.{part}" for part in parts)
-    if head:
-        yield "head"

@@ -24,7 +24,7 @@ from refmodels.errors import LogitLockError
 from refmodels.files import check_regular, parse_json, write_file
 from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec, Numerics, spec_from_dict
-from refmodels.taps import is_cache_tap, tap_names, tap_width
+from refmodels.taps import is_cache_tap, tap_names
 from trt_runtime.engine import Engine
 
 SCHEMA = 1
@@ -221,7 +221,7 @@ def _check_tensors(file: Any, spec: ModelSpec, taps: tuple[str, ...], shape: tup
         check(f"{step}.untapped", (batch, tokens, spec.vocab_size))
         for tap in taps:
             if not is_cache_tap(tap):
-                check(f"{step}.{tap}", (batch, tokens, tap_width(spec, tap)))
+                check(f"{step}.{tap}", (batch, tokens, spec.taps[tap].width))
                 continue
             cache = (batch, spec.attention.kv_heads, None, spec.attention.head_dim)
             whole = f"{step}.{tap}.all"

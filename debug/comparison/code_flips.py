@@ -19,7 +19,7 @@ from debug.comparison.modules import linear_of
 from refmodels.model import Decoder
 from refmodels.quantization.formats import LIMITS, EightBit
 from refmodels.quantization.linear import QuantizedLinear
-from refmodels.taps import input_of, linear_name
+from refmodels.taps import CACHE_PARTS
 
 _SHARE = 0.25
 _FP8_STEP = 2.0**-4
@@ -41,18 +41,18 @@ class CodeFlips:
 
     def of(self, tap: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """[batch, tokens], for the tap of a linear layer with quantized inputs or of attention on a quantized cache."""
-        layer = tap.removesuffix(".attn.context")
-        if layer != tap and self.spec.cache_code is not None:
-            largest = max(self._cache[f"{layer}.key"], self._cache[f"{layer}.value"])
+        made = self.spec.taps[tap]
+        if made.kind == "attention" and self.spec.cache_code is not None:
+            largest = max(self._cache[f"blocks.{made.layer}.{part}"] for part in CACHE_PARTS)
             return torch.full(tensors[tap].shape[:2], largest, dtype=torch.float64)
-        if self.spec.format_of(linear_name(tap)) is None:
+        if self.spec.format_of(made.module) is None:
             return None
         linear = linear_of(self.decoder, tap)
         assert isinstance(linear, QuantizedLinear)
         code = linear.format.input
         if code is None:
             return None
-        x = tensors[input_of(tap)].double()
+        x = tensors[made.reads[0]].double()
         if linear.pre_quant_scale is not None and not linear.pre_quant_scale.is_meta:
             x = linear.scaled(x)
         scale = linear.input_scale

@@ -428,14 +428,6 @@ def lower_bound(spec: ModelSpec, tap: str, dtype: torch.dtype, *, slots: int) ->
     fp64), the error of these sums: a random walk of K roundings gives sqrt(K / 6) units of them.  The floor's own BLAS
     may sum in blocks and be several times better, but this does not make the engine wrong.
     """
-    terms = {
-        "attn.qkv": spec.hidden_size,
-        "attn.context": max(slots, spec.attention.head_dim),
-        "attn.out": spec.attention.heads * spec.attention.head_dim,
-        "mlp.gate": spec.hidden_size,
-        "mlp.up": spec.hidden_size,
-        "mlp.out": spec.mlp.width,
-        "logits": spec.hidden_size,
-    }.get(tap.split(".", 2)[-1], 0)
+    terms = max((slots if count == "slots" else count for count in spec.taps[tap].sums), default=0)
     unit, sum_unit = unit_roundoff(dtype), unit_roundoff(wide_dtype(dtype))
     return float(max(unit, sum_unit * math.sqrt(terms / 6)))

@@ -143,7 +143,7 @@ def _evidence(module: Module, engine: Tensor, expected: Tensor, before: ErrorSta
 def _head_names(module: Module) -> list[str]:
     attention = module.decoder.spec.attention
     queries = [f"query {i}" for i in range(attention.heads)]
-    kinds = ("key", "value") if module.part == "attn.qkv" else (module.tap.rpartition(".")[2],)
+    kinds = ("key", "value") if module.part == "attn.qkv" else (module.part,)
     others = [f"{kind} {i}" for kind in kinds for i in range(attention.kv_heads)]
     return queries + others if module.part == "attn.qkv" else others if is_cache_tap(module.tap) else queries
 

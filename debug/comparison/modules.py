@@ -26,7 +26,6 @@ from refmodels.quantization.arithmetic import quantize_groups, quantize_static
 from refmodels.quantization.formats import CODE_TYPES
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.spec import RopeSpec
-from refmodels.taps import input_of, linear_name
 
 Kind = Literal["embed", "norm", "linear", "attention", "activation", "residual"]
 
@@ -55,12 +54,12 @@ class Module:
 
     @property
     def layer(self) -> int | None:
-        return int(self.tap.split(".")[1]) if self.tap.startswith("blocks.") else None
+        return self.decoder.spec.taps[self.tap].layer
 
     @property
     def part(self) -> str:
         """The tap within its block: 'attn.qkv'; '' for the block's own output; the whole name outside blocks."""
-        return self.tap if self.layer is None else ".".join(self.tap.split(".")[2:])
+        return self.decoder.spec.taps[self.tap].part
 
     def rope(self, rope: RopeSpec, *, shift: Tensor | int = 0, alpha: Tensor | None = None) -> dict[str, Tensor]:
         """cos and sin [batch, tokens, dim / 2] of another rotation, computed as this decoder computes its own.
@@ -97,7 +96,8 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
         return Module(tap=tap, kind=kind, decoder=decoder, forward=forward, function=run, arguments=arguments)
 
     inputs, spec = forward.inputs, decoder.spec
-    if tap == "embed":
+    made = spec.taps[tap]
+    if made.kind == "embed":
         learned = spec.position == "learned"
         return make(
             "embed",
@@ -108,39 +108,33 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
             position_table=decoder.position_embed.weight if learned else None,
             factor=1.0,
         )
-    if tap in ("final_norm", "logits"):
-        if tap == "logits":
-            return make("linear", **_linear_arguments(decoder, tap, engine(input_of(tap))))
-        index = inputs.logit_index.to(decoder.device)
-        last = engine(f"blocks.{spec.layers - 1}")
-        return make("norm", _norm, x=last, index=index, **_norm_arguments(decoder.final_norm))
-    layer = int(tap.split(".")[1])
-    path, block = f"blocks.{layer}", decoder.blocks[layer]
-    part = tap.removeprefix(path).removeprefix(".")
-    entering = f"blocks.{layer - 1}" if layer else "embed"
-    if part in ("attn_norm", "mlp_norm"):
-        x = engine(entering if part == "attn_norm" else f"{path}.resid_mid")
-        return make("norm", _norm, x=x, index=None, **_norm_arguments(getattr(block, part)))
-    if part in ("resid_mid", ""):
-        trunk, branch = (entering, f"{path}.attn.out") if part else (f"{path}.resid_mid", f"{path}.mlp.out")
-        return make("residual", _residual, x=engine(trunk), branch=engine(branch), x_factor=1.0, branch_factor=1.0)
-    if part == "mlp.act":
-        gated = spec.mlp.gated
+    if made.kind in ("cache", "attention"):
+        assert made.layer is not None
+        return make("attention", _attention, **_attention_arguments(decoder, made.layer, made.part, forward))
+    reads = [engine(name) for name in made.reads]
+    if made.kind == "norm":
+        # The final norm sees only the tokens whose logits are wanted.
+        index = inputs.logit_index.to(decoder.device) if made.layer is None else None
+        norm = decoder.get_submodule(made.module)
+        return make("norm", _norm, x=reads[0], index=index, **_norm_arguments(norm))
+    if made.kind == "residual":
+        trunk, branch = reads
+        return make("residual", _residual, x=trunk, branch=branch, x_factor=1.0, branch_factor=1.0)
+    if made.kind == "activation":
+        *gate, up = reads
         return make(
             "activation",
             _activation,
-            gate=engine(f"{path}.mlp.gate") if gated else None,
-            up=engine(f"{path}.mlp.up"),
+            gate=gate[0] if gate else None,
+            up=up,
             function=lambda x: activate(x, spec.mlp.activation, stepwise=decoder.numerics == "upstream"),
         )
-    if part in ("key", "value", "attn.context"):
-        return make("attention", _attention, **_attention_arguments(decoder, layer, part, forward))
-    return make("linear", **_linear_arguments(decoder, tap, engine(input_of(tap))))
+    return make("linear", **_linear_arguments(decoder, tap, reads[0]))
 
 
 def linear_of(decoder: Decoder, tap: str) -> nn.Linear | QuantizedLinear:
     """The linear layer that makes `tap`."""
-    layer = decoder.get_submodule(linear_name(tap))
+    layer = decoder.get_submodule(decoder.spec.taps[tap].module)
     assert isinstance(layer, nn.Linear | QuantizedLinear)
     return layer
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load, moved
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.spec import Numerics
+from refmodels.taps import split_name
 from trt_runtime.bundle import Bundle
 
 
@@ -77,15 +79,9 @@ def folded_model(
     """
     decoder = load(source, dtype=torch.float64 if dtype == torch.float64 else torch.float32, numerics=numerics)
     for name, scale in folded.items():
-        prefix, site = _split(name)
+        layer, site = split_name(name)
+        prefix = "" if layer is None else f"blocks.{layer}."
         own = {n.removeprefix(prefix): p.data for n, p in decoder.named_parameters() if n.startswith(prefix)}
-        for parameter, value in fold(source.spec, site, scale.to(decoder.dtype), own).items():
+        for parameter, value in fold(source.spec, cast("Site", site), scale.to(decoder.dtype), own).items():
             put_parameter(decoder, f"{prefix}{parameter}", value)
     return decoder.to(dtype)
-
-
-def _split(name: str) -> tuple[str, Site]:
-    if not name.startswith("blocks."):
-        return "", "head"
-    _, layer, site = name.split(".", 2)
-    return f"blocks.{layer}.", site  # type: ignore[return-value]

@@ -27,7 +27,7 @@ from refmodels.errors import LogitLockError
 from refmodels.files import write_text
 from refmodels.json_records import read_json, read_record
 from refmodels.spec import ModelSpec
-from refmodels.taps import is_cache_tap, tap_names, tap_width
+from refmodels.taps import tap_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +151,7 @@ def check_width(spec: ModelSpec, tap: str, tensor: Tensor) -> Tensor:
     Raises:
         LogitLockError: it has another width.
     """
-    a = spec.attention
-    width = a.kv_heads * a.head_dim if is_cache_tap(tap) else tap_width(spec, tap)
+    width = spec.taps[tap].width
     if tensor.shape[-1] != width:
         raise LogitLockError(f"the name map gives {tap} a width of {tensor.shape[-1]}; it must be {width}")
     return tensor

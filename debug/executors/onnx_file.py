@@ -186,10 +186,9 @@ class OnnxFileEngine(Engine):
             "use_cache_branch": torch.tensor([bool(first)]),
         }
         named = {name: inputs[role] for role, name in roles.step.items()}
+        buffers = foreign.cache.by_tap()
         for tap, name in roles.past.items():
-            _, layer, part = tap.split(".")
-            buffer = (foreign.cache.key if part == "key" else foreign.cache.value)[int(layer)]
-            named[name] = roles.axes.from_ours(buffer[group.rows][:, :, group.kept])
+            named[name] = roles.axes.from_ours(buffers[tap][group.rows][:, :, group.kept])
         feeds = {i.name: _ort_value(named.get(i.name), i, self.path) for i in session.get_inputs()}
         names = [o.name for o in session.get_outputs()]
         with graph_errors(cannot_run(self.path)):

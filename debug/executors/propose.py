@@ -27,7 +27,6 @@ from debug.executors.name_map import NameMap, Source, write_json
 from debug.executors.onnx_file import OnnxFileEngine
 from refmodels.model import Decoder
 from refmodels.recorder import Recorder, recording
-from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap, tap_names
 
 _WINDOW = 64
@@ -41,12 +40,6 @@ _LEAST_COSINE = 0.5
 """A key or value with a lower cosine is left out of the map; no module after it can confirm the match."""
 _TRIALS = 24
 """Number of candidates to try for a tap without a similar value."""
-_READS = {
-    "attn.qkv": "attn_norm", "key": "attn.qkv", "value": "attn.qkv", "attn.context": "attn.qkv",
-    "attn.out": "attn.context", "resid_mid": "attn.out", "mlp_norm": "resid_mid", "mlp.gate": "mlp_norm",
-    "mlp.up": "mlp_norm", "mlp.act": "mlp.up", "mlp.out": "mlp.act", "": "mlp.out",
-}  # fmt: skip
-"""The tap of the same block after which a tap is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +187,10 @@ class _Search:
 
         If the graph's fault is that these two are swapped, the value similar to `gate` is the graph's up.
         """
-        gate, up = (tap.replace("act", part) for part in ("gate", "up"))
-        if not (tap.endswith("mlp.act") and gate in self.matches and up in self.matches):
+        made = self.spec.taps[tap]
+        if made.kind != "activation" or len(made.reads) < 2 or not all(name in self.matches for name in made.reads):
             return None
+        gate, up = made.reads
         first, second = self.matches[gate], self.matches[up]
         exchanged = {
             gate: _compared(second.found, first.found.rows.double()),
@@ -217,7 +211,7 @@ class _Search:
 
     def _parts(self, tap: str, expected: Tensor, matches: Mapping[str, _Match]) -> list[_Match]:
         """Query, key and value, each searched for by itself; nothing if one is not found, or for another tap."""
-        if not tap.endswith("attn.qkv"):
+        if self.spec.taps[tap].part != "attn.qkv":
             return []
         a = self.spec.attention
         query, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
@@ -228,23 +222,28 @@ class _Search:
 
     def _candidates(self, tap: str, width: int, matches: Mapping[str, _Match]) -> list[Candidate]:
         found = self._window(tap, width, matches)
-        a, ffn = self.spec.attention, self.spec.mlp.width
-        if tap.endswith("attn.qkv") and a.heads == a.kv_heads:
+        a, ffn, part = self.spec.attention, self.spec.mlp.width, self.spec.taps[tap].part
+        if part == "attn.qkv" and a.heads == a.kv_heads:
             found = found + [c.regrouped(a.heads) for c in found]
-        if tap.endswith(("mlp.gate", "mlp.up")):
+        if part in ("mlp.gate", "mlp.up"):
             fused = self._window(tap, 2 * ffn, matches)
             found = found + [c.cut(start, start + ffn) for c in fused for start in (0, ffn)]
         return found
 
     def _window(self, tap: str, width: int, matches: Mapping[str, _Match]) -> list[Candidate]:
         """The first values of this width that are computed from the previous tap."""
-        name = _reads(tap, self.spec)
+        name = self._before(tap)
         while name is not None and name not in matches:
-            name = _reads(name, self.spec)
+            name = self._before(name)
         after = sum(1 << node for node in matches[name].found.nodes) if name is not None else -1
         before = self.captured.before
         later = (c for c in self.captured.by_width[width] if before[c.nodes[0]] & after)
         return list(islice(later, _WINDOW))
+
+    def _before(self, tap: str) -> str | None:
+        """The last of the taps from which this one is computed."""
+        reads = self.spec.taps[tap].reads
+        return reads[-1] if reads else None
 
     def _nearest(self, candidates: Sequence[Candidate], expected: Tensor) -> _Match | None:
         matches = [_compared(candidate, expected) for candidate in candidates]
@@ -317,7 +316,7 @@ class _Trial(Recorder):
         distance = float("inf") if match is None else match.distance
         if match is not None and distance <= _ALIKE:
             self.matches[name] = match
-        if self.tap in _read_by(name, self.search.spec):
+        if self.tap in self.search.spec.taps[name].reads:
             self.distance, self.tap, self.modules = min(self.distance, distance), name, self.modules - 1
             if distance <= _ALIKE or not self.modules or name == "logits":
                 raise _Done
@@ -327,25 +326,6 @@ class _Trial(Recorder):
 
 def _in_place_of(tensor: Tensor, match: _Match) -> Tensor:
     return match.found.rows.reshape(tensor.shape).to(tensor.dtype)
-
-
-def _reads(tap: str, spec: ModelSpec) -> str | None:
-    """The tap from which this one is computed."""
-    if tap == "embed":
-        return None
-    if tap == "final_norm":
-        return f"blocks.{spec.layers - 1}"
-    _, layer, *rest = tap.split(".")
-    part = ".".join(rest)
-    if part == "attn_norm":
-        return f"blocks.{int(layer) - 1}" if int(layer) else "embed"
-    return f"blocks.{layer}.{_READS[part]}"
-
-
-def _read_by(tap: str, spec: ModelSpec) -> tuple[str | None, ...]:
-    """All taps that the module of this tap reads, as far as the order of the search depends on them."""
-    first = _reads(tap, spec) if tap != "logits" else "final_norm"
-    return (first, first.replace("mlp.up", "mlp.gate")) if first is not None and tap.endswith("mlp.act") else (first,)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from debug.comparison.results import DiffResult, LogitToken, Phase, TapError
 from debug.drift import DriftResult
+from refmodels.taps import split_name
 
 Figure = dict[str, Any]
 _LEAST_RATIO = 0.1
@@ -338,8 +339,8 @@ def _depth(names: Sequence[str], *, grid: bool = True) -> Figure:
     """The axis along the model, with ticks at the beginning of blocks, as many as fit."""
     starts: dict[str, int] = {}
     for i, name in enumerate(names):
-        parts = name.split(".")
-        starts.setdefault(parts[1] if parts[0] == "blocks" and len(parts) > 1 else parts[0], i)
+        layer, part = split_name(name)
+        starts.setdefault(part if layer is None else str(layer), i)
     every = -(-len(starts) // _MOST_TICKS)
     blocks = [(key, i) for key, i in starts.items() if key.isdigit()]
     # These leave no room for the other taps outside of blocks.

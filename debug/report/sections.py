@@ -12,7 +12,7 @@ from debug.report import figures
 from debug.report.figures import Figure, rank, step_name
 from debug.report.markup import bar, escape, facts, mono, number, pair, plot, section, table
 from debug.report.tables import verdict_line
-from refmodels.taps import is_cache_tap
+from refmodels.taps import is_cache_tap, split_name
 
 _WORST = 12
 _OPEN = 1
@@ -365,7 +365,8 @@ def tree_section(result: DiffResult) -> str:
         taps.setdefault(tap.tap, []).append(tap)
     groups: dict[str, list[str]] = {}
     for name in taps:
-        groups.setdefault(".".join(name.split(".")[:2]) if name.startswith("blocks.") else "", []).append(name)
+        layer, _ = split_name(name)
+        groups.setdefault("" if layer is None else f"blocks.{layer}", []).append(name)
     named = {c.tap for c in result.culprits}
     parts: list[str] = []
     outside = groups.pop("", [])

@@ -21,7 +21,6 @@ from refmodels.dtypes import DTYPE_TABLE
 from refmodels.model import Decoder
 from refmodels.recorder import tap
 from refmodels.spec import ModelSpec, Numerics
-from refmodels.taps import is_cache_tap, tap_names, tap_shape
 from trt_runtime.bundle import AttentionMode, Precision
 
 TABLES = ("rope_cos", "rope_sin", "logn", "alibi_slopes")
@@ -84,7 +83,7 @@ class Lowering:
             self.spec, precision=self.precision, numerics=self.numerics, attention=self.mode
         )
         self.owners = {id(p): name for name, p in self.decoder.named_parameters()}
-        self.taken |= set(tap_names(self.spec))
+        self.taken |= set(self.spec.taps)
 
     def run(self, trace: fx.Graph) -> Graph:
         outputs: list[str] = []
@@ -96,10 +95,9 @@ class Lowering:
                     outputs += [self.values[key], self.values[value]]
             else:
                 self.lower(node)
-        shapes = {name: tap_shape(self.spec, name) for name in tap_names(self.spec)}
         infos = {
-            n: helper.make_tensor_value_info(n, self.cache_dtype if is_cache_tap(n) else self.dtype, shape)
-            for n, shape in shapes.items()
+            n: helper.make_tensor_value_info(n, self.cache_dtype if tap.kind == "cache" else self.dtype, tap.shape)
+            for n, tap in self.spec.taps.items()
         }
         order = [*_INPUT_SHAPES, *sorted(self.inputs, key=_natural)]
         graph = helper.make_graph(

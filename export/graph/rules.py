@@ -20,7 +20,6 @@ from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_to
 from refmodels.quantization.formats import LIMITS
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.recorder import tap
-from refmodels.taps import tap_shape
 
 _POSITION_INPUTS = ("cos", "sin", "query_scale", "alibi_slopes")
 
@@ -111,8 +110,9 @@ def getitem(graph: Lowering, node: fx.Node) -> None:
     source, index = node.args
     assert isinstance(source, fx.Node)
     if source.op == "placeholder":
-        name = f"past.blocks.{index}.{str(source.target).removeprefix('past_')}"
-        graph.add_input(name, graph.cache_dtype, tap_shape(graph.spec, name))
+        tap = graph.spec.taps[f"blocks.{index}.{str(source.target).removeprefix('past_')}"]
+        name = f"past.{tap.name}"
+        graph.add_input(name, graph.cache_dtype, tap.shape)
         graph.values[node] = name
     elif index == (slice(None), None):
         name = graph.define(node, f"{graph.values[source]}.column")

@@ -23,7 +23,7 @@ from export.precision import SCHEMES
 from export.progress import Progress
 from export.quantization.checkpoint import CheckpointWriter, write_folded
 from export.quantization.data import CalibrationData, calibration_data
-from export.quantization.fold import TAPS, Site
+from export.quantization.fold import Site, input_tap
 from export.quantization.method import (
     InputObserver,
     Method,
@@ -226,7 +226,7 @@ class _BlockQuantizer:
     def _forward(self, layer: int, observers: Mapping[Site, InputObserver], ranges: _CacheRanges) -> list[Tensor]:
         """The block's outputs; its inputs go to the observers, and what it caches to `ranges`."""
         block, path = self.decoder.blocks[layer], f"blocks.{layer}"
-        sites = {f"{path}.{TAPS[site]}": observer for site, observer in observers.items()}
+        sites = {f"{path}.{input_tap(self.spec, site)}": observer for site, observer in observers.items()}
         outputs = []
         for batch in self._batches:
             step = batch.step

@@ -26,40 +26,46 @@ from torch import Tensor
 from refmodels.dtypes import wide_dtype
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec
+from refmodels.taps import Tap
 
 Site = Literal["attn.qkv", "attn.out", "mlp.up", "mlp.out", "head"]
 
 BLOCK_SITES: tuple[Site, ...] = ("attn.qkv", "attn.out", "mlp.up", "mlp.out")
 """In the order of execution."""
 
-TAPS: Mapping[Site, str] = {
-    "attn.qkv": "attn_norm",
-    "attn.out": "attn.context",
-    "mlp.up": "mlp_norm",
-    "mlp.out": "mlp.act",
-    "head": "final_norm",
-}
-"""The tap that is the input at a site (relative to the block; 'final_norm' is the model's)."""
-
-_PRODUCERS: Mapping[Site, str] = {
-    "attn.qkv": "attn_norm",
-    "attn.out": "attn.qkv",
-    "mlp.up": "mlp_norm",
-    "mlp.out": "mlp.up",
-    "head": "final_norm",
-}
-
 
 def readers(spec: ModelSpec, site: Site) -> tuple[str, ...]:
     """The linears that read the input at a site."""
-    return ("mlp.gate", "mlp.up") if site == "mlp.up" and spec.mlp.gated else (site,)
+    read = _input(spec, site).name
+    return tuple(_name(tap) for tap in spec.taps.values() if tap.kind == "linear" and read in tap.reads)
+
+
+def input_tap(spec: ModelSpec, site: Site) -> str:
+    """The tap that is the input at a site, relative to the block; 'final_norm' is the model's."""
+    return _name(_input(spec, site))
 
 
 def width(spec: ModelSpec, site: Site) -> int:
     """Channels of the input at a site."""
-    if site == "attn.out":
-        return spec.attention.heads * spec.attention.head_dim
-    return spec.mlp.width if site == "mlp.out" else spec.hidden_size
+    return _input(spec, site).width
+
+
+def _input(spec: ModelSpec, site: Site) -> Tap:
+    # All blocks are alike.
+    reader = spec.taps["logits" if site == "head" else f"blocks.0.{site}"]
+    return spec.taps[reader.reads[0]]
+
+
+def _producer(spec: ModelSpec, site: Site) -> str:
+    """The norm or linear whose output, or a function of it without parameters, is the input at a site."""
+    tap = _input(spec, site)
+    while tap.kind not in ("norm", "linear"):
+        tap = spec.taps[tap.reads[-1]]
+    return _name(tap)
+
+
+def _name(tap: Tap) -> str:
+    return tap.module if tap.layer is None else tap.part
 
 
 def can_fold(spec: ModelSpec, site: Site) -> bool:
@@ -114,10 +120,10 @@ def fold(spec: ModelSpec, site: Site, scale: Tensor, parameters: Mapping[str, Te
 def divided(spec: ModelSpec, site: Site, scale: Tensor) -> tuple[str, Tensor]:
     """What produces the input at `site`, and by what its rows (a norm's elements) are divided for a scale [width]."""
     if site != "attn.out":
-        return _PRODUCERS[site], scale
+        return _producer(spec, site), scale
     # Queries and keys stay as they are; a value row is read by all query heads of its group, at equal scales.
     value = scale.view(spec.attention.kv_heads, -1, spec.attention.head_dim)[:, 0].reshape(-1)
-    return _PRODUCERS[site], torch.cat((value.new_ones(spec.qkv_width - len(value)), value))
+    return _producer(spec, site), torch.cat((value.new_ones(spec.qkv_width - len(value)), value))
 
 
 def _times(parameter: Tensor, factor: Tensor) -> Tensor:

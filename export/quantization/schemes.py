@@ -68,12 +68,13 @@ def quantization_of(spec: ModelSpec, options: QuantizeOptions) -> QuantizationSp
             raise LogitLockError(
                 f"{options.plan} gives {name} the scheme {scheme!r}; known ones: {', '.join(SCHEMES)}, null"
             )
+    columns = {tap.module: spec.taps[tap.reads[0]].width for tap in spec.taps.values() if tap.kind == "linear"}
     formats = {}
     for module in spec.linears:
         default = None if module == "head" and not options.head else options.scheme
         scheme = overrides.get(module, default)
         if scheme is not None:
-            formats[module] = _format(SCHEMES[scheme], columns(spec, module), module, options)
+            formats[module] = _format(SCHEMES[scheme], columns[module], module, options)
     found = group_formats(formats, cache=options.cache)
     assert found is not None or options.plan is not None
     if found is None:
@@ -84,13 +85,6 @@ def quantization_of(spec: ModelSpec, options: QuantizeOptions) -> QuantizationSp
 def plan_of(spec: ModelSpec, options: QuantizeOptions) -> dict[str, str | None]:
     """The layers to which a plan gives another scheme."""
     return {} if options.plan is None else read_schemes(options.plan, spec, options.scheme)
-
-
-def columns(spec: ModelSpec, module: str) -> int:
-    """Input features of a linear layer."""
-    if module.endswith("attn.out"):
-        return spec.attention.heads * spec.attention.head_dim
-    return spec.mlp.width if module.endswith("mlp.out") else spec.hidden_size
 
 
 def _format(scheme: Scheme, width: int, module: str, options: QuantizeOptions) -> LinearFormat:

@@ -28,7 +28,7 @@ from refmodels.errors import LogitLockError
 from refmodels.ops import cached_attention
 from refmodels.positions import build_tables
 from refmodels.recorder import Recorder, recording
-from refmodels.taps import tap_names, tap_shape
+from refmodels.taps import tap_names
 from tests.support.checkpoints import read_case, write_model
 from tests.support.command import logitlock
 from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, slow_but_features, source_of
@@ -67,7 +67,7 @@ def test_taps_are_values_of_the_graph(case: str, tmp_path: Path) -> None:
         sizes = {"batch": len(ids), "tokens": ids.shape[1], "logit_tokens": ids.shape[1], "capacity": ids.shape[1]}
         for name in tap_names(source.spec):
             expected = recorder.tensors[name]
-            declared = [sizes[d] if isinstance(d, str) else d for d in tap_shape(source.spec, name)]
+            declared = [sizes[d] if isinstance(d, str) else d for d in source.spec.taps[name].shape]
             assert declared == list(values[name].shape) == list(expected.shape), name
             # Padding rows are compared too: their context is 0 by definition, and nothing else of them differs.
             scale = max(1.0, float(expected.abs().max()))

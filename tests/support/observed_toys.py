@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import refmodels
-from export.quantization.fold import BLOCK_SITES, TAPS, Site
+from export.quantization.fold import BLOCK_SITES, input_tap
 from refmodels.model import Decoder
 from refmodels.quantization.formats import LinearFormat
 from refmodels.toys.tasks import TASKS, toy_examples
@@ -49,7 +49,7 @@ def toy(name: str) -> tuple[Decoder, dict[str, Tensor]]:
     """A toy and the inputs [tokens, width] of all its linears, by tap."""
     model = refmodels.load(name)
     spec = model.spec
-    taps = [f"blocks.{i}.{TAPS[site]}" for i in range(spec.layers) for site in BLOCK_SITES] + ["final_norm"]
+    taps = [f"blocks.{i}.{input_tap(spec, site)}" for i in range(spec.layers) for site in BLOCK_SITES] + ["final_norm"]
     seen: dict[str, list[Tensor]] = {tap: [] for tap in taps}
     with torch.no_grad():
         for ids, mask in token_batches(name):
@@ -63,13 +63,8 @@ def toy(name: str) -> tuple[Decoder, dict[str, Tensor]]:
 
 def linears_of(model: Decoder, inputs: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
     """(name, weight, its inputs) of every linear of a toy."""
-    found = []
-    for name in model.spec.linears:
-        block, _, part = name.rpartition("attn." if "attn." in name else "mlp.")
-        part = name.removeprefix(block)
-        site: Site = "mlp.up" if part == "mlp.gate" else part  # type: ignore[assignment]
-        found.append((name, model.get_submodule(name).weight.detach(), inputs[block + TAPS[site]]))
-    return found
+    linears = [tap for tap in model.spec.taps.values() if tap.module in model.spec.linears]
+    return [(t.module, model.get_submodule(t.module).weight.detach(), inputs[t.reads[0]]) for t in linears]
 
 
 def hessian_of(x: Tensor) -> Tensor:

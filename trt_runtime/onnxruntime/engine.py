@@ -25,7 +25,7 @@ from refmodels.errors import LogitLockError
 from refmodels.quantization.formats import CODE_TYPES
 from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
-from refmodels.taps import is_cache_tap, tap_names, tap_width
+from refmodels.taps import is_cache_tap, tap_names
 from trt_runtime.bundle import Bundle, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.onnxruntime.before_opset_24 import has_tensor_scatter, without_tensor_scatter
@@ -70,8 +70,7 @@ class _Session:
         if known is not None and known.pointers == pointers:
             return known.io
         io = self.session.io_binding()
-        names = [f"blocks.{i}.{part}" for part in ("key", "value") for i in range(len(cache.key))]
-        for name, tensor in zip(names, buffers, strict=True):
+        for name, tensor in cache.by_tap().items():
             bind(io.bind_input, f"past.{name}", tensor)
             bind(io.bind_output, name, tensor)
         self._bindings[cache] = _Binding(io, pointers)
@@ -153,7 +152,7 @@ class OnnxRuntimeEngine(Engine):
             tap = self._tap_of.get(name, name)
             if not is_cache_tap(tap):
                 length = step.logit_index.shape[1] if tap in ("logits", "final_norm") else tokens
-                outputs[name] = torch.empty(batch, length, tap_width(self.spec, tap), dtype=dtype)
+                outputs[name] = torch.empty(batch, length, self.spec.taps[tap].width, dtype=dtype)
                 bind(io.bind_output, name, outputs[name])
         with graph_errors(cannot_run(self.bundle.model_path)):
             session.session.run_with_iobinding(io)
@@ -162,12 +161,9 @@ class OnnxRuntimeEngine(Engine):
 
     def _deliver(self, recorder: Recorder, outputs: dict[str, Tensor], step: StepInputs, cache: KVCache) -> None:
         recorder.live_slots = step.attention_mask.shape[1]
+        caches = cache.by_tap()
         for name in self.tap_names:
-            if is_cache_tap(name):
-                _, layer, part = name.split(".")
-                tensor = (cache.key if part == "key" else cache.value)[int(layer)]
-            else:
-                tensor = outputs[self.bundle.info.taps[name]]
+            tensor = caches[name] if name in caches else outputs[self.bundle.info.taps[name]]
             if recorder(name, tensor) is not tensor:
                 raise LogitLockError(f"the recorder substitutes {name}, which only the reference can do")
 

@@ -108,11 +108,7 @@ class TensorRTEngine(Engine):
         executor = self._plan(tapped=recorder is not None)
         batch, tokens = step.input_ids.shape
         inputs = step.tensors() | {"attention_mask": pad_slots(step.attention_mask, self.max_positions)}
-        caches = {
-            f"blocks.{i}.{part}": tensors[i]
-            for part, tensors in (("key", cache.key), ("value", cache.value))
-            for i in range(self.spec.layers)
-        }
+        caches = cache.by_tap()
         profile = choose_profile(self.bundle.info.profiles, batch=batch, tokens=tokens)
         outputs = executor.run(profile, inputs, caches, repeats=recorder is None)
         cache.advance(step)
@@ -158,7 +154,7 @@ class TensorRTEngine(Engine):
             engine,
             step_inputs=[i.name for i in self.bundle.info.inputs if not i.name.startswith("past.")],
             outputs=["logits", *(t for t in self.tap_names if tapped and not is_cache_tap(t) and t != "logits")],
-            caches=[f"blocks.{i}.{part}" for i in range(self.spec.layers) for part in ("key", "value")],
+            caches=[tap.name for tap in self.spec.taps.values() if tap.kind == "cache"],
             device=self.device,
             stream=CudaStream(),
         )

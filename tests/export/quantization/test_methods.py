@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from export.quantization.awq import candidate_scale, search_clip, search_scale
-from export.quantization.fold import BLOCK_SITES, TAPS, can_fold, readers
+from export.quantization.fold import BLOCK_SITES, can_fold, input_tap, readers
 from export.quantization.gptq import damped_root, gptq, row_errors
 from export.quantization.method import (
     InputObserver,
@@ -151,7 +151,7 @@ def quantized(name: str, linear: LinearFormat, options: MethodOptions) -> tuple[
         observers = {}
         for site in observed_sites(spec, formats, options):
             observers[site] = InputObserver(f"{prefix}{site}", spec, site, formats, options)
-            for chunk in inputs[prefix + TAPS[site]].split(300):
+            for chunk in inputs[prefix + input_tap(spec, site)].split(300):
                 observers[site].observe(chunk)
         results[prefix] = result = quantize_layers(spec, part, observers, formats, options)
         assert set(result.weights) == set(formats)
@@ -248,7 +248,7 @@ def test_smoothquant_folds_and_static_scales_follow(name: str) -> None:
     result = results["blocks.2."]
     assert set(result.folded) == {site for site in BLOCK_SITES if can_fold(model.spec, site)}
     for site in BLOCK_SITES:
-        x = inputs[f"blocks.2.{TAPS[site]}"]
+        x = inputs[f"blocks.2.{input_tap(model.spec, site)}"]
         folded = x / result.folded[site] if site in result.folded else x
         for leaf in readers(model.spec, site):
             assert result.input_scales[leaf] == pytest.approx(float(folded.abs().max()) / 127, rel=1e-6)
@@ -269,7 +269,7 @@ def test_a_mixed_block_keeps_what_is_not_quantized() -> None:
     for site in ("attn.out", "mlp.up"):
         observers[site] = InputObserver(f"blocks.0.{site}", model.spec, site, formats, options)  # type: ignore[arg-type]
         twin = InputObserver(f"blocks.0.{site}", model.spec, site, formats, options)  # type: ignore[arg-type]
-        x = inputs[f"blocks.0.{TAPS[site]}"]  # type: ignore[index]
+        x = inputs[f"blocks.0.{input_tap(model.spec, site)}"]  # type: ignore[arg-type]
         observers[site].observe(x[:100])
         twin.observe(x[100:])
         observers[site].merge(twin)

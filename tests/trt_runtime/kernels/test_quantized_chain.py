@@ -29,7 +29,6 @@ from refmodels.model import Decoder
 from refmodels.ops import fused_rms_norm
 from refmodels.quantization.formats import LinearFormat, group_formats
 from refmodels.quantization.linear import QuantizedLinear
-from refmodels.spec import linear_modules
 from tests.support.gpu import DEVICE, needs_hopper
 from tests.support.paths import ROOT
 from trt_runtime.kernels import packing, quantized_chain
@@ -96,8 +95,7 @@ def small_spec(hidden: int = 128, width: int = 256) -> Any:
     }  # fmt: skip
     spec = spec_from_config(config)
     linear = LinearFormat(weight="int4", group=128)
-    names = linear_modules(spec.layers, gated=True, head=True)
-    return replace(spec, quantization=group_formats(dict.fromkeys(names, linear)))
+    return replace(spec, quantization=group_formats(dict.fromkeys(spec.linears, linear)))
 
 
 def small_decoder(dtype: torch.dtype, device: str, **sizes: int) -> Decoder:

@@ -16,7 +16,7 @@ import refmodels
 from export.bundle import export_model
 from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder
-from refmodels.taps import tap_names, tap_width
+from refmodels.taps import tap_names
 from tests.support.goldens import CASES, GOLDENS, case_source, needs_opset_24, slow_but_features
 from trt_runtime.bundle import read_bundle
 from trt_runtime.generation import GenerationConfig, generate
@@ -200,7 +200,7 @@ def test_every_tap_width_is_the_graphs(exported: Exported) -> None:
     for name, tensor in expected.tensors.items():
         assert recorder.tensors[name].shape == tensor.shape
         if not name.endswith((".key", ".value")):
-            assert tap_width(bundle.spec, name) == tensor.shape[-1]
+            assert bundle.spec.taps[name].width == tensor.shape[-1]
 
 
 def test_large_bundles_keep_one_session(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
