@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from debug.comparison.metrics import kl_divergence as kl_divergence
     from debug.comparison.metrics import top_margin as top_margin
     from debug.comparison.results import DiffResult as DiffResult
+    from debug.comparison.results import verdict_line as verdict_line
     from debug.drift import DriftResult as DriftResult
     from debug.drift import measure_drift as measure_drift
     from debug.evaluate.options import EvaluateOptions as EvaluateOptions
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from debug.record import record_case as record_case
     from debug.report.report import write_report as write_report
     from debug.report.tables import print_diff as print_diff
-    from debug.report.tables import verdict_line as verdict_line
     from debug.sides import diff as diff
 else:
     __all__, __getattr__, __dir__ = public_names(globals())

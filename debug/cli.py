@@ -1,4 +1,4 @@
-"""The verbs verify, record, diff, trace, drift and bisect."""
+"""The verbs verify, record, diff, trace, drift, bisect and env."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from export.progress import progress_bar
 from refmodels.command import JsonFlag
 from refmodels.errors import LogitLockError
+from refmodels.json_records import read_json
 from refmodels.options import fields_in
 from refmodels.text.prompts import read_prompts
 
@@ -24,6 +26,11 @@ class Half(str, Enum):
     fp16 = "fp16"
 
 
+Junit = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also write the result as JUnit XML, one test case per tensor.")
+]
+
+
 def verify(
     cases: Annotated[list[Path], typer.Argument(metavar="CASE_DIR...", help="Directories of golden cases.")],
     atol: Annotated[
@@ -33,6 +40,7 @@ def verify(
         Literal["fp32", "bf16", "fp16"],
         typer.Option(help="Dtype to compare in; bf16 and fp16 compare with io_<dtype>.safetensors."),
     ] = "fp32",
+    junit: Junit = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Compare the reference with what the upstream code computed.
@@ -45,10 +53,19 @@ def verify(
     Example: logitlock verify tests/goldens/qwen tests/goldens/gpt2 --json
     """
     from debug.golden.verify import verify_case
+    from debug.report.junit import cases_of_verify, check_junit, write_junit
 
+    if junit is not None:
+        check_junit(junit)
     if atol is not None and not atol >= 0:
         raise typer.BadParameter("must be a number of at least 0", param_hint="--atol")
-    results = [verify_case(case, dtype=dtype, atol=atol) for case in cases]
+    with progress_bar("verify", quiet=json_output) as progress:
+        results = []
+        for i, case in enumerate(cases):
+            progress(case.name, i, len(cases))
+            results.append(verify_case(case, dtype=dtype, atol=atol))
+    if junit is not None:
+        write_junit(cases_of_verify(results), junit)
     if json_output:
         _print_json([result.to_json() for result in results])
     else:
@@ -96,16 +113,18 @@ def record(
         counts = [int(part) for part in lengths.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{lengths!r} is not a list of numbers like 20,13", param_hint="--lengths") from None
-    meta = record_case(
-        hf,
-        out,
-        prompts=prompt or (),
-        lengths=counts,
-        steps=steps,
-        seed=seed,
-        half=[h.value for h in half or ()],
-        trust_remote_code=trust_remote_code,
-    )
+    with progress_bar("record", quiet=json_output) as progress:
+        meta = record_case(
+            hf,
+            out,
+            prompts=prompt or (),
+            lengths=counts,
+            steps=steps,
+            seed=seed,
+            half=[h.value for h in half or ()],
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     if json_output:
         _print_json({"case": str(out), "meta": meta})
     else:
@@ -175,6 +194,11 @@ def diff(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a report that works offline to this file.")
     ] = None,
+    junit: Junit = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Earlier --json output of a diff, to show which taps got better or worse."),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Compare an engine with the fp64 reference, tensor by tensor, or two executors of any kind.
@@ -194,8 +218,11 @@ def diff(
 
     Example: logitlock diff --model ./my-qwen2 hf:fp16 engines/my-qwen2-fp16
     """
+    from debug.comparison.baseline import changes
+    from debug.comparison.results import DiffResult
     from debug.options import DiffOptions
-    from debug.report.tables import print_diff
+    from debug.report.junit import cases_of_diff, check_junit, write_junit
+    from debug.report.tables import print_changes, print_diff
     from debug.sides import bundle_side
     from debug.sides import diff as compare
 
@@ -207,16 +234,25 @@ def diff(
 
         # What would fail after the run fails before it.
         check_report(html)
+    if junit is not None:
+        check_junit(junit)
+    earlier = None if baseline is None else DiffResult.from_json(read_json(baseline), str(baseline))
     if bundle is not None:
         named = [bundle_side(bundle, engine)]
     options = DiffOptions(prompts=read_prompts(prompt, prompt_file), **fields_in(DiffOptions, locals()))
-    result = compare(*named, options=options)
+    with progress_bar("diff", quiet=json_output) as progress:
+        result = compare(*named, options=options, progress=progress)
+    changed = None if earlier is None else changes(earlier, result)
+    if junit is not None:
+        write_junit(cases_of_diff(result), junit)
     if html is not None:
         write_report(result, html, command=shlex.join(["logitlock", *sys.argv[1:]]))
     if json_output:
-        _print_json(result.to_json())
+        _print_json(result.to_json() | ({} if changed is None else {"baseline": changed.to_json()}))
     else:
         print_diff(result, every_tap=every_tap)
+        if changed is not None:
+            print_changes(changed)
     if not result.aligned:
         raise typer.Exit(1)
 
@@ -250,7 +286,8 @@ def trace(
     from debug.sides import trace_side
 
     options = RunOptions(prompts=read_prompts(prompt, prompt_file), **fields_in(RunOptions, locals()))
-    path = trace_side(side, out, options, tokens_of=tokens_of)
+    with progress_bar("trace", quiet=json_output) as progress:
+        path = trace_side(side, out, options, tokens_of=tokens_of, progress=progress)
     size = path.stat().st_size
     if json_output:
         _print_json({"trace": str(path), "bytes": size})
@@ -286,7 +323,8 @@ def drift(
     from debug.sides import drift_side
 
     options = RunOptions(prompts=read_prompts(prompt, prompt_file), **fields_in(RunOptions, locals()))
-    result = drift_side(side, options, reset=reset)
+    with progress_bar("drift", quiet=json_output) as progress:
+        result = drift_side(side, options, reset=reset, progress=progress)
     if json_output:
         _print_json(result.to_json())
     else:
@@ -322,7 +360,6 @@ def bisect(
     from debug.report.tables import print_bisect
     from debug.sides import model_prompts
     from export.precision_plan import write_plan
-    from export.progress import progress_bar
 
     source, prompts = model_prompts(model, read_prompts(prompt, prompt_file), seed=seed)
     with progress_bar("bisect", quiet=json_output) as progress:
@@ -334,6 +371,23 @@ def bisect(
         print_bisect(result, out)
     if not result.kl_engine <= budget_kl:
         raise typer.Exit(1)
+
+
+def environment(json_output: JsonFlag = False) -> None:
+    """Show versions, the machine, and which back ends and optional parts work here; put it into a bug report.
+
+    Example: logitlock env --json
+    """
+    from debug.environment import abilities
+    from debug.environment import environment as here
+    from debug.report.tables import print_facts
+
+    found = {"environment": here(), "abilities": abilities()}
+    if json_output:
+        _print_json(found)
+    else:
+        for facts in found.values():
+            print_facts(facts)
 
 
 def _print_json(value: object) -> None:

@@ -27,6 +27,7 @@ Exit codes: 0 if all is fine, 1 if the command found a difference, 2 if the inpu
 OWN_VERBS = {
     **{verb: Verb("debug.cli", verb) for verb in ("verify", "record", "diff", "trace", "drift", "bisect")},
     "eval": Verb("debug.evaluate.cli", "evaluate"),
+    "env": Verb("debug.cli", "environment"),
 }
 VERBS = {**_EXPORT, **_TRT_RUNTIME, **OWN_VERBS, **_REFMODELS}
 

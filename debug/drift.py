@@ -19,6 +19,7 @@ from torch import Tensor
 from debug.capture.prompts import Prompts
 from debug.comparison.metrics import kl_divergence, top_margin
 from debug.comparison.results import TRUTH_ARITHMETIC, data_frame, to_plain
+from export.progress import Progress, silent
 from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
@@ -110,7 +111,14 @@ class DriftResult:
 
 
 def measure_drift(
-    engine: Engine, truth: Decoder, rounded: Decoder, prompts: Prompts, *, steps: int, reset: bool = True
+    engine: Engine,
+    truth: Decoder,
+    rounded: Decoder,
+    prompts: Prompts,
+    *,
+    steps: int,
+    reset: bool = True,
+    progress: Progress = silent,
 ) -> DriftResult:
     """Decode `steps` tokens with the engine and the reference.
 
@@ -120,6 +128,7 @@ def measure_drift(
         prompts: the input.
         steps: number of decode steps.
         reset: also repeat each step with a new cache (costs one prefill per step).
+        progress: told of each decode step.
     Raises:
         LogitLockError: prompts and steps exceed the engine's cache, or the reference's own logits are not finite.
     """
@@ -129,6 +138,7 @@ def measure_drift(
         found: list[DriftStep] = []
         ids, mask = prompts.ids, prompts.mask
         for step in range(steps + 1):
+            progress("decode", step, steps + 1)
             again = None
             if reset:
                 cache = engine.new_cache(batch=len(ids), capacity=ids.shape[1])

@@ -22,6 +22,7 @@ from debug.capture.prompts import Prompts, left_padded, random_prompts
 from debug.comparison.metrics import top_margin
 from debug.executors.huggingface import layer_past, load_model, takes_positions, transformers_package
 from debug.golden.case import past_layout
+from export.progress import Progress, silent
 from refmodels.checkpoints.load import resolve
 from refmodels.errors import LogitLockError
 from refmodels.files import write_directory
@@ -42,6 +43,7 @@ def record_case(
     seed: int = 0,
     half: Sequence[str] = (),
     trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run a Hugging Face model on the CPU and write a golden case.
 
@@ -54,6 +56,7 @@ def record_case(
         seed: random seed for the random ids.
         half: "bf16", "fp16" or both: also run the prefill in these, with the rounding of upstream.
         trust_remote_code: run the Python code in the model's directory.
+        progress: told of each forward.
     Returns: the content of meta.json.
     Raises:
         LogitLockError: transformers is not installed, it or LogitLock cannot read the model, the model needs its own
@@ -78,14 +81,14 @@ def record_case(
         shutil.copyfile(hf / "config.json", directory / "config.json")
         # Before the first forward pass, which overwrites the weight of Baichuan2's head.
         save_file(_weights(model), directory / "model.safetensors", metadata={"format": "pt"})
-        tensors = {"input_ids": batch.ids, "attention_mask": batch.mask} | _run(model, spec, batch, steps)
+        tensors = {"input_ids": batch.ids, "attention_mask": batch.mask} | _run(model, spec, batch, steps, progress)
         save_file(_contiguous(tensors), directory / "io.safetensors", metadata={"format": "pt"})
         meta = _meta(hf, model, spec, batch, tensors) | {"steps": steps, "seed": None if prompts else seed}
         meta["half_precision"] = {}
         for name in half:
             del model
             model = load_model(hf, name, trust_remote_code=trust_remote_code)
-            rounded = _run(model, spec, batch, 0)
+            rounded = _run(model, spec, batch, 0, progress)
             save_file(_contiguous(rounded), directory / f"io_{name}.safetensors", metadata={"format": "pt"})
             real = batch.mask != 0
             difference = rounded["logits"][real].double() - tensors["logits"][real].double()
@@ -133,13 +136,14 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _run(model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int) -> dict[str, Tensor]:
+def _run(model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int, progress: Progress) -> dict[str, Tensor]:
     """Prefill and greedy steps of upstream, with every tensor under its upstream name."""
     told = takes_positions(model, spec)
     mask = batch.mask
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     extra: dict[str, Tensor] = {"position_ids": positions} if told else {}
     result: dict[str, Tensor] = dict(extra)
+    progress("prefill", 0, max(steps, 1))
     with torch.inference_mode(), _hooks(model, spec, batch.ids.shape, result):
         output = model(input_ids=batch.ids, attention_mask=mask, use_cache=True, **extra)
     logits = output.logits
@@ -153,7 +157,8 @@ def _run(model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int) -> dict[
         return result
     token, position = logits[:, -1:].argmax(-1), positions[:, -1:]
     ids, step_logits, step_positions = [], [], []
-    for _ in range(steps):
+    for step in range(steps):
+        progress("decode", step, steps)
         mask = torch.cat((mask, torch.ones_like(token)), 1)
         position = position + 1
         extra = {"position_ids": position} if told else {}

@@ -20,8 +20,10 @@ from debug.comparison.logits import LogitComparison
 from debug.comparison.metrics import token_errors
 from debug.comparison.results import Between, Culprit, Diagnosis, DiffResult, TapDistance
 from debug.drift import DriftResult, measure_drift
+from debug.environment import environment
 from debug.executors.before_quantization import check_floats, folded_model, quantized_source
 from debug.options import DiffOptions, RunOptions
+from export.progress import Progress, silent
 from refmodels.checkpoints.load import (
     ModelSource,
     checkpoint_hash,
@@ -69,7 +71,9 @@ class Side:
     folded: Mapping[str, Tensor] | None = None
     """The scales folded into the weights, if the reference is the model before quantization."""
 
-    def capture(self, prompts: Prompts, steps: int, tokens: Tensor | None = None) -> Capture:
+    def capture(
+        self, prompts: Prompts, steps: int, tokens: Tensor | None = None, *, progress: Progress = silent
+    ) -> Capture:
         if self.trace is not None:
             same = torch.equal(self.trace.prompts.ids, prompts.ids) and self.trace.steps == steps
             if not same or (tokens is not None and not torch.equal(self.trace.tokens, tokens)):
@@ -82,7 +86,7 @@ class Side:
         if isinstance(self.executor, OnnxRuntimeEngine):
             # All untapped forwards come before all tapped ones.
             self.executor.keep_both_sessions = False
-        return capture_engine(self.executor, prompts, steps=steps, tokens=tokens)
+        return capture_engine(self.executor, prompts, steps=steps, tokens=tokens, progress=progress)
 
     def cut(self, source: ModelSource, prompts: Prompts) -> None:
         """Run the modules by themselves, if the executor's graph can be cut."""
@@ -113,7 +117,7 @@ def bundle_side(bundle: Path, engine: EngineChoice = "auto") -> str:
     return f"tensorrt:{bundle}" if tensorrt else str(bundle)
 
 
-def diff(*sides: str, options: DiffOptions | None = None, **fields: Any) -> DiffResult:
+def diff(*sides: str, options: DiffOptions | None = None, progress: Progress = silent, **fields: Any) -> DiffResult:
     """Compare an executor with the fp64 reference, or two executors of one model: `diff(b)` or `diff(a, b)`.
 
     `b` is tested, and should match `a`.  Both are judged against the fp64 reference, so that the result says which of
@@ -122,6 +126,7 @@ def diff(*sides: str, options: DiffOptions | None = None, **fields: Any) -> Diff
     Args:
         sides: as `logitlock diff` names them (forms of `debug.executors.open.forms_help`), or trace files.
         options: how they are opened, run and compared.
+        progress: called with what runs, how much of it is done, and how much it is in all (forwards, taps).
         fields: fields of `DiffOptions`, instead of `options` or to change some of them: `diff(b, model="qwen")`.
     Raises:
         LogitLockError: there are not one or two executors, one cannot be opened, they are of different models, or the
@@ -140,23 +145,29 @@ def diff(*sides: str, options: DiffOptions | None = None, **fields: Any) -> Diff
     batch, steps, tokens = _input(opened, source, options)
     captures = []
     for side in opened:
-        captures.append(side.capture(batch, steps, tokens))
+        captures.append(side.capture(batch, steps, tokens, progress=progress))
         tokens = captures[0].tokens
         if options.cut:
             side.cut(source, batch)
         # An engine may be as large as the model, and it is no longer needed.
         side.executor = None
-    results = [_judged(capture, side, source) for capture, side in zip(captures, opened, strict=True)]
+    results = [_judged(capture, side, source, progress) for capture, side in zip(captures, opened, strict=True)]
     result = results[0]
+    rows = [ids[mask != 0].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+    texts = {"texts": list(options.prompts)} if options.prompts else {}
+    result.inputs = {"prompt_ids": rows, **texts, "seed": options.seed}
+    result.environment = environment()
     if not alone:
         result.other = results[1]
         result.between = _between(captures[1], captures[0])
     return result
 
 
-def trace_side(text: str, path: Path, options: RunOptions, *, tokens_of: Path | None = None) -> Path:
-    """Write a trace of an executor; errors as `diff`.  `tokens_of`: another trace, whose prompts and tokens are
-    used."""
+def trace_side(
+    text: str, path: Path, options: RunOptions, *, tokens_of: Path | None = None, progress: Progress = silent
+) -> Path:
+    """Write a trace of an executor; errors and `progress` as `diff`.  `tokens_of`: another trace, whose prompts and
+    tokens are used."""
     source = quantized_source(source_of(options.model, [text]), _bundles([text]))
     side = open_side(text, source, options)
     if side.executor is None:
@@ -165,11 +176,20 @@ def trace_side(text: str, path: Path, options: RunOptions, *, tokens_of: Path | 
     if tokens_of is not None:
         sides.append(open_side(str(tokens_of), source, options))
     batch, steps, tokens = _input(sides, source, options)
-    write_trace(side.executor, batch, path, steps=steps, tokens=tokens, model=source.name, numerics=side.numerics)
+    write_trace(
+        side.executor,
+        batch,
+        path,
+        steps=steps,
+        tokens=tokens,
+        model=source.name,
+        numerics=side.numerics,
+        progress=progress,
+    )
     return path
 
 
-def drift_side(text: str, options: RunOptions, *, reset: bool = True) -> DriftResult:
+def drift_side(text: str, options: RunOptions, *, reset: bool = True, progress: Progress = silent) -> DriftResult:
     """`measure_drift` of an executor named by text; errors as `diff`."""
     source = quantized_source(source_of(options.model, [text]), _bundles([text]))
     side = open_side(text, source, options)
@@ -178,7 +198,7 @@ def drift_side(text: str, options: RunOptions, *, reset: bool = True) -> DriftRe
     batch, steps, _ = _input([side], source, options)
     truth = load(source, dtype=torch.float64)
     rounded = load(source, dtype=side.executor.dtype, numerics=side.numerics)
-    return measure_drift(side.executor, truth, rounded, batch, steps=steps, reset=reset)
+    return measure_drift(side.executor, truth, rounded, batch, steps=steps, reset=reset, progress=progress)
 
 
 def open_side(text: str, source: ModelSource, options: RunOptions, *, floats: bool = False) -> Side:
@@ -326,7 +346,7 @@ def _prompts(source: ModelSource, texts: Sequence[str], *, room: int, seed: int)
     return default_prompts(source.spec, _tokenizer(source), room=room, seed=seed)
 
 
-def _judged(capture: Capture, side: Side, source: ModelSource) -> DiffResult:
+def _judged(capture: Capture, side: Side, source: ModelSource, progress: Progress) -> DiffResult:
     truth: Reference
     rounded: Reference
     if side.folded is None:
@@ -335,7 +355,7 @@ def _judged(capture: Capture, side: Side, source: ModelSource) -> DiffResult:
     else:
         truth = folded_model(source, side.folded, dtype=torch.float64)
         rounded = folded_model(source, side.folded, dtype=capture.dtype, numerics=side.numerics)
-    result = diff_capture(capture, truth, rounded)
+    result = diff_capture(capture, truth, rounded, progress=progress)
     result.context = {"model": source.name, **side.context}
     if side.cuts:
         result.taps = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,15 +11,40 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from refmodels.notices import LOGGER
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much it is in all."""
 
 
+def silent(step: str, done: int, total: int) -> None:
+    """The progress that nobody watches."""
+
+
 @contextmanager
 def progress_bar(title: str, *, quiet: bool) -> Iterator[Progress]:
-    """A bar on stderr while the block runs; nothing where `quiet` or where stderr is no terminal."""
+    """A bar on stderr while the block runs; none where `quiet`, where stderr is no terminal, or with --quiet.
+
+    With --verbose, each step is a line with the time since the start instead.
+    """
+    if LOGGER.isEnabledFor(logging.INFO):
+        yield _lines(title)
+        return
+    quiet = quiet or not LOGGER.isEnabledFor(logging.WARNING)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
         task = bars.add_task(title, total=None)
         yield lambda step, done, total: bars.update(task, description=step, completed=done, total=total or None)
+
+
+def _lines(title: str) -> Progress:
+    start, last = time.perf_counter(), ""
+
+    def report(step: str, done: int, total: int) -> None:
+        nonlocal last
+        if step != last:
+            LOGGER.info("%s %.1f s: %s", title, time.perf_counter() - start, step)
+            last = step
+
+    return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -15,10 +16,9 @@ import threading
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,13 @@ from refmodels.notices import LOGGER
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 """Type of the `--json` option of every verb."""
+VerboseFlag = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also say on stderr which step runs, and when.", show_default=False)
+]
+QuietFlag = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no warnings and no progress.", show_default=False)
+]
+"""Types of the options that every verb has without listing them."""
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
@@ -90,7 +97,7 @@ def main(
         summary = verbs[verb].summary
         text = help_of(function) if verb == asked else summary
         # Without a short help, that of the list of verbs is the start of the summary.
-        app.command(verb, help=text, short_help=summary, context_settings=_SETTINGS)(function)
+        app.command(verb, help=text, short_help=summary, context_settings=_SETTINGS)(_with_levels(function))
     _run(app)
 
 
@@ -130,6 +137,25 @@ def _run(app: typer.Typer) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _with_levels(function: Callable[..., None]) -> Callable[..., None]:
+    """The function of a verb, with the options that all verbs have."""
+
+    @functools.wraps(function)
+    def run(*args: Any, verbose: bool, quiet: bool, **options: Any) -> None:
+        LOGGER.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+        function(*args, **options)
+
+    signature = inspect.signature(function, eval_str=True)
+    added = {"verbose": VerboseFlag, "quiet": QuietFlag}
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in added.items()
+    ]
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *parameters])  # type: ignore[attr-defined]
+    run.__annotations__ = {**function.__annotations__, **added}
+    return run
+
+
 def _asked() -> str:
     """The first word after the command; during shell completion, of the line that is being completed."""
     line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS")
@@ -141,7 +167,7 @@ def _is_module() -> bool:
     return Path(sys.argv[0]).name == "__main__.py"
 
 
-@lru_cache
+@functools.lru_cache
 def _docstrings(module: str) -> dict[str, str]:
     """Of the functions of a module, which is not imported."""
     spec = importlib.util.find_spec(module)
@@ -172,14 +198,21 @@ def _prepare() -> None:
     """Escape text that a terminal or pipe cannot show, mark notices as warnings, and clean up at termination as at an
     interruption."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    LOGGER.addHandler(handler)
+    handler.setFormatter(_Prefixed())
+    LOGGER.handlers = [handler]
     LOGGER.propagate = False
+    LOGGER.setLevel(logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
+
+
+class _Prefixed(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"warning: {text}" if record.levelno >= logging.WARNING else text
 
 
 def _terminated(number: int, frame: types.FrameType | None) -> None:

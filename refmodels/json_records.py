@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -27,13 +28,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_record(kind: type[R], data: object, where: str) -> R:
+def read_record(kind: type[R], data: object, where: str, *, null_is_nan: bool = False) -> R:
     """Make a dataclass from parsed JSON.
 
     Args:
         kind: a dataclass whose fields are JSON values, lists, dicts, Literals, optional values or such dataclasses.
         data: what `dataclasses.asdict` gave, through JSON.
         where: how errors name the object.
+        null_is_nan: null in the place of a float is NaN, which JSON does not have.
     Raises:
         LogitLockError: an unknown or missing key (one with a default may be missing) or a value of another type.
     """
@@ -47,34 +49,41 @@ def read_record(kind: type[R], data: object, where: str) -> R:
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in data:
-            values[name] = _value(hints[name], data[name], f"{where}.{name}")
+            values[name] = _value(hints[name], data[name], f"{where}.{name}", null_is_nan)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise LogitLockError(f"{where} lacks the key {name!r}")
     return kind(**values)
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _value(hint: Any, value: Any, where: str, nan: bool) -> Any:
     if hint is Any:
         return value
+    if hint is float and value is None and nan:
+        return math.nan
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in options:
             raise LogitLockError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, options))}")
         return value
     if origin is list and isinstance(value, list):
-        return [_value(options[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [_value(options[0], item, f"{where}[{i}]", nan) for i, item in enumerate(value)]
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_value(options[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        kinds = options[:1] * len(value) if Ellipsis in options else options
+        if len(value) != len(kinds):
+            raise LogitLockError(f"{where} has {len(value)} values; it must have {len(kinds)}")
+        return tuple(
+            _value(k, item, f"{where}[{i}]", nan) for i, (k, item) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is dict and isinstance(value, Mapping):
-        return {key: _value(options[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _value(options[1], item, f"{where}.{key}", nan) for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
-        return read_record(typing.cast(type[Any], hint), value, where)
+        return read_record(typing.cast(type[Any], hint), value, where, null_is_nan=nan)
     allowed = options if origin in (typing.Union, types.UnionType) else (origin or hint,)
     if value is None and type(None) in allowed:
         return None
     inner = next((o for o in allowed if dataclasses.is_dataclass(o) or typing.get_origin(o) is Literal), None)
     if inner is not None and inner is not hint:
-        return _value(inner, value, where)
+        return _value(inner, value, where, nan)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):

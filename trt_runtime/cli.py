@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from refmodels.checkpoints.load import tokenizer_in
 from refmodels.command import JsonFlag
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
+from refmodels.notices import LOGGER
 from refmodels.text.generation_defaults import GenerationDefaults, generation_defaults
 from refmodels.text.prompts import prompt_ids, read_prompts, stop_ids_in
 from trt_runtime.bundle import read_bundle
@@ -154,7 +156,7 @@ def generate(
     own = [name for name in asked if asked[name] is None and getattr(sampling, name) != getattr(Sampling(), name)]
     origin = f" ({' and '.join(own)} of {defaults.file.name})" if own and defaults.file is not None else ""
     live = stream and len(prompts) == 1 and not json_output
-    if not json_output:
+    if not json_output and LOGGER.isEnabledFor(logging.WARNING):
         print(f"engine: {executor.arithmetic}", file=sys.stderr)
         print(f"sampling: {sampling.describe()}{origin}; stop ids: {_numbers(stops)}", file=sys.stderr)
     results = run_generation(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from debug.capture.prompts import Prompts
+from export.progress import Progress, silent
 from refmodels.cache import KVCache, StepInputs
 from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
@@ -99,6 +101,7 @@ def run_steps(
     tokens: Tensor | None = None,
     recorder: Callable[[], Recorder] | None = None,
     fed: list[Tensor] | None = None,
+    progress: Progress = silent,
 ) -> Iterator[tuple[int, StepInputs, Tensor]]:
     """Prefill and decode steps of an engine: (step, inputs, logits on the CPU) after each.
 
@@ -106,11 +109,13 @@ def run_steps(
         tokens: [batch, steps] to feed after the prompt; None: the engine's own greedy tokens.
         recorder: makes the recorder of each forward; None: no taps.
         fed: receives the [batch, 1] tokens of each decode step.
+        progress: told of each forward.
     """
     batch, length = prompts.ids.shape
     cache = engine.new_cache(batch=batch, capacity=length + steps)
     ids, mask = prompts.ids, prompts.mask
     for step in range(steps + 1):
+        progress("engine" if recorder is None else "engine with taps", step, steps + 1)
         inputs = cache.next_step(ids, mask)
         logits = engine.run(inputs, cache, recorder=recorder() if recorder is not None else None).cpu()
         yield step, inputs, logits
@@ -121,16 +126,20 @@ def run_steps(
                 fed.append(ids)
 
 
-def capture_engine(engine: Engine, prompts: Prompts, *, steps: int, tokens: Tensor | None = None) -> Capture:
+def capture_engine(
+    engine: Engine, prompts: Prompts, *, steps: int, tokens: Tensor | None = None, progress: Progress = silent
+) -> Capture:
     """Run an engine without taps and then, on the same tokens, with them.
 
     Args:
         prompts: the input.
         steps: decode steps.
         tokens: [batch, steps] to feed after the prompt; None: the engine's own greedy tokens.
+        progress: told of each forward.
     """
     fed: list[Tensor] = []
-    untapped = [logits for _, _, logits in run_steps(engine, prompts, steps=steps, tokens=tokens, fed=fed)]
+    run = partial(run_steps, engine, prompts, steps=steps, progress=progress)
+    untapped = [logits for _, _, logits in run(tokens=tokens, fed=fed)]
     tokens = torch.cat(fed, 1) if fed else torch.zeros(len(prompts.ids), 0, dtype=torch.int64)
     forwards: list[Forward] = []
     recorders: list[Recorder] = []
@@ -139,7 +148,7 @@ def capture_engine(engine: Engine, prompts: Prompts, *, steps: int, tokens: Tens
         recorders.append(Recorder())
         return recorders[-1]
 
-    for step, inputs, _ in run_steps(engine, prompts, steps=steps, tokens=tokens, recorder=recorder):
+    for step, inputs, _ in run(tokens=tokens, recorder=recorder):
         now = {name: tensor.cpu() for name, tensor in recorders[-1].tensors.items()}
         states = {name: now[name] for name in engine.tap_names if is_cache_tap(name)}
         before = (

@@ -8,7 +8,8 @@ that its step has appended, and the whole cache (`{step}.{tap}.all`) if older sl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from debug.capture.capture import Capture, Forward, run_steps
 from debug.capture.prompts import Prompts
+from export.progress import Progress, silent
 from refmodels.cache import KVCache, StepInputs
 from refmodels.dtypes import BY_TORCH, DTYPES
 from refmodels.errors import LogitLockError
@@ -72,6 +74,7 @@ def write_trace(
     tokens: Tensor | None = None,
     model: str = "",
     numerics: Numerics = "exact",
+    progress: Progress = silent,
 ) -> None:
     """Run an engine without and with taps, and write its capture; the file appears as a whole or not at all.
 
@@ -80,6 +83,7 @@ def write_trace(
         path: the trace to write.
         model: the model that the engine was made from, for readers of the trace.
         numerics: numerics of the reference that gives the engine's noise floor.
+        progress: told of each forward.
     Raises:
         LogitLockError: `path` cannot be written.
     """
@@ -89,11 +93,12 @@ def write_trace(
         writer.add("prompt.ids", prompts.ids)
         writer.add("prompt.mask", prompts.mask)
         fed: list[Tensor] = []
-        for step, _, logits in run_steps(engine, prompts, steps=steps, tokens=tokens, fed=fed):
+        run = partial(run_steps, engine, prompts, steps=steps, progress=progress)
+        for step, _, logits in run(tokens=tokens, fed=fed):
             writer.add(f"{step}.untapped", logits)
         tokens = torch.cat(fed, 1) if fed else torch.zeros(len(prompts.ids), 0, dtype=torch.int64)
         writer.add("tokens", tokens)
-        _write_taps(writer, engine, prompts, steps, tokens)
+        _write_taps(writer, partial(run, tokens=tokens))
         writer.finish(
             {
                 "logitlock_trace": str(SCHEMA),
@@ -108,7 +113,7 @@ def write_trace(
         )
 
 
-def _write_taps(writer: _SafetensorsWriter, engine: Engine, prompts: Prompts, steps: int, tokens: Tensor) -> None:
+def _write_taps(writer: _SafetensorsWriter, run: Callable[..., Iterator[object]]) -> None:
     last: dict[str, Tensor] = {}
     step = 0
 
@@ -124,7 +129,7 @@ def _write_taps(writer: _SafetensorsWriter, engine: Engine, prompts: Prompts, st
             writer.add(f"{step}.{name}.all", tensor)
         last[name] = tensor
 
-    for _ in run_steps(engine, prompts, steps=steps, tokens=tokens, recorder=lambda: Recorder(sink=sink)):
+    for _ in run(recorder=lambda: Recorder(sink=sink)):
         step += 1
 
 

@@ -45,6 +45,7 @@ from debug.comparison.results import (
     TapError,
 )
 from debug.comparison.systematic import systematic
+from export.progress import Progress, silent
 from refmodels.dtypes import torch_name, unit_roundoff, wide_dtype
 from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder, recording
@@ -98,10 +99,18 @@ def diff_engine(
     return diff_capture(capture_engine(engine, prompts, steps=steps), truth, rounded, multiple=multiple)
 
 
-def diff_capture(capture: Capture, truth: Reference, rounded: Reference, *, multiple: float = MULTIPLE) -> DiffResult:
-    """Compare the capture of an executor with the reference; arguments as `diff_engine`."""
+def diff_capture(
+    capture: Capture,
+    truth: Reference,
+    rounded: Reference,
+    *,
+    multiple: float = MULTIPLE,
+    progress: Progress = silent,
+) -> DiffResult:
+    """Compare the capture of an executor with the reference; arguments as `diff_engine`, and `progress` is told of each
+    tap of the two references."""
     with torch.inference_mode():
-        return _Diff(capture, truth, rounded, multiple).result()
+        return _Diff(capture, truth, rounded, multiple, progress).result()
 
 
 def spec_difference(model: ModelSpec, engine: ModelSpec) -> str:
@@ -139,8 +148,11 @@ class _Pair(Recorder):
 
 
 class _Diff:
-    def __init__(self, capture: Capture, truth: Reference, rounded: Reference, multiple: float) -> None:
+    def __init__(
+        self, capture: Capture, truth: Reference, rounded: Reference, multiple: float, progress: Progress
+    ) -> None:
         self.capture, self.truth, self.rounded, self.multiple = capture, truth, rounded, multiple
+        self.progress = progress
         self.unit = unit_roundoff(capture.dtype)
         self.whole = capture.whole()
         self.floors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -151,8 +163,8 @@ class _Diff:
         self.logits = LogitComparison()
 
     def result(self) -> DiffResult:
-        self._run(self.rounded, self._keep_floor)
-        self._run(self.truth, self._compare)
+        self._run("noise floor", self.rounded, self._keep_floor)
+        self._run("fp64 reference", self.truth, self._compare)
         for step in range(self.capture.steps + 1):
             for tap in self.capture.tap_names:
                 self.taps.append(self._tap_error(tap, step))
@@ -177,7 +189,13 @@ class _Diff:
             logit_tokens=self.logits.tokens(self.whole.inputs, self.capture.prompts.ids.shape[1]),
         )
 
-    def _run(self, reference: Reference, sink: Callable[[str, Tensor, Tensor], None]) -> None:
+    def _run(self, what: str, reference: Reference, sink: Callable[[str, Tensor, Tensor], None]) -> None:
+        done = itertools.count(1)
+
+        def counted(name: str, accumulated: Tensor, local: Tensor) -> None:
+            sink(name, accumulated, local)
+            self.progress(what, next(done), len(self.capture.tap_names))
+
         inputs = self.whole.inputs
         twice = dataclasses.replace(
             inputs,
@@ -187,7 +205,7 @@ class _Diff:
                 if (v := getattr(inputs, f.name)) is not None
             },
         )
-        with ready(reference) as decoder, recording(_Pair(self.whole.tensors, sink)):
+        with ready(reference) as decoder, recording(_Pair(self.whole.tensors, counted)):
             batch, slots = twice.attention_mask.shape
             decoder.run(twice, decoder.new_cache(batch=batch, capacity=slots))
 

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from debug.comparison.metrics import json_number
 from refmodels.errors import LogitLockError
+from refmodels.json_records import read_record
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+_SETTINGS = ("reference", "floor", "engine", "multiple", "unit_roundoff", "prompts", "prompt_lengths", "steps")
+"""Fields of a `DiffResult` that its JSON has under "settings"."""
 TRUTH_ARITHMETIC = "PyTorch reference in float64, exact numerics"
 Phase = Literal["prefill", "decode"]
 Verdict = Literal["aligned", "diverged", "nonfinite"]
@@ -263,6 +266,9 @@ class DiffResult:
 
     logit_tokens: the logits token by token.  token_texts: texts of their ids, if there is a tokenizer.
 
+    inputs: the prompts' token ids without padding ("prompt_ids"), their texts if they were given ("texts"), and the
+    seed.  environment: date, versions and machine (`debug.environment`).
+
     other: in a comparison of two executors, the result of executor a; between: b directly against a.
     """
 
@@ -284,6 +290,28 @@ class DiffResult:
     token_texts: dict[int, str] = field(default_factory=dict)
     other: DiffResult | None = None
     between: Between | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<DiffResult of {len(self.taps)} taps. {verdict_line(self)}>"
+
+    def _repr_html_(self) -> str:
+        """The verdict and the culprits, for notebooks; `debug.write_report` has the whole."""
+        from debug.report.markup import escape, number, table
+
+        rows = [
+            [
+                escape(c.tap),
+                c.phase,
+                number(c.local),
+                number(c.ratio),
+                escape(c.diagnosis[0].fault if c.diagnosis else ""),
+            ]
+            for c in self.culprits
+        ]
+        columns = ("tap", "phase", "local error", "noise floors", "diagnosis")
+        return f"<p>{escape(verdict_line(self))}</p>" + (table("Culprits", columns, rows) if rows else "")
 
     @property
     def aligned(self) -> bool:
@@ -315,18 +343,77 @@ class DiffResult:
             "logits": self.logits.to_json(),
             "observer_effect": self.observer_effect.to_json(),
             "taps": [t.to_json() for t in self.taps],
-            "settings": {
-                "reference": self.reference,
-                "floor": self.floor,
-                "engine": self.engine,
-                "multiple": self.multiple,
-                "unit_roundoff": self.unit_roundoff,
-                "prompts": self.prompts,
-                "prompt_lengths": self.prompt_lengths,
-                "steps": self.steps,
-                **self.context,
-            },
+            "settings": {**{name: getattr(self, name) for name in _SETTINGS}, **self.context},
             **({"logit_tokens": [t.to_json() for t in self.logit_tokens]} if tokens else {}),
             **({} if self.other is None else {"other": self.other.to_json()}),
             **({} if self.between is None else {"between": self.between.to_json()}),
+            **({"inputs": self.inputs} if self.inputs else {}),
+            **({"environment": self.environment} if self.environment else {}),
         }
+
+    @classmethod
+    def from_json(cls, document: object, where: str = "the diff") -> DiffResult:
+        """The inverse of `to_json`, but for NaN and Inf, which JSON does not have: they become NaN.
+
+        Args:
+            document: the parsed JSON of `to_json` or of `logitlock diff --json`.
+            where: how errors name it.
+        Raises:
+            LogitLockError: it is not the JSON of a diff, or of another schema.
+        """
+        if not isinstance(document, dict) or "verdict" not in document:
+            raise LogitLockError(f"{where} is not the JSON of a diff (logitlock diff --json)")
+        if document.get("schema") != SCHEMA:
+            raise LogitLockError(f"{where} has schema {document.get('schema')!r}; this version reads schema {SCHEMA}")
+        settings = document.get("settings")
+        if not isinstance(settings, dict):
+            raise LogitLockError(f"{where} lacks the object 'settings'")
+        own = {name: value for name, value in settings.items() if name in _SETTINGS}
+        context = {name: value for name, value in settings.items() if name not in _SETTINGS}
+        # What follows from the rest.
+        derived = ("schema", "settings", "first_wrong_tap", "other")
+        record = {name: value for name, value in document.items() if name not in derived} | own | {"context": context}
+        if isinstance(tokens := record.get("logit_tokens"), list):
+            record["logit_tokens"] = [
+                {k: v for k, v in t.items() if k != "flip"} if isinstance(t, dict) else t for t in tokens
+            ]
+        result = read_record(cls, record, where, null_is_nan=True)
+        if "other" in document:
+            result.other = cls.from_json(document["other"], f"{where}.other")
+        return result
+
+
+def verdict_line(result: DiffResult) -> str:
+    """One sentence: the verdict, the first wrong tap, and by how much."""
+    if result.verdict == "aligned":
+        worst = max(result.taps, key=lambda e: e.ratio)
+        return (
+            f"ALIGNED: no tap's local error is above {result.multiple:g} noise floors; the largest is "
+            f"{worst.ratio:.1f} at {worst.tap}"
+        )
+    first = result.culprits[0]
+    where = "prefill" if first.phase == "prefill" else f"decode step {first.step}"
+    where = f"{first.tap} ({where}, row {first.worst[0]}, position {first.worst[1]})"
+    others = len(result.culprits) - 1
+    also = "taps are wrong by themselves" if others > 1 else "tap is wrong by itself"
+    more = f"; {others} more {also}" if others else ""
+    if first.kind == "nonfinite":
+        return f"NONFINITE: the first NaN or Inf is at {where}{more}"
+    label = result.verdict.upper()
+    if first.kind == "configuration":
+        return f"{result.verdict.upper()}: every tensor is right, but {first.tap} is not: {first.diagnosis[0].fault}"
+    if first.kind == "systematic":
+        found = first.diagnosis[0]
+        sure = "" if found.significance is None else f" ({found.significance:.3g} standard deviations)"
+        return (
+            f"{label}: {first.tap} is within its noise token by token, but over all tokens it deviates just as with "
+            f"'{found.fault}'{sure}{more}"
+        )
+    if first.kind == "accumulated":
+        return (
+            f"{label}: no module is wrong by itself, but the logits are; accumulated error passes "
+            f"{result.multiple:g} floors at {where}: {first.ratio:.3g} floors"
+        )
+    return (
+        f"{label}: the first wrong tap is {where}: local error {first.local:.3g}, {first.ratio:.3g} noise floors{more}"
+    )

@@ -13,8 +13,8 @@ from string import Template
 from debug.comparison.metrics import json_number
 from debug.comparison.results import DiffResult
 from debug.drift import DriftResult
+from debug.environment import environment as here
 from debug.report import sections
-from debug.report.environment import environment as here
 from debug.report.figures import Figure
 from debug.report.markup import escape
 from refmodels.errors import LogitLockError

@@ -6,12 +6,11 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from debug.comparison.results import Culprit, DiffResult, Evidence, LogitToken, TapError
+from debug.comparison.results import Culprit, DiffResult, Evidence, LogitToken, TapError, verdict_line
 from debug.drift import DriftResult
 from debug.report import figures
 from debug.report.figures import Figure, rank, step_name
 from debug.report.markup import bar, escape, facts, mono, number, pair, plot, section, table
-from debug.report.tables import verdict_line
 from refmodels.taps import is_cache_tap, split_name
 
 _WORST = 12
@@ -79,6 +78,7 @@ def _summary(culprit: Culprit) -> str:
         "nonfinite": "NaN or Inf from finite inputs",
         "accumulated": f"no module is wrong by itself; accumulated error {number(culprit.ratio)} floors",
         "systematic": "within the noise of single tokens, but not over all of them",
+        "configuration": "every tensor is right, this setting is not",
         "local": f"local error {number(culprit.local)}, {number(culprit.ratio)} noise floors",
     }[culprit.kind]
     found = culprit.diagnosis[0] if culprit.diagnosis else None

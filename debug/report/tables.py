@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from debug.bisect import BisectResult
-from debug.comparison.results import Between, Culprit, DiffResult, TapError
+from debug.comparison.baseline import Changes
+from debug.comparison.results import Between, Culprit, DiffResult, TapError, verdict_line
 from debug.drift import DriftResult
 from debug.golden.verify import CaseResult
 
@@ -30,9 +31,18 @@ def print_cases(results: Sequence[CaseResult]) -> None:
         table.add_row("greedy ids", "equal" if result.greedy_equal else "differ", "equal", _mark(result.greedy_equal))
         console.print(table)
         if result.not_compared:
-            console.print(f"[yellow]not compared:[/yellow] {', '.join(result.not_compared)}")
+            console.print(Text("not compared:", style="yellow"), ", ".join(result.not_compared))
     passed = sum(result.passed for result in results)
     console.print(f"{passed} of {len(results)} cases passed", style="green" if passed == len(results) else "red")
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Names and values, one per line."""
+    console = Console(markup=False)
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(name, value)
+    console.print(table, highlight=False)
 
 
 def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
@@ -46,8 +56,9 @@ def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
     effect = result.observer_effect
     if effect.changed:
         console.print(
-            f"[yellow]observer effect:[/yellow] taps change the logits by up to {effect.max_abs:.3g} "
-            f"({effect.top1_changed} greedy tokens differ); tap errors are of the tapped engine, logits of the untapped"
+            Text("observer effect:", style="yellow"),
+            f"taps change the logits by up to {effect.max_abs:.3g} ({effect.top1_changed} greedy tokens differ); tap "
+            "errors are of the tapped engine, logits of the untapped",
         )
     shown = _worst_forwards(result.taps)
     title = f"every tap at its worst of {result.steps + 1} forwards"
@@ -84,6 +95,21 @@ def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
     console.print(verdict_line(result), style="green" if result.verdict == "aligned" else "bold red", highlight=False)
     for culprit in result.culprits:
         _print_culprit(console, culprit)
+
+
+def print_changes(changes: Changes) -> None:
+    """What an earlier diff of the same model had, and this one has."""
+    console = Console(markup=False)
+    old, new = changes.verdict
+    console.print(
+        f"baseline   {old} -> {new}; mean KL {changes.kl_mean[0]:.3g} -> {changes.kl_mean[1]:.3g} nats", highlight=False
+    )
+    for kind, style in (("fixed", "green"), ("broken", "bold red"), ("better", "green"), ("worse", "red")):
+        for change in changes.of(kind):
+            text = f"  {kind:7}  {change.tap}: {_times(change.before)} -> {_times(change.now)} noise floors"
+            console.print(text, style=style, highlight=False)
+    if not changes.taps:
+        console.print("  no tap changed by more than rounding", highlight=False)
 
 
 def _print_culprit(console: Console, culprit: Culprit) -> None:
@@ -169,42 +195,6 @@ def print_bisect(result: BisectResult, path: Path) -> None:
         f"{result.kl_engine:.3g} exported and run; the budget is {result.budget:g}",
         style="green" if good else "bold red",
         highlight=False,
-    )
-
-
-def verdict_line(result: DiffResult) -> str:
-    """One sentence: the verdict, the first wrong tap, and by how much."""
-    if result.verdict == "aligned":
-        worst = max(result.taps, key=lambda e: e.ratio)
-        return (
-            f"ALIGNED: no tap's local error is above {result.multiple:g} noise floors; the largest is "
-            f"{worst.ratio:.1f} at {worst.tap}"
-        )
-    first = result.culprits[0]
-    where = "prefill" if first.phase == "prefill" else f"decode step {first.step}"
-    where = f"{first.tap} ({where}, row {first.worst[0]}, position {first.worst[1]})"
-    others = len(result.culprits) - 1
-    also = "taps are wrong by themselves" if others > 1 else "tap is wrong by itself"
-    more = f"; {others} more {also}" if others else ""
-    if first.kind == "nonfinite":
-        return f"NONFINITE: the first NaN or Inf is at {where}{more}"
-    label = result.verdict.upper()
-    if first.kind == "configuration":
-        return f"{result.verdict.upper()}: every tensor is right, but {first.tap} is not: {first.diagnosis[0].fault}"
-    if first.kind == "systematic":
-        found = first.diagnosis[0]
-        sure = "" if found.significance is None else f" ({found.significance:.3g} standard deviations)"
-        return (
-            f"{label}: {first.tap} is within its noise token by token, but over all tokens it deviates just as with "
-            f"'{found.fault}'{sure}{more}"
-        )
-    if first.kind == "accumulated":
-        return (
-            f"{label}: no module is wrong by itself, but the logits are; accumulated error passes "
-            f"{result.multiple:g} floors at {where}: {first.ratio:.3g} floors"
-        )
-    return (
-        f"{label}: the first wrong tap is {where}: local error {first.local:.3g}, {first.ratio:.3g} noise floors{more}"
     )
 
 

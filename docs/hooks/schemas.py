@@ -12,7 +12,7 @@ from typing import Any
 from markdown_of import cell, fenced, table
 
 from debug import bisect, drift
-from debug.comparison import results
+from debug.comparison import baseline, results
 from debug.evaluate import results as evaluation
 from debug.evaluate import speed, statistics
 from debug.golden import verify
@@ -50,8 +50,11 @@ SECTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
     "logitlock diff --json": (
         f"Schema {results.SCHEMA}. The document has the keys `schema`, `verdict`, `first_wrong_tap`, `culprits`, "
         "`logits`, `observer_effect`, `taps`, `settings`, and for two executors `other` (side a, the same document) "
-        "and `between`. NaN and Inf are null.",
+        "and `between`. `inputs` has the token ids of the prompts and the seed, `environment` has date, versions "
+        "and commit; `baseline` is there with --baseline. NaN and Inf are null.",
         (
+            baseline.Changes,
+            baseline.TapChange,
             results.Culprit,
             results.Diagnosis,
             results.Evidence,

@@ -122,6 +122,15 @@ def test_unknown_words() -> None:
     logitlock("verify", "--frobnicate").assert_bad_input("--frobnicate")
 
 
+def test_verbose_and_quiet() -> None:
+    """--verbose says each step on stderr, --quiet silences warnings, and neither touches stdout."""
+    arguments = ("drift", "reference:fp16", "--model", GOLDENS / "qwen_b1", "--steps", 1, "--json")
+    plain_run, verbose, quiet = (logitlock(*arguments, *more) for more in ((), ("-v",), ("-q",)))
+    assert plain_run.out == verbose.out == quiet.out
+    assert re.search(r"^drift \d+\.\d s: decode$", verbose.err, flags=re.M)
+    assert "decode" not in plain_run.err and quiet.err == ""
+
+
 # Good input: one JSON document on stdout
 
 

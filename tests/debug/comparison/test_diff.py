@@ -15,8 +15,7 @@ from torch import Tensor
 import refmodels
 from debug.capture.prompts import Prompts, default_prompts, left_padded, random_prompts
 from debug.comparison.compare import MULTIPLE, diff_engine, lower_bound
-from debug.comparison.results import DiffResult
-from debug.report.tables import verdict_line
+from debug.comparison.results import DiffResult, verdict_line
 from debug.sides import diff_bundle
 from export.bundle import export_model
 from refmodels.cache import KVCache, StepInputs

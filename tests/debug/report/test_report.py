@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -147,6 +147,14 @@ def page_of(result: DiffResult, tmp_path: Path, **options: Any) -> Page:
     page.feed(path.read_text(encoding="utf-8"))
     page.close()
     return page
+
+
+@pytest.mark.parametrize("kind", get_args(get_type_hints(Culprit)["kind"]))
+def test_every_kind_of_culprit_has_its_words(kind: Any, diverged: DiffResult, tmp_path: Path) -> None:
+    culprits = [dataclasses.replace(diverged.culprits[0], kind=kind)]
+    page = tmp_path / "page.html"
+    write_report(dataclasses.replace(diverged, culprits=culprits), page)
+    assert culprits[0].tap in page.read_text(encoding="utf-8")
 
 
 def test_offline(any_result: DiffResult, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import refmodels
 from debug.capture.prompts import random_prompts
 from debug.comparison.compare import diff_engine
-from debug.report.tables import verdict_line
+from debug.comparison.results import verdict_line
 from export.quantization.calibrate import quantize_model
 from export.quantization.data import calibration_data
 from export.quantization.schemes import QuantizeOptions

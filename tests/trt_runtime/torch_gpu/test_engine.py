@@ -15,7 +15,7 @@ from torch import Tensor
 import refmodels
 from debug.capture.prompts import random_prompts
 from debug.comparison.compare import MULTIPLE, diff_engine, lower_bound
-from debug.report.tables import verdict_line
+from debug.comparison.results import verdict_line
 from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
