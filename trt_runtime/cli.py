@@ -48,7 +48,8 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="UTF-8 file with one prompt per line; empty lines are skipped; - reads stdin.")
     ] = None,
-    chat: Annotated[bool, typer.Option(help="Put each prompt into the model's chat format.")] = False,
+    chat: Annotated[bool, typer.Option(help="Put each prompt into the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message, before the prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per prompt.")] = 128,
     temperature: Annotated[
         float | None,
@@ -152,7 +153,7 @@ def generate(
     defaults = GenerationDefaults() if no_generation_config else generation_defaults(directory)
     sampling = sampling_of(defaults, **asked, seed=seed)
     config = dataclasses.replace(config, stop_ids=stops, sampling=sampling)
-    ids = [prompt_ids(text, executor.spec, tokenizer, chat=chat) for text in prompts]
+    ids = [prompt_ids(text, executor.spec, tokenizer, chat=chat, system=system) for text in prompts]
     own = [name for name in asked if asked[name] is None and getattr(sampling, name) != getattr(Sampling(), name)]
     origin = f" ({' and '.join(own)} of {defaults.file.name})" if own and defaults.file is not None else ""
     live = stream and len(prompts) == 1 and not json_output

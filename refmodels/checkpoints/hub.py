@@ -6,7 +6,7 @@ from pathlib import Path
 
 from refmodels.errors import LogitLockError
 
-_TEXT = ["*.json", "*.tiktoken", "tokenizer.model", "vocab.txt", "merges.txt"]
+_TEXT = ["*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "vocab.txt", "merges.txt"]
 
 
 def download(repository: str) -> Path:

@@ -33,6 +33,7 @@ from refmodels.json_records import read_json
 from refmodels.model import Decoder
 from refmodels.notices import say_once
 from refmodels.spec import ModelSpec, Numerics
+from refmodels.text.chat_template import TEMPLATE_FILE
 
 if TYPE_CHECKING:
     from refmodels.text.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ COMPANION_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     MODELOPT_NAME,
 )
 """Files beside config.json and the weights that belong into a bundle or a copy of a model."""

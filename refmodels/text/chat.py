@@ -14,8 +14,9 @@ A family names its format by a string, a key of `FORMATS`; everything else is he
 | `qwen2` | Qwen2 chat | ChatML, "role\\ncontent" encoded together; a default system message |
 
 `chat_ids(format, tokenizer, messages)` builds the ids, `stop_ids(format, tokenizer)` gives the ids that end an answer.
-Outside `raw`, the text of a message never becomes a control token, whatever it spells: in Qwen v1 that is what upstream
-does; the templates of Qwen2 in `transformers` do parse it, which lets a user end the turn.
+Where a checkpoint brings its own template (`refmodels.text.chat_template`), that is used instead, and control tokens
+that the text of a message spells are read as such, as `apply_chat_template` of transformers does.
+In these formats but `raw`, the text of a message never becomes a control token, whatever it spells.
 Sources: upstream's `build_prompt` (ChatGLM2), `build_chat_input` (Baichuan) and `make_context` (Qwen), and the
 published prompt formats of ChatGLM3 and Qwen2.
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from refmodels.errors import LogitLockError
 from refmodels.text.tokenizer_types import Tokenizer
@@ -83,12 +85,14 @@ class ChatFormat:
 def chat_ids(
     format_name: str,
     tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     max_length: int | None = None,
 ) -> list[int]:
     """The prompt ids for `messages`, each a mapping with `role` and `content`, ready for the model to answer.
 
+    tools: JSON schemas of functions, for a checkpoint's own template.
     max_length: limit in tokens; None takes the format's own limit (Qwen: 6144), which most formats do not have. It
         means the same as upstream: Qwen drops old turns while the system message and the kept turns would reach it, not
         counting the last question; Baichuan drops whole rounds, then cuts on the left (v1 adds its last marker after
@@ -96,12 +100,21 @@ def chat_ids(
     Raises LogitLockError for an unknown format, a role or order that the format does not have, a tokenizer without its
     control tokens, or a prompt that is too long in a format that drops nothing.
     """
-    chat = _format(format_name)
     if max_length is not None and max_length < 1:
         raise LogitLockError(f"max_length must be at least 1 token, not {max_length}")
+    if tokenizer.chat_template is not None:
+        text = tokenizer.chat_template.render(messages, tools=tools)
+        return _within(tokenizer.encode(text, add_special=False), max_length, "checkpoint's own")
+    if tools is not None:
+        raise LogitLockError(f"the {format_name} format has no place for tools; a checkpoint's own template may have")
+    chat = _format(format_name)
     limit = chat.max_length if max_length is None else max_length
     ids = chat.build(tokenizer, _conversation(format_name, chat, messages), limit)
-    if limit is not None and not chat.drops_oldest and len(ids) > limit:
+    return ids if chat.drops_oldest else _within(ids, limit, format_name)
+
+
+def _within(ids: list[int], limit: int | None, format_name: str) -> list[int]:
+    if limit is not None and len(ids) > limit:
         raise LogitLockError(
             f"the chat prompt has {len(ids)} tokens, over the limit of {limit}, and the {format_name} format does not "
             "drop turns by itself: send fewer or shorter messages"
@@ -110,8 +123,11 @@ def chat_ids(
 
 
 def stop_ids(format_name: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids that end an answer in this format, the most usual one first. Empty only for a base model without eos."""
+    """The ids that end an answer in this format, the most usual one first. Empty for a base model without eos, and
+    where the checkpoint's own template is used: what ends an answer is then the eos id alone, as in transformers."""
     found: list[int] = []
+    if tokenizer.chat_template is not None:
+        return found
     for surface in _format(format_name).stops:
         stop = tokenizer.special.eos if surface == END else tokenizer.token_id(surface)
         if stop is not None and stop not in found:

@@ -18,17 +18,20 @@ if TYPE_CHECKING:
     from refmodels.spec import ModelSpec
 
 
-def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
-    """The ids of a prompt, either bare or as the user's message in a chat.
+def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool, system: str | None = None) -> list[int]:
+    """The ids of a prompt, either bare or as the user's message in a chat, after a system message if one is given.
 
     Raises:
-        LogitLockError: a chat with a model that has no chat format.
+        LogitLockError: a chat with a model that has no chat format, or a system message without a chat.
     """
     if not chat:
+        if system is not None:
+            raise LogitLockError("a system message needs a chat: give --chat with --system")
         return tokenizer.encode(text)
-    if spec.chat_format == "raw":
+    if spec.chat_format == "raw" and tokenizer.chat_template is None:
         raise LogitLockError(f"{spec.variant} has no chat format; leave --chat out")
-    return chat_ids(spec.chat_format, tokenizer, [{"role": "user", "content": text}])
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return chat_ids(spec.chat_format, tokenizer, [*before, {"role": "user", "content": text}])
 
 
 def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from typing import Any
 from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.files import read_bytes
 from refmodels.json_records import read_json
+from refmodels.text.chat_template import read_template
 from refmodels.text.tokenizer_types import (
     ByteBpeTokenizer,
     Padded,
@@ -89,6 +90,14 @@ def read_tokenizer(directory: str | Path, *, family: str, generation: str | None
     folder = Path(directory)
     if not folder.is_dir():
         raise LogitLockError(f"no tokenizer can be loaded from {folder}: it is not a directory")
+    tokenizer = _read(folder, family, generation)
+    template = read_template(folder, _settings(folder))
+    if tokenizer.parses_special:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _read(folder: Path, family: str, generation: str | None) -> Tokenizer:
     if (folder / "qwen.tiktoken").is_file():
         return _load_tiktoken(folder, generation)
     pieces = folder / "tokenizer.model"

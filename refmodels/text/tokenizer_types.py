@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from refmodels.errors import LogitLockError
+from refmodels.text.chat_template import ChatTemplate
 
 REPLACEMENT = "\ufffd"
 
@@ -45,7 +46,10 @@ class Tokenizer(ABC):
 
     `vocab_size` counts the ids that the tokenizer defines; a model's embedding may have more rows (padding of the
     vocabulary), and ids from there decode to nothing. `prefix` and `suffix` are what `encode` adds around a prompt.
+    `chat_template` is the checkpoint's own, where the tokenizer can read the control tokens in its text.
     """
+
+    chat_template: ChatTemplate | None = None
 
     def __init__(
         self,
