@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Any
 
 import onnx_ir as ir
 
+from refmodels.taps import split_name
 from trt_runtime.bundle import LAYERS_NAME, Bundle
 from trt_runtime.onnxruntime.graph_edits import load_graph
 from trt_runtime.plan_layers import PlanLayers, read_layers
@@ -56,7 +56,8 @@ def weight_groups(weights: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same weight of all blocks together: name with * for the block, count, shape, dtype, bytes; largest first."""
     groups: dict[str, dict[str, Any]] = {}
     for weight in weights:
-        name = re.sub(r"^blocks\.\d+\.", "blocks.*.", weight["name"])
+        layer, part = split_name(weight["name"])
+        name = part if layer is None else f"blocks.*.{part}"
         group = groups.setdefault(name, {**weight, "name": name, "count": 0, "bytes": 0})
         group["count"] += 1
         group["bytes"] += weight["bytes"]

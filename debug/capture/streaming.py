@@ -15,7 +15,6 @@ import torch
 from refmodels.checkpoints.load import ModelSource, empty_decoder, put_parameter, stream_parameters
 from refmodels.model import Decoder
 from refmodels.spec import ModelSpec, Numerics
-from refmodels.taps import tap_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,6 @@ class Part:
 
 def parts(spec: ModelSpec) -> list[Part]:
     """All parts in the order of execution: embedding, blocks, and final norm with head."""
-    names = tap_names(spec)
     learned = spec.position == "learned"
     found = [
         Part(
@@ -45,7 +43,7 @@ def parts(spec: ModelSpec) -> list[Part]:
     ]
     for i in range(spec.layers):
         block = f"blocks.{i}"
-        taps = tuple(n for n in names if n == block or n.startswith(f"{block}."))
+        taps = tuple(tap.name for tap in spec.taps.values() if tap.layer == i)
         found.append(Part(first=block, last=block, prefixes=(f"{block}.",), taps=taps))
     head = ("final_norm.", "embed." if spec.tied_head else "head.")
     found.append(Part(first="final_norm", last="head", prefixes=head, taps=("final_norm", "logits")))

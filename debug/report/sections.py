@@ -370,7 +370,7 @@ def tree_section(result: DiffResult) -> str:
     named = {c.tap for c in result.culprits}
     parts: list[str] = []
     outside = groups.pop("", [])
-    first = [n for n in outside if not n.startswith(("final_norm", "logits"))]
+    first = [n for n in outside if n not in ("final_norm", "logits")]
     for group, names in (("input", first), *groups.items(), ("output", [n for n in outside if n not in first])):
         if not names:
             continue

@@ -92,7 +92,7 @@ def attention(graph: Lowering, node: fx.Node) -> None:
         "CachedAttention",
         given.values(),
         named,
-        name=context.removesuffix(".context"),
+        name=graph.spec.taps[context].module,
         heads=kwargs["heads"],
         kv_heads=kwargs["kv_heads"],
         scale=kwargs["scale"],

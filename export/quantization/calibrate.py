@@ -235,8 +235,8 @@ class _BlockQuantizer:
             def watch(name: str, tensor: Tensor, real: Tensor = real) -> None:
                 if name in sites:
                     sites[name].observe(tensor[real])
-                elif self.cache is not None and name in (f"{path}.key", f"{path}.value"):
-                    ranges.observe(name.removeprefix(f"{path}."), tensor.transpose(1, 2)[real])
+                elif self.cache is not None and self.spec.taps[name].kind == "cache":
+                    ranges.observe(self.spec.taps[name].part, tensor.transpose(1, 2)[real])
 
             a, (rows, tokens) = self.spec.attention, step.input_ids.shape
             shape = (rows, a.kv_heads, tokens, a.head_dim)

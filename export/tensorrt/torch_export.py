@@ -38,7 +38,7 @@ from refmodels.model import Decoder
 from refmodels.ops import cached_attention
 from refmodels.recorder import tap
 from refmodels.spec import ModelSpec, Numerics
-from refmodels.taps import tap_names
+from refmodels.taps import split_name, tap_names
 from trt_runtime.bundle import MODEL_NAME, PLAN_NAME, TAPS_PLAN_NAME, AttentionMode
 from trt_runtime.tensorrt.api import IS_RTX, LOGGER, errors_of, package_version, tensorrt_type, trt, warnings_of
 from trt_runtime.tensorrt.plugins import CREATORS, PLUGIN_VERSION, register_plugins
@@ -284,8 +284,8 @@ def _convert(
 
 def _argument(name: str) -> str:
     """Of the input `past.blocks.3.key` of a graph: past_key_3, as torch.export names it; others are named alike."""
-    found = re.fullmatch(r"past\.blocks\.(\d+)\.(key|value)", name)
-    return f"past_{found[2]}_{found[1]}" if found else name
+    layer, part = split_name(name.removeprefix("past."))
+    return name if layer is None else f"past_{part}_{layer}"
 
 
 def _layer_taps(network: Any, taps: Sequence[str]) -> dict[str, tuple[str, ...]]:
