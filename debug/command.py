@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from debug.__main__ import HELP, help_of
+from debug.__main__ import VERBS as _DEBUG
 from export.__main__ import VERBS as _EXPORT
 from refmodels import command
 from refmodels.__main__ import VERBS as _REFMODELS
-from refmodels.command import Verb
 from trt_runtime.__main__ import VERBS as _TRT_RUNTIME
 
-HELP = """Say which layer of an engine differs from Hugging Face, by how much, and why.
-
-A model is a family name (chatglm2, baichuan, qwen, gpt: the bundled toys), a local Hugging Face directory or a hub id.
-Three commands lead to a verdict:
-
-    logitlock export --model qwen --precision fp16
-
-    logitlock generate --bundle engines/qwen-fp16 --prompt '世界上第二高的山峰是哪座？'
-
-    logitlock diff --model qwen --bundle engines/qwen-fp16
-
-Exit codes: 0 if all is fine, 1 if the command found a difference, 2 if the input is bad.
-"""
-
-OWN_VERBS = {
-    **{verb: Verb("debug.cli", verb) for verb in ("verify", "record", "diff", "trace", "drift", "bisect")},
-    "eval": Verb("debug.evaluate.cli", "evaluate"),
-    "env": Verb("debug.cli", "environment"),
-}
-VERBS = {**_EXPORT, **_TRT_RUNTIME, **OWN_VERBS, **_REFMODELS}
+VERBS = {**_EXPORT, **_TRT_RUNTIME, **_DEBUG, **_REFMODELS}
 
 
 def main() -> None:
     """Run the command of `sys.argv` and leave the process."""
     command.main(VERBS, HELP, help_of=help_of)
-
-
-def help_of(function: Callable[..., None]) -> str:
-    """The docstring, with the ways to name an executor in the place of `{forms}`."""
-    text = command.help_of(function)
-    if "{forms}" not in text:
-        return text
-    from debug.executors.open import forms_help
-
-    return text.replace("{forms}", forms_help())

@@ -25,6 +25,7 @@ import typer
 from refmodels.errors import LogitLockError
 from refmodels.files import reason
 from refmodels.notices import LOGGER
+from refmodels.shadowing import check_ours
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 """Type of the `--json` option of every verb."""
@@ -47,6 +48,7 @@ class Verb:
 
     def load(self) -> Callable[..., None]:
         """The function: its parameters are the options, its docstring is the help."""
+        check_ours(self.module)
         function: Callable[..., None] = getattr(importlib.import_module(self.module), self.function)
         return function
 
@@ -76,6 +78,12 @@ def main(
         default: the verb that is meant where none is named, of a command that is known without.
         help_of: what the help of a verb says.
     """
+    _run(lambda: _app(verbs, description, default, help_of))
+
+
+def _app(
+    verbs: Mapping[str, Verb], description: str, default: str | None, help_of: Callable[[Callable[..., None]], str]
+) -> typer.Typer:
     asked = _asked()
     app = typer.Typer(
         help=description,
@@ -98,11 +106,11 @@ def main(
         text = help_of(function) if verb == asked else summary
         # Without a short help, that of the list of verbs is the start of the summary.
         app.command(verb, help=text, short_help=summary, context_settings=_SETTINGS)(_with_levels(function))
-    _run(app)
+    return app
 
 
-def _run(app: typer.Typer) -> None:
-    """Run a command and leave the process.
+def _run(make_app: Callable[[], typer.Typer]) -> None:
+    """Make and run a command and leave the process.
 
     Exit codes: 0 fine, 1 ran and found a difference (a verb raises `typer.Exit(1)`), 2 bad input, described in one line
     on stderr, 130 interrupted, 141 the reader of standard output is gone, 143 terminated.  Errors of the operating
@@ -112,7 +120,7 @@ def _run(app: typer.Typer) -> None:
     _prepare()
     try:
         # Python's own guess is that of the process, which need not be this command.
-        code = app(prog_name=None if _is_module() else Path(sys.argv[0]).stem, standalone_mode=False)
+        code = make_app()(prog_name=None if _is_module() else Path(sys.argv[0]).stem, standalone_mode=False)
         sys.stdout.flush()
     except LogitLockError as error:
         code = _fail(str(error))

@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from refmodels.shadowing import check_ours
+
 
 def public_names(module: dict[str, Any]) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
     """The `__all__`, `__getattr__` and `__dir__` of a module, read from the TYPE_CHECKING block of its source.
@@ -28,6 +30,7 @@ def public_names(module: dict[str, Any]) -> tuple[list[str], Callable[[str], Any
     def __getattr__(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {module['__name__']!r} has no attribute {name!r}")
+        check_ours(homes[name])
         module[name] = value = getattr(import_module(homes[name]), name)
         return value
 
@@ -38,7 +41,16 @@ def public_names(module: dict[str, Any]) -> tuple[list[str], Callable[[str], Any
 
 
 def declared(source: Path) -> dict[str, str]:
-    """The module that each name is imported from in the TYPE_CHECKING block of a source file."""
+    """The module that each name is imported from in the TYPE_CHECKING block of a source file.
+
+    A star stands for the names that the `__init__` of a package beside the file declares.
+    """
     blocks = [node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
     imports = [node for block in blocks if ast.unparse(block.test) == "TYPE_CHECKING" for node in block.body]
-    return {a.name: f"{node.module}" for node in imports if isinstance(node, ast.ImportFrom) for a in node.names}
+    homes: dict[str, str] = {}
+    for node in imports:
+        if isinstance(node, ast.ImportFrom):
+            package = source.parent / f"{node.module}" / "__init__.py"
+            for name in (alias.name for alias in node.names):
+                homes |= declared(package) if name == "*" else {name: f"{node.module}"}
+    return homes

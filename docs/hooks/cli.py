@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import typer.models
 from markdown_of import cell, fenced, table
 
-from debug.command import VERBS, help_of
+from debug.__main__ import help_of
+from debug.command import VERBS
 
 _EXAMPLE = re.compile(r"^Example: (.*)", re.S)
 

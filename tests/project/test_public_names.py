@@ -42,6 +42,17 @@ def test_no_name_is_public_twice() -> None:
     assert sorted(names) == sorted(set(names))
 
 
+def test_logitlock_has_the_names_of_all_packages_and_nothing_else() -> None:
+    module = import_module("logitlock")
+    assert module.__all__ == sorted(name for package in PACKAGES for name in named(package))
+    assert set(module.__all__) <= set(dir(module))
+    for package in PACKAGES:
+        for name in named(package):
+            assert getattr(module, name) is getattr(import_module(package), name)
+    body = ast.parse((ROOT / "logitlock.py").read_text(encoding="utf-8")).body
+    assert [type(node).__name__ for node in body] == ["Expr", "ImportFrom", "ImportFrom", "ImportFrom", "If"]
+
+
 def submodules(package: str) -> set[str]:
     return {path.stem for path in (ROOT / package).iterdir() if path.suffix in ("", ".py")}
 
@@ -53,12 +64,13 @@ def test_no_public_name_is_that_of_a_module(package: str) -> None:
 
 
 def test_importing_the_packages_imports_nothing_else() -> None:
+    names = ("logitlock", *PACKAGES)
     code = (
-        f"import sys; before = set(sys.modules); import {', '.join(PACKAGES)}\n"
+        f"import sys; before = set(sys.modules); import {', '.join(names)}\n"
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(sorted(PACKAGES))
+    assert done.stdout.strip() == str(sorted(names))
 
 
 def module_of(source: str, tmp_path: Path) -> ModuleType:
@@ -132,6 +144,7 @@ def test_the_check_of_command_lines_sees(code: str, found: list[str]) -> None:
 
 
 PUBLIC = {package: set(named(package)) for package in PACKAGES}
+PUBLIC["logitlock"] = set().union(*PUBLIC.values())
 _IMPORT = re.compile(rf"\b(?:from|import) (?:{'|'.join(PACKAGES)})\.\w+")
 
 

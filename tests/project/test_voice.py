@@ -20,7 +20,8 @@ from typing import Annotated
 import pytest
 import typer.models
 
-from debug.command import VERBS, help_of
+from debug.__main__ import help_of
+from debug.command import VERBS
 from tests.support.paths import ROOT
 
 _UNITS = "row|token|layer|block|step|prompt|family|case|verb|pair|node|head|group|task|channel|tensor|byte|bucket"

@@ -1,4 +1,4 @@
-"""The wheel: it holds the packages as a whole and nothing else, and works where it is installed."""
+"""The wheel: it holds the packages as a whole, logitlock.py and nothing else, and works where it is installed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PACKAGES = ("refmodels", "trt_runtime", "export", "debug")
 pytestmark = pytest.mark.slow
 
 
-def run(*command: object, cwd: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(*command: object, cwd: Path, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -58,6 +58,7 @@ def test_holds_exactly_what_it_should(wheel: Path) -> None:
     metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()]
     expected = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+    expected.add("logitlock.py")
     assert names - metadata == expected
     assert {name.split("/", 1)[1] for name in metadata} >= {"METADATA", "RECORD", "entry_points.txt"}
     suffixes = {Path(name).suffix for name in expected}
@@ -66,9 +67,9 @@ def test_holds_exactly_what_it_should(wheel: Path) -> None:
 
 
 def test_runs_where_it_is_installed(python: Path, tmp_path: Path) -> None:
-    where = f"import {', '.join(PACKAGES)}; print([m.__file__ for m in ({', '.join(PACKAGES)})])"
-    printed = run(python, "-c", where, cwd=tmp_path)
-    assert printed.count(str(python.parents[1])) == len(PACKAGES), "not the wheel is imported"
+    modules = ", ".join(("logitlock", *PACKAGES))
+    printed = run(python, "-c", f"import {modules}; print([m.__file__ for m in ({modules})])", cwd=tmp_path)
+    assert printed.count(str(python.parents[1])) == 1 + len(PACKAGES), "not the wheel is imported"
     logitlock = python.with_name("logitlock")
     assert json.loads(run(logitlock, "models", "--json", cwd=tmp_path))["families"]
     run(logitlock, "export", "--model", "qwen", "--precision", "fp32", "--backend", "onnxruntime", cwd=tmp_path)
@@ -76,6 +77,14 @@ def test_runs_where_it_is_installed(python: Path, tmp_path: Path) -> None:
     assert "乔" in run(logitlock, "generate", *bundle, "--prompt", "世界上第二高的山峰是哪座？", cwd=tmp_path)
     diff = run(logitlock, "diff", *bundle, "--steps", "1", "--html", "report.html", "--json", cwd=tmp_path)
     assert json.loads(diff)["verdict"] == "aligned" and (tmp_path / "report.html").is_file()
+
+
+def test_the_command_runs_among_files_of_the_same_names(python: Path, tmp_path: Path) -> None:
+    for package in PACKAGES[1:]:
+        (tmp_path / f"{package}.py").write_text("raise AssertionError('a file of the user runs')\n")
+    command = (python.with_name("logitlock"), "models", "--json")
+    for path in ("", ".", str(tmp_path)):
+        assert json.loads(run(*command, cwd=tmp_path, PYTHONPATH=path))["families"]
 
 
 def test_a_type_checker_sees_the_types(python: Path, tmp_path: Path) -> None:
