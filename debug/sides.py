@@ -29,10 +29,10 @@ from refmodels.checkpoints.load import (
     checkpoint_hash,
     load,
     load_tokenizer,
-    moved,
     parameter_shapes,
     resolve,
     tokenizer_in,
+    with_directory,
 )
 from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.families import FAMILIES
@@ -217,7 +217,7 @@ def open_side(text: str, source: ModelSource, options: RunOptions, *, floats: bo
     own = source
     if folded is not None:
         assert bundle is not None and bundle.quantized_path is not None
-        own = moved(source, bundle.quantized_path)
+        own = with_directory(source, bundle.quantized_path)
     if bundle is not None:
         context = _check_bundle(bundle, own)
         if text.startswith("tensorrt:") and bundle.info.engine is not None:

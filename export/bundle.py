@@ -26,11 +26,11 @@ from refmodels.checkpoints.load import (
     COMPANION_FILES,
     ModelSource,
     checkpoint_hash,
-    moved,
     parameter_bytes,
     parameter_shapes,
     resolve,
     stream_parameters,
+    with_directory,
 )
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
@@ -109,7 +109,7 @@ def export_model(
     with write_bundle(target, overwrite=options.overwrite) as draft, ThreadPoolExecutor(1) as pool:
         if quantize is not None:
             checkpoint = quantize_model(source, draft.directory / QUANTIZED_NAME, quantize, progress=progress)
-            source = moved(source, checkpoint)
+            source = with_directory(source, checkpoint)
         identity = None if options.random_weights else pool.submit(checkpoint_hash, source)
         draft.copy(path for name in ("config.json", *COMPANION_FILES) if (path := source.directory / name).is_file())
         if options.random_weights:

@@ -1,7 +1,7 @@
-"""A reference that holds the weights of one part at a time.
+"""A reference that holds the weights of one stage at a time.
 
-A diff needs each weight once in fp64 and once in the engine's dtype.  Loading part by part, in the order of execution,
-needs memory for one part instead of 8 + 2 bytes per parameter.
+A diff needs each weight once in fp64 and once in the engine's dtype.  Loading stage by stage, in the order of
+execution, needs memory for one stage instead of 8 + 2 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from refmodels.spec import ModelSpec, Numerics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Stage:
     """Modules that run one after another, and the taps that they make.
 
     first, last: names of the first and the last module to run.  prefixes: name prefixes of their parameters.
@@ -30,11 +30,11 @@ class Part:
     taps: tuple[str, ...]
 
 
-def parts(spec: ModelSpec) -> list[Part]:
-    """All parts in the order of execution: embedding, blocks, and final norm with head."""
+def stages(spec: ModelSpec) -> list[Stage]:
+    """All stages in the order of execution: embedding, blocks, and final norm with head."""
     learned = spec.position == "learned"
     found = [
-        Part(
+        Stage(
             first="embed",
             last="position_embed" if learned else "embed",
             prefixes=("embed.", "position_embed."),
@@ -44,20 +44,20 @@ def parts(spec: ModelSpec) -> list[Part]:
     for i in range(spec.layers):
         block = f"blocks.{i}"
         taps = tuple(tap.name for tap in spec.taps.values() if tap.layer == i)
-        found.append(Part(first=block, last=block, prefixes=(f"{block}.",), taps=taps))
+        found.append(Stage(first=block, last=block, prefixes=(f"{block}.",), taps=taps))
     head = ("final_norm.", "embed." if spec.tied_head else "head.")
-    found.append(Part(first="final_norm", last="head", prefixes=head, taps=("final_norm", "logits")))
+    found.append(Stage(first="final_norm", last="head", prefixes=head, taps=("final_norm", "logits")))
     return found
 
 
 class StreamedDecoder:
-    """A decoder whose weights are loaded from a checkpoint part by part.
+    """A decoder whose weights are loaded from a checkpoint stage by stage.
 
     Args:
         source: the model.
         dtype, numerics: as for `refmodels.load`.
     Raises:
-        LogitLockError: as `refmodels.checkpoints.load.stream_parameters`, when a part is loaded.
+        LogitLockError: as `refmodels.checkpoints.load.stream_parameters`, when a stage is loaded.
     """
 
     def __init__(self, source: ModelSource, *, dtype: torch.dtype, numerics: Numerics = "exact") -> None:
@@ -67,27 +67,27 @@ class StreamedDecoder:
 
     @contextmanager
     def running(self) -> Iterator[Decoder]:
-        """Inside this context, forward passes of the decoder load each part before it runs and drop it afterwards."""
+        """Inside this context, forward passes of the decoder load each stage before it runs and drop it afterwards."""
         with ExitStack() as hooks, ExitStack() as weights:
-            for part in parts(self.decoder.spec):
-                first, last = self.decoder.get_submodule(part.first), self.decoder.get_submodule(part.last)
+            for stage in stages(self.decoder.spec):
+                first, last = self.decoder.get_submodule(stage.first), self.decoder.get_submodule(stage.last)
 
-                def enter(*_: object, part: Part = part) -> None:
-                    weights.enter_context(self.holding(part))
+                def enter(*_: object, stage: Stage = stage) -> None:
+                    weights.enter_context(self.holding(stage))
 
                 hooks.callback(first.register_forward_pre_hook(enter).remove)
                 hooks.callback(last.register_forward_hook(lambda *_: weights.close()).remove)
             yield self.decoder
 
     @contextmanager
-    def holding(self, part: Part) -> Iterator[Decoder]:
-        """The weights of `part` are loaded inside this context."""
-        self._load(part.prefixes)
+    def holding(self, stage: Stage) -> Iterator[Decoder]:
+        """The weights of `stage` are loaded inside this context."""
+        self._load(stage.prefixes)
         try:
             yield self.decoder
         finally:
             for name, value in list(self.decoder.named_parameters(remove_duplicate=False)):
-                if name.startswith((*part.prefixes, "head.")) and not name.startswith("final_norm."):
+                if name.startswith((*stage.prefixes, "head.")) and not name.startswith("final_norm."):
                     put_parameter(self.decoder, name, torch.empty_like(value, device="meta"))
 
     def _load(self, prefixes: tuple[str, ...]) -> None:
@@ -100,7 +100,7 @@ class StreamedDecoder:
 
 
 Reference = Decoder | StreamedDecoder
-"""The reference with all its weights in memory, or with those of one part at a time."""
+"""The reference with all its weights in memory, or with those of one stage at a time."""
 
 
 @contextmanager
@@ -115,11 +115,11 @@ def ready(reference: Reference) -> Iterator[Decoder]:
 
 @contextmanager
 def ready_at(reference: Reference, tap: str, *, alone: bool = False) -> Iterator[Decoder]:
-    """A decoder that has, inside this context, the weights of the part that makes `tap`; `alone`: only the tap's
+    """A decoder that has, inside this context, the weights of the stage that makes `tap`; `alone`: only the tap's
     own."""
     if isinstance(reference, StreamedDecoder):
-        part = next(p for p in parts(reference.decoder.spec) if tap in p.taps)
-        with reference.holding(replace(part, prefixes=(f"{tap}.",)) if alone else part) as decoder:
+        stage = next(s for s in stages(reference.decoder.spec) if tap in s.taps)
+        with reference.holding(replace(stage, prefixes=(f"{tap}.",)) if alone else stage) as decoder:
             yield decoder
     else:
         yield reference

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from export.quantization.checkpoint import read_folded, read_provenance
 from export.quantization.fold import Site, fold
-from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load, moved, put_parameter
+from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load, put_parameter, with_directory
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from refmodels.spec import Numerics
@@ -53,7 +53,7 @@ def quantized_source(source: ModelSource, bundles: Iterable[Bundle]) -> ModelSou
     for bundle in bundles:
         if bundle.quantized_path is not None and source.spec.quantization is None:
             _check_origin(bundle, source)
-            return moved(source, bundle.quantized_path)
+            return with_directory(source, bundle.quantized_path)
     return source
 
 

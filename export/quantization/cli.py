@@ -17,7 +17,7 @@ from export.quantization.checkpoint import read_provenance
 from export.quantization.data import SAMPLES, TOKENS, calibration_data
 from export.quantization.method import MethodOptions
 from export.quantization.schemes import QuantizeOptions
-from refmodels.checkpoints.load import moved, resolve
+from refmodels.checkpoints.load import resolve, with_directory
 from refmodels.command import JsonFlag
 from refmodels.options import fields_in
 
@@ -172,7 +172,7 @@ def quantize(
     if json_output:
         print(json.dumps({"checkpoint": str(target), **provenance}, ensure_ascii=False))
         return
-    made = moved(source, target).spec.quantization
+    made = with_directory(source, target).spec.quantization
     assert made is not None
     print(f"{target}: {made.describe()}")
     measured = {name: r for name, r in provenance["layers"].items() if r["error"] is not None}

@@ -107,7 +107,7 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     source = ModelSource(
         directory=directory, config=typed, spec=spec, family=family, name=name, facts=tuple(config.facts)
     )
-    found = moved(source, directory)
+    found = with_directory(source, directory)
     for text in config.warnings:
         say_once(text)
     return found
@@ -133,7 +133,7 @@ def _stores_own_head(spec: ModelSpec, family: Family, beside: Beside) -> bool:
     return any(bool((head[i : i + _ROWS_AT_ONCE] != embedding[i : i + _ROWS_AT_ONCE]).any()) for i in rows)
 
 
-def moved(source: ModelSource, directory: Path) -> ModelSource:
+def with_directory(source: ModelSource, directory: Path) -> ModelSource:
     """The same model with the weights of another directory, and with the quantization that its config.json declares.
 
     Raises:

@@ -34,7 +34,7 @@ from refmodels.text.tokenizer import read_tokenizer
 from refmodels.toys import TOYS, toy_path
 from refmodels.toys.batches import IGNORED, Batch, Sampler
 from refmodels.toys.configs import CONFIGS, generation_config
-from refmodels.toys.start import initialize
+from refmodels.toys.initialization import initialize
 from refmodels.toys.vocabulary import train_tokenizer
 
 LEARNING_RATE = 2e-3

@@ -44,7 +44,7 @@ _SHARED_LIMITS = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel:
+class CompiledKernel:
     """One compiled kernel.
 
     `key` is its `kernel_key`, `entry` its symbol, `cubin` and `ptx` names in the archive; `threads` a block, `shared`
@@ -67,7 +67,7 @@ class Target:
     """The kernels for one compute capability (89 for 8.9)."""
 
     capability: int
-    kernels: list[Kernel]
+    kernels: list[CompiledKernel]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,7 @@ def compile_kernels(
     for capability, launches in work:
         # PTX for a capability from 9.0 on names that GPU's own instructions (sm_90a) and compiles for no other.
         keep_ptx = capability == wanted[0] < 90
-        kernels: list[Kernel] = []
+        kernels: list[CompiledKernel] = []
         for launch in launches:
             kernels.append(_compile(launch, capability, len(kernels), files, keep_ptx=keep_ptx))
             done += 1
@@ -191,7 +191,7 @@ def compile_kernels(
     return _pack({_MANIFEST: json.dumps(dataclasses.asdict(manifest), indent=1).encode(), **files})
 
 
-def _compile(launch: Launch, capability: int, index: int, files: dict[str, bytes], *, keep_ptx: bool) -> Kernel:
+def _compile(launch: Launch, capability: int, index: int, files: dict[str, bytes], *, keep_ptx: bool) -> CompiledKernel:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -232,7 +232,7 @@ def _compile(launch: Launch, capability: int, index: int, files: dict[str, bytes
     files[f"{stem}.cubin"] = built.asm["cubin"]
     if keep_ptx:
         files[f"{stem}.ptx"] = built.asm["ptx"].encode()
-    return Kernel(
+    return CompiledKernel(
         key=kernel_key(launch),
         entry=meta.name,
         cubin=f"{stem}.cubin",
@@ -434,7 +434,7 @@ class KernelLauncher:
             _launch(launch, self._kernels[key], self._functions[key], stream)
 
 
-def _launch(launch: Launch, kernel: Kernel, function: Any, stream: int) -> None:
+def _launch(launch: Launch, kernel: CompiledKernel, function: Any, stream: int) -> None:
     values: list[Any] = []
     kinds: list[Any] = []
     for name, kind in _argument_types(launch).items():

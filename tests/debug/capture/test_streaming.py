@@ -1,4 +1,4 @@
-"""The reference with one part's weights at a time gives the same diff, and holds no more."""
+"""The reference with the weights of one stage at a time gives the same diff, and holds no more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import refmodels
 from debug import sides
 from debug.capture.prompts import random_prompts
-from debug.capture.streaming import StreamedDecoder, parts, ready_at
+from debug.capture.streaming import StreamedDecoder, ready_at, stages
 from debug.comparison.compare import diff_engine
 from debug.sides import reference_of
 from export.bundle import export_model
@@ -64,7 +64,7 @@ def test_only_one_part_is_there(case: str) -> None:
 def test_parts_make_every_tap_once() -> None:
     for case in CASES:
         spec = case_source(case).spec
-        assert [tap for part in parts(spec) for tap in part.taps] == list(tap_names(spec))
+        assert [tap for stage in stages(spec) for tap in stage.taps] == list(tap_names(spec))
 
 
 def test_large_models_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:

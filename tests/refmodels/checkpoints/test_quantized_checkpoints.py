@@ -23,7 +23,7 @@ from export.quantization.checkpoint import read_provenance
 from export.quantization.data import calibration_data
 from export.quantization.method import MethodOptions
 from export.quantization.schemes import QuantizeOptions, quantization_of
-from refmodels.checkpoints.load import moved
+from refmodels.checkpoints.load import with_directory
 from refmodels.checkpoints.quantized_layouts import CheckpointFormat, Storage
 from refmodels.quantization.arithmetic import (
     QuantizedWeight,
@@ -271,7 +271,7 @@ def test_every_scheme_and_family(case: str, scheme: str | None, tmp_path: Path) 
     options = QuantizeOptions(
         scheme=scheme, group=32 if scheme and "int4" in scheme else None, cache=None if scheme else "int8"
     )
-    made = moved(source, tiny(source, options, tmp_path / "q"))
+    made = with_directory(source, tiny(source, options, tmp_path / "q"))
     assert made.spec.quantization == quantization_of(source.spec, options)
     model, plain = refmodels.load(made, dtype=torch.float64), refmodels.load(source, dtype=torch.float64)
     ids = torch.randint(0, source.spec.vocab_size, (2, 12), generator=torch.Generator().manual_seed(3))
