@@ -38,6 +38,7 @@ ALLOWED = {
     ("export/precision_plan.py", "name.rpartition('.')"): PARAMETERS,
     ("export/quantization/calibrate.py", "name.startswith('final_norm.')"): "parameters of a module",
     ("export/tensorrt/torch_export.py", "name.rpartition('.')"): PARAMETERS,
+    ("refmodels/shadowing.py", "module.partition('.')"): "a module of Python",
     ("refmodels/toys/initialization.py", "'.out.' in name"): "parameters, by how they are drawn",
     ("trt_runtime/torch_gpu/fused.py", "name.rpartition('.')"): PARAMETERS,
     ("debug/bisect.py", "path.rpartition('.')"): PARAMETERS,
