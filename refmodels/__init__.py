@@ -9,10 +9,11 @@
 
     spec.py       facts of an architecture          families/      Hugging Face config -> spec, names -> parameters
     model.py      the decoder                       ops.py         its fused operations
+    attention.py  the inputs of attention           recorder.py    recording tensors by their names
     cache.py      the explicit key/value cache      positions.py   RoPE, NTK, logn and ALiBi tables
-    taps.py       one name per tensor               recorder.py    recording tensors by these names
+    taps.py       one name per tensor               toys/          one trained toy per family
     checkpoints/  resolve, stream and load weights  quantization/  formats and arithmetic of quantized layers
-    text/         tokenizers, chats, prompts        toys/          one trained toy per family
+    text/         tokenizers, chats, prompts        errors.py      the error of bad input
     command.py    common part of command lines      cli.py         the verb models
     dtypes.py     one table of dtypes               lazy.py        public names of a package
 
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING
 from refmodels.lazy import public_names
 
 if TYPE_CHECKING:
+    from refmodels.attention import AttentionFacts as AttentionFacts
+    from refmodels.attention import AttentionInputs as AttentionInputs
     from refmodels.cache import KVCache as KVCache
     from refmodels.cache import StepInputs as StepInputs
     from refmodels.checkpoints.load import ModelSource as ModelSource

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refmodels.attention import AttentionFacts, AttentionInputs, Positions
 from refmodels.cache import KVCache, StepInputs
 from refmodels.errors import LogitLockError
-from refmodels.ops import Positions, cached_attention, fused_rms_norm, rope_rows, select_tokens
+from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.positions import PositionTables, build_tables
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.recorder import active_recorder, tap
@@ -86,8 +87,15 @@ class Attention(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int, *, numerics: Numerics) -> None:
         super().__init__()
         a, h, path = spec.attention, spec.hidden_size, f"blocks.{layer}.attn"
-        self.spec, self.layer = spec, layer
-        self.arithmetic = a.upstream_arithmetic if numerics == "upstream" else "exact"
+        self.layer = layer
+        self.facts = AttentionFacts(
+            heads=a.heads,
+            kv_heads=a.kv_heads,
+            scale=spec.scale(layer),
+            rotary_interleaved=spec.rope is not None and spec.rope.interleaved,
+            window=spec.window(layer),
+            arithmetic=a.upstream_arithmetic if numerics == "upstream" else "exact",
+        )
         self.qkv = make_linear(spec, f"{path}.qkv", h, spec.qkv_width, bias=a.qkv_bias)
         self.out = make_linear(spec, f"{path}.out", a.heads * a.head_dim, h, bias=a.out_bias)
         self.key_scale: nn.Parameter | None = None
@@ -103,21 +111,10 @@ class Attention(nn.Module):
         return tap(f"{block}.attn.out", self.out(tap(f"{block}.attn.context", context))), past
 
     def attend(self, qkv: Tensor, past: Past, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """`cached_attention` with this layer's settings: context, keys and values."""
-        a = self.spec.attention
-        return cached_attention(
-            qkv,
-            *past,
-            *positions,  # type: ignore[arg-type]
-            heads=a.heads,
-            kv_heads=a.kv_heads,
-            scale=self.spec.scale(self.layer),
-            rotary_interleaved=self.spec.rope is not None and self.spec.rope.interleaved,
-            window=self.spec.window(self.layer),
-            arithmetic=self.arithmetic,
-            key_scale=self.key_scale,
-            value_scale=self.value_scale,
-        )
+        """`cached_attention` with this layer's facts: context, keys and values."""
+        given = {**positions, "key_scale": self.key_scale, "value_scale": self.value_scale}
+        key, value = past
+        return cached_attention(AttentionInputs(qkv=qkv, key_cache=key, value_cache=value, **given), self.facts)
 
 
 class Mlp(nn.Module):
@@ -271,7 +268,14 @@ class Decoder(nn.Module):
             cos, sin = F.embedding(rows, self.rope_cos), F.embedding(rows, self.rope_sin)
         if self.logn is not None:
             query_scale = F.embedding(position_ids, self.logn[:, None]).squeeze(-1)
-        return Positions(cache_lengths, visible, cos, sin, query_scale, self.alibi_slopes)
+        return {
+            "cache_lengths": cache_lengths,
+            "visible": visible,
+            "cos": cos,
+            "sin": sin,
+            "query_scale": query_scale,
+            "alibi_slopes": self.alibi_slopes,
+        }
 
     def positions_of(self, step: StepInputs) -> Positions:
         """`positions` of a step, on this model's device."""

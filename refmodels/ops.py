@@ -10,12 +10,13 @@ implementation for CUDA tensors; they run only inside its `use_kernels()`, every
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refmodels.attention import AttentionFacts, AttentionInputs, from_torch, to_torch, torch_schema
 from refmodels.dtypes import wide_dtype
 from refmodels.quantization.arithmetic import dequantize_cache, quantize_cache
 
@@ -44,98 +45,27 @@ def _rms_norm_body(x: Tensor, weight: Tensor, eps: float, weight_in_float: bool)
     return normed.to(x.dtype) * weight
 
 
-class Positions(NamedTuple):
-    """Where the tokens of a step are: the inputs of `cached_attention` that all layers share, described there."""
-
-    cache_lengths: Tensor
-    visible: Tensor
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    query_scale: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-
-
-def cached_attention(
-    qkv: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_lengths: Tensor,
-    visible: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    query_scale: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    *,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    rotary_interleaved: bool = False,
-    window: int = 0,
-    arithmetic: str = "exact",
-    key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def cached_attention(inputs: AttentionInputs, facts: AttentionFacts) -> tuple[Tensor, Tensor, Tensor]:
     """Position encoding, cache write, masking, grouped-query attention: everything between two projections.
 
     Args:
-        qkv: [batch, tokens, (heads + 2 * kv_heads) * head_dim], the fused projection, rows [query | key | value].
-        key_cache, value_cache: [batch, kv_heads, capacity, head_dim], dtype of qkv, or int8 or float8_e4m3fn with
-            `key_scale` and `value_scale`; **updated in place**.
-        cache_lengths: [batch] int64; token s of row b goes to slot cache_lengths[b] + s, which must be < capacity.
-        visible: [batch, slots] bool, slots >= max(cache_lengths) + tokens; False hides a slot (padding).
-        cos, sin: [batch, tokens, rotary_dim / 2]; the first rotary_dim elements of query and key are rotated in the
-            dtype of these tables and cast back.  Keys are cached rotated.
-        query_scale: [batch, tokens], multiplies the rotated query, never the key (Qwen's logn).
-        alibi_slopes: [heads]; adds slope * (key slot - query slot) to the scores.
-        heads, kv_heads: query head h reads kv head h // (heads // kv_heads).
-        scale: factor on query . key.
-        rotary_interleaved: rotate pairs (0,1),(2,3).. instead of (i, i + rotary_dim/2).
-        window: keys visible to a query, self included; 0 for all.
-        arithmetic: "exact" keeps everything from rotation to context in fp32 (fp64 for fp64) and rounds once, and the
-            cached key once.  The others repeat an upstream implementation in half precision: "sdpa"; "eager_multiply" /
-            "eager_divide" (score rounded, then scaled by a product / quotient; softmax in the working dtype), the same
-            with "_float32" (softmax in fp32), and "eager_upcast" (scores and softmax in fp32).  There ALiBi has
-            upstream's absolute form, slope * key slot.
-        key_scale, value_scale: [kv_heads], of a quantized cache (`refmodels.quantization.arithmetic.quantize_cache`):
-            rotated keys and values are rounded to codes as they are written, and every query, also of the same step,
-            sees code * scale.
+        inputs: tensors, shapes and dtypes as in `refmodels.attention.ATTENTION_INPUTS`; the caches are **updated in
+            place**, and cos and sin rotate in their own dtype, after which keys are cast back and cached rotated.
+        facts: what is fixed in the layer.
     Returns:
         context [batch, tokens, heads * head_dim] in the dtype of qkv, and the two caches.  The context of a query that
         sees no key is 0 by definition.
     """
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        return _attention_body(
-            qkv, key_cache, value_cache, cache_lengths, visible, cos, sin, query_scale, alibi_slopes,
-            heads, kv_heads, scale, rotary_interleaved, window, arithmetic, key_scale, value_scale, in_place=False,
-        )  # fmt: skip
-    context: Tensor = torch.ops.refmodels.cached_attention(
-        qkv, key_cache, value_cache, cache_lengths, visible, cos, sin, query_scale, alibi_slopes,
-        heads, kv_heads, scale, rotary_interleaved, window, arithmetic, key_scale, value_scale,
-    )  # fmt: skip
-    return context, key_cache, value_cache
+    if torch.is_grad_enabled() and inputs.qkv.requires_grad:
+        return attention_body(inputs, facts, in_place=False)
+    context: Tensor = torch.ops.refmodels.cached_attention(*to_torch(inputs, facts))
+    return context, inputs.key_cache, inputs.value_cache
 
 
-def _attention_body(
-    qkv: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_lengths: Tensor,
-    visible: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    query_scale: Tensor | None,
-    alibi_slopes: Tensor | None,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    rotary_interleaved: bool,
-    window: int,
-    arithmetic: str,
-    key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    *,
-    in_place: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_body(inputs: AttentionInputs, facts: AttentionFacts, *, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`cached_attention` itself, for tensors of any device; `in_place` False updates copies of the caches."""
+    qkv, key_cache, value_cache, cos, sin = inputs.qkv, inputs.key_cache, inputs.value_cache, inputs.cos, inputs.sin
+    heads, kv_heads, scale, arithmetic = facts.heads, facts.kv_heads, facts.scale, facts.arithmetic
     batch, tokens, width = qkv.shape
     head_dim = width // (heads + 2 * kv_heads)
     dtype = qkv.dtype
@@ -144,29 +74,29 @@ def _attention_body(
     if exact:
         query = query.to(wide_dtype(dtype))
     if cos is not None and sin is not None:
-        query = rotate(query, cos, sin, rotary_interleaved)
-        key = rotate(key, cos, sin, rotary_interleaved)
-    if query_scale is not None:
-        query = query * query_scale[:, :, None, None]
+        query = rotate(query, cos, sin, facts.rotary_interleaved)
+        key = rotate(key, cos, sin, facts.rotary_interleaved)
+    if inputs.query_scale is not None:
+        query = query * inputs.query_scale[:, :, None, None]
 
-    slots = cache_lengths[:, None] + torch.arange(tokens, device=qkv.device)
+    slots = inputs.cache_lengths[:, None] + torch.arange(tokens, device=qkv.device)
     where = (torch.arange(batch, device=qkv.device)[:, None], slice(None), slots)
     if not in_place:
         key_cache, value_cache = key_cache.clone(), value_cache.clone()
-    _store(key_cache, where, key, key_scale)
-    _store(value_cache, where, value, value_scale)
+    _store(key_cache, where, key, inputs.key_scale)
+    _store(value_cache, where, value, inputs.value_scale)
 
-    live = visible.shape[1]
+    live = inputs.visible.shape[1]
     key_slot = torch.arange(live, device=qkv.device)
-    seen = (key_slot <= slots[:, :, None]) & visible[:, None, :]
-    if window:
-        seen &= key_slot > slots[:, :, None] - window
+    seen = (key_slot <= slots[:, :, None]) & inputs.visible[:, None, :]
+    if facts.window:
+        seen &= key_slot > slots[:, :, None] - facts.window
     seen = seen[:, None]
 
     query = query.transpose(1, 2)
     group = heads // kv_heads
-    keys = _live(key_cache, live, key_scale, query.dtype)
-    values = _live(value_cache, live, value_scale, query.dtype)
+    keys = _live(key_cache, live, inputs.key_scale, query.dtype)
+    values = _live(value_cache, live, inputs.value_scale, query.dtype)
     if group > 1:
         keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     if arithmetic == "sdpa":
@@ -176,9 +106,9 @@ def _attention_body(
         scores = query.to(upcast) @ keys.to(upcast).transpose(-1, -2)
         # x / sqrt(d) and x * (1 / sqrt(d)) round differently where sqrt(d) is no power of two.
         scores = scores / (1.0 / scale) if "divide" in arithmetic else scores * scale
-        if alibi_slopes is not None:
+        if inputs.alibi_slopes is not None:
             distance = key_slot - slots[:, None, :, None] if exact else key_slot
-            scores = scores + (alibi_slopes[:, None, None] * distance).to(scores.dtype)
+            scores = scores + (inputs.alibi_slopes[:, None, None] * distance).to(scores.dtype)
         scores = scores.masked_fill(~seen, float("-inf"))
         weights = scores.softmax(-1, dtype=torch.float32) if "float32" in arithmetic else scores.softmax(-1)
         weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)
@@ -219,23 +149,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), -1)
 
 
-def _fake_attention(qkv: Tensor, *rest: Tensor | float | str | None) -> Tensor:
-    heads, kv_heads = rest[8], rest[9]
-    assert isinstance(heads, int) and isinstance(kv_heads, int)
-    return qkv.new_empty((*qkv.shape[:2], qkv.shape[-1] // (heads + 2 * kv_heads) * heads))
+def _fake_attention(*arguments: Any) -> Tensor:
+    (qkv, *_), facts = from_torch(*arguments)
+    return qkv.new_empty((*qkv.shape[:2], qkv.shape[-1] // (facts.heads + 2 * facts.kv_heads) * facts.heads))
 
 
 # Not through the torch.library.custom_op decorator: its first call imports torch._dynamo, 0.7 s in every command.
 _LIBRARY = torch.library.Library("refmodels", "DEF")
 _LIBRARY.define("fused_rms_norm(Tensor x, Tensor weight, float eps, bool weight_in_float) -> Tensor")
-_LIBRARY.define(
-    "cached_attention(Tensor qkv, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_lengths, Tensor visible, "
-    "Tensor? cos, Tensor? sin, Tensor? query_scale, Tensor? alibi_slopes, int heads, int kv_heads, float scale, "
-    "bool rotary_interleaved, int window, str arithmetic, Tensor? key_scale=None, Tensor? value_scale=None) -> Tensor"
-)
+_LIBRARY.define(torch_schema("cached_attention"))
 _LIBRARY.impl("fused_rms_norm", _rms_norm_body, "CompositeExplicitAutograd")
 _LIBRARY.impl(
-    "cached_attention", lambda *inputs: _attention_body(*inputs, in_place=True)[0], "CompositeExplicitAutograd"
+    "cached_attention",
+    lambda *arguments: attention_body(*from_torch(*arguments), in_place=True)[0],
+    "CompositeExplicitAutograd",
 )
 torch.library.register_fake(
     "refmodels::fused_rms_norm", lambda x, weight, eps, weight_in_float: torch.empty_like(x), lib=_LIBRARY

@@ -8,8 +8,8 @@ arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debug.capture.capture import Forward
+from refmodels.attention import ATTENTION_INPUTS, AttentionFacts, AttentionInputs
 from refmodels.dtypes import wide_dtype
 from refmodels.model import Attention, Decoder, RmsNorm, activate
-from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
+from refmodels.ops import cached_attention, fused_rms_norm, select_tokens
 from refmodels.positions import ntk_alphas, rope_table
 from refmodels.quantization.arithmetic import quantize_groups, quantize_static
 from refmodels.quantization.formats import CODE_TYPES
@@ -229,91 +230,50 @@ def _activation(*, gate: Tensor | None, up: Tensor, function: Callable[[Tensor],
 def _attention_arguments(decoder: Decoder, layer: int, part: str, forward: Forward) -> dict[str, Any]:
     spec, inputs, path = decoder.spec, forward.inputs, f"blocks.{layer}"
     device, dtype = decoder.device, decoder.dtype
-    cos = sin = query_scale = None
-    if decoder.rope_cos is not None and decoder.rope_sin is not None:
-        assert inputs.position_ids is not None
-        rows = inputs.position_ids.to(device)
-        if inputs.ntk_table is not None:
-            rows = rope_rows(rows, inputs.ntk_table.to(device), decoder.table_positions)
-        cos, sin = F.embedding(rows, decoder.rope_cos), F.embedding(rows, decoder.rope_sin)
-    if decoder.logn is not None:
-        assert inputs.position_ids is not None
-        query_scale = decoder.logn[inputs.position_ids.to(device)]
     slots = inputs.attention_mask.shape[1]
-    caches: dict[str, Tensor | None] = {}
+    caches: dict[str, Tensor] = {}
     attn = decoder.blocks[layer].attn
     assert isinstance(attn, Attention)
     stored = dtype if spec.cache_code is None else CODE_TYPES[spec.cache_code]
     for name in ("key", "value"):
         before = forward.before[f"{path}.{name}"].to(device=device, dtype=stored)
-        caches[name] = F.pad(before, (0, 0, 0, slots - before.shape[2]))
-    a = spec.attention
-    return {
-        "part": part,
-        "qkv": forward.tensors[f"{path}.attn.qkv"].to(device=device, dtype=dtype),
+        caches[f"{name}_cache"] = F.pad(before, (0, 0, 0, slots - before.shape[2]))
+    given = AttentionInputs(
+        qkv=forward.tensors[f"{path}.attn.qkv"].to(device=device, dtype=dtype),
         **caches,
-        "lengths": inputs.cache_lengths.to(device),
-        "visible": inputs.attention_mask.to(device).bool(),
-        "cos": cos,
-        "sin": sin,
-        "query_scale": query_scale,
-        "slopes": decoder.alibi_slopes,
-        "heads": a.heads,
-        "kv_heads": a.kv_heads,
-        "scale": spec.scale(layer),
-        "interleaved": spec.rope is not None and spec.rope.interleaved,
-        "window": spec.window(layer),
-        "arithmetic": attn.arithmetic,
-        "key_scale": attn.key_scale,
-        "value_scale": attn.value_scale,
-        "causal": True,
-        "after": None,
-    }
+        **decoder.positions_of(inputs),
+        key_scale=attn.key_scale,
+        value_scale=attn.value_scale,
+    )
+    return {"part": part, **given._asdict(), **vars(attn.facts), "causal": True, "after": None}
 
 
-def _attention(
-    *,
-    part: str,
-    qkv: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor,
-    visible: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    query_scale: Tensor | None,
-    slopes: Tensor | None,
-    interleaved: bool,
-    causal: bool,
-    after: Callable[[Tensor], Tensor] | None,
-    **facts: Any,
-) -> Tensor:
+def _attention(*, part: str, causal: bool, after: Callable[[Tensor], Tensor] | None, **arguments: Any) -> Tensor:
     """`cached_attention` on copies of the caches; `part` selects its result.
 
     causal False: every query sees all visible slots.  after: a function that changes the result.
     """
-    key, value = key.clone(), value.clone()
-
-    def run(qkv: Tensor, lengths: Tensor, visible: Tensor, tables: Sequence[Tensor | None]) -> Tensor:
-        cos, sin, query_scale = tables
-        return cached_attention(
-            qkv, key, value, lengths, visible, cos, sin, query_scale, slopes, rotary_interleaved=interleaved, **facts
-        )[0]
-
-    tables = (cos, sin, query_scale)
-    context = run(qkv, lengths, visible, tables)
+    given = AttentionInputs(**{row.name: arguments[row.name] for row in ATTENTION_INPUTS})
+    given = given._replace(key_cache=given.key_cache.clone(), value_cache=given.value_cache.clone())
+    facts = AttentionFacts(**{field.name: arguments[field.name] for field in fields(AttentionFacts)})
+    context, key, value = cached_attention(given, facts)
     if part == "attn.context" and not causal:
         # The keys are written; now each query runs again, from a hidden slot after all of them.
+        lengths, visible = given.cache_lengths, given.visible
         key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
         slot, slots = torch.full_like(lengths, visible.shape[1]), torch.arange(visible.shape[1], device=visible.device)
-        width, facts["window"] = facts["window"], 0
+        by_token = [row.name for row in ATTENTION_INPUTS if "tokens" in row.axes and arguments[row.name] is not None]
         rows = []
-        for s in range(qkv.shape[1]):
-            seen = visible if not width else visible & (slots > (lengths[:, None] + s - width))
-            token = slice(s, s + 1)
-            rows.append(
-                run(qkv[:, token], slot, F.pad(seen, (0, 1)), [None if t is None else t[:, token] for t in tables])
+        for s in range(given.qkv.shape[1]):
+            seen = visible if not facts.window else visible & (slots > (lengths[:, None] + s - facts.window))
+            query = given._replace(
+                **{name: arguments[name][:, s : s + 1] for name in by_token},
+                key_cache=key,
+                value_cache=value,
+                cache_lengths=slot,
+                visible=F.pad(seen, (0, 1)),
             )
+            rows.append(cached_attention(query, replace(facts, window=0))[0])
         context = torch.cat(rows, 1)
     # A quantized cache is compared by its quantized values.
     result = {"key": key, "value": value, "attn.context": context}[part].to(context.dtype)

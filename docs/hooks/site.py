@@ -13,6 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import numbers_of
 from cli import cli_page
+from contract import attention_inputs
 from mkdocs.structure.files import File
 from notebook_pages import pages
 from schemas import schemas_page
@@ -20,6 +21,7 @@ from schemas import schemas_page
 ROOT = Path(__file__).parent.parent.parent
 _FILE = re.compile(r"<!-- file: (\S+) -->")
 _TABLE = re.compile(r"<!-- table: (\w+) -->")
+TABLES = {**numbers_of.TABLES, "attention_inputs": attention_inputs}
 
 
 def on_files(files: Any, *, config: Any) -> Any:
@@ -33,9 +35,9 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """`<!-- file: PATH -->` stands for a file of the repository, `<!-- table: NAME -->` for a table of `numbers_of`."""
+    """`<!-- file: PATH -->` stands for a file of the repository, `<!-- table: NAME -->` for one of `TABLES`."""
     markdown = _FILE.sub(lambda found: _listing(found[1]), markdown)
-    return _TABLE.sub(lambda found: numbers_of.TABLES[found[1]](), markdown)
+    return _TABLE.sub(lambda found: TABLES[found[1]](), markdown)
 
 
 def _listing(name: str) -> str:

@@ -15,6 +15,7 @@ import onnx
 from export.graph.attention_body import attention_body
 from export.graph.function_text import PLUGIN, WIDE, ints, make_function
 from export.graph.native_attention_body import native_attention_body, native_functions
+from refmodels.attention import NODE_ATTRIBUTES, node_inputs
 from refmodels.dtypes import DTYPE_TABLE
 from refmodels.quantization.arithmetic import LEAST_AMAX
 from refmodels.spec import Activation, ModelSpec, Numerics
@@ -26,9 +27,6 @@ _STEPWISE: Mapping[Activation, str] = {
     "quick_gelu": "QuickGelu",
 }
 """The functions of activations that are rounded after each operation (`refmodels.model.gelu_new` …)."""
-
-CACHE_SCALES = ("key_scale", "value_scale")
-"""Inputs of a CachedAttention node with a quantized cache, [kv_heads] each."""
 
 
 def make_functions(
@@ -46,20 +44,6 @@ def make_functions(
     if spec.norm.kind == "rms":
         functions += [_rms_norm(spec, dtype), _rms_norm_quant(spec, dtype)]
     return {f.name: f for f in functions}
-
-
-def attention_inputs(spec: ModelSpec) -> tuple[str, ...]:
-    """Inputs of a CachedAttention node, in order: only those that the spec uses."""
-    names = ["qkv", "past_key", "past_value", "cache_lengths", "visible"]
-    if spec.rope is not None:
-        names += ["cos", "sin"]
-    if spec.attention.logn_seq_length is not None:
-        names.append("query_scale")
-    if spec.position == "alibi":
-        names.append("alibi_slopes")
-    if spec.cache_code is not None:
-        names += CACHE_SCALES
-    return tuple(names)
 
 
 def inline(function: onnx.FunctionProto, call: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -183,7 +167,11 @@ def _stepwise(activation: Activation, dtype: int) -> onnx.FunctionProto:
 
 
 def _attention(spec: ModelSpec, body: list[str]) -> onnx.FunctionProto:
-    numbers = "heads", "kv_heads", "rotary_dim", "rotary_interleaved", "window", "has_query_scale", "has_alibi"
-    attributes = ", ".join((*(f"{n}: int = 0" for n in numbers), "scale: float = 1.0", PLUGIN))
-    outputs = ("context", "key", "value")
-    return make_function("CachedAttention", attention_inputs(spec), outputs, body, attributes=attributes)
+    kinds = sorted(NODE_ATTRIBUTES.items(), key=lambda attribute: attribute[1] is float)
+    attributes = ", ".join((*(f"{n}: int = 0" if t is int else f"{n}: float = 1.0" for n, t in kinds), PLUGIN))
+    function = make_function(
+        "CachedAttention", node_inputs(spec), ("context", "key", "value"), body, attributes=attributes
+    )
+    unread = set(function.input) - {name for node in function.node for name in node.input}
+    assert not unread, f"the body of CachedAttention does not read {', '.join(sorted(unread))}"
+    return function

@@ -13,15 +13,14 @@ from torch import fx, nn
 
 from export.graph import quantized_rules
 from export.graph.function_text import CODE_ELEMENTS, DOMAIN
-from export.graph.functions import CACHE_SCALES, attention_inputs, inline
+from export.graph.functions import inline
 from export.graph.lowering import Lowering, Rule, tap_of
+from refmodels.attention import AttentionFacts, AttentionInputs, inputs_of, node_attributes
 from refmodels.model import gelu_fast, gelu_new, quick_gelu
 from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
 from refmodels.quantization.formats import LIMITS
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.recorder import tap
-
-_POSITION_INPUTS = ("cos", "sin", "query_scale", "alibi_slopes")
 
 
 def embedding_module(graph: Lowering, node: fx.Node) -> None:
@@ -78,30 +77,20 @@ def rms_norm(graph: Lowering, node: fx.Node) -> None:
 
 
 def attention(graph: Lowering, node: fx.Node) -> None:
-    names = ("qkv", "past_key", "past_value", "cache_lengths", "visible", *_POSITION_INPUTS)
-    arguments = [*zip(names, node.args, strict=True), *((n, node.kwargs[n]) for n in CACHE_SCALES)]
-    given = {n: graph.values[a] for n, a in arguments if isinstance(a, fx.Node)}
-    expected = attention_inputs(graph.spec)
-    assert tuple(given) == expected, f"cached_attention was traced with {tuple(given)}, the spec has {expected}"
-    outputs: dict[int, fx.Node] = {u.args[1]: u for u in node.users}  # type: ignore[misc]
+    # torch.fx has a node for the construction of the named tuple.
+    construction, facts = node.args
+    assert isinstance(construction, fx.Node) and isinstance(facts, AttentionFacts)
+    inputs = dict(zip(AttentionInputs._fields, construction.args, strict=True))
+    given = {name: graph.values[value] for name, value in inputs.items() if isinstance(value, fx.Node)}
+    expected = [row.name for row in inputs_of(graph.spec)]
+    assert list(given) == expected, f"cached_attention was traced with {list(given)}, the spec has {expected}"
+    outputs: dict[Any, fx.Node] = {u.args[1]: u for u in node.users}
     context = tap_of(outputs[0])
     assert context is not None
     named = [graph.define(outputs[i], label) for i, label in enumerate(("context", "key", "value"))]
-    rope, kwargs = graph.spec.rope, node.kwargs
-    graph.call(
-        "CachedAttention",
-        given.values(),
-        named,
-        name=graph.spec.taps[context].module,
-        heads=kwargs["heads"],
-        kv_heads=kwargs["kv_heads"],
-        scale=kwargs["scale"],
-        rotary_dim=0 if rope is None else rope.dim,
-        rotary_interleaved=int(bool(kwargs["rotary_interleaved"])),
-        window=kwargs["window"],
-        has_query_scale=int("query_scale" in given),
-        has_alibi=int("alibi_slopes" in given),
-    )
+    rope = graph.spec.rope
+    attributes = node_attributes(facts, given, rotary_dim=0 if rope is None else rope.dim)
+    graph.call("CachedAttention", given.values(), named, name=graph.spec.taps[context].module, **attributes)
 
 
 def getitem(graph: Lowering, node: fx.Node) -> None:
@@ -192,6 +181,7 @@ RULES: Mapping[Any, Rule] = {
     QuantizedLinear: quantized_rules.lower,
     nn.LayerNorm: layer_norm,
     fused_rms_norm: rms_norm,
+    AttentionInputs: lambda graph, node: None,
     cached_attention: attention,
     tap: tapped,
     rope_rows: lower_rope_rows,

@@ -6,12 +6,14 @@ which they are.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from export.graph.native_attention_body import HIDDEN
+from refmodels.attention import TENSORRT_ARGUMENTS, TENSORRT_INPUTS, AttentionFacts, node_attributes
 from refmodels.errors import LogitLockError
 from trt_runtime.tensorrt.api import trt
 from trt_runtime.tensorrt.plugins import CREATORS
@@ -106,27 +108,24 @@ def rms_norm_layers(layers: Layers, x: Any, weight: Any, eps: float, weight_in_f
 
 def attention_layers(
     layers: Layers,
+    facts: AttentionFacts,
+    *,
     qkv: Any,
     key_cache: Any,
     value_cache: Any,
     cache_lengths: Any,
     visible: Any,
-    cos: Any,
-    sin: Any,
-    query_scale: Any,
-    alibi_slopes: Any,
-    *,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    rotary_interleaved: bool,
-    window: int,
+    cos: Any = None,
+    sin: Any = None,
+    query_scale: Any = None,
+    alibi_slopes: Any = None,
 ) -> tuple[Any, Any, Any]:
     """`refmodels.ops.cached_attention` (arithmetic "exact") around TensorRT's cache update and attention.
 
     The caches must be inputs of the network and the updated ones its outputs: TensorRT then writes them in place.
     """
     dtype, head_dim = qkv.dtype, key_cache.shape[3]
+    heads, kv_heads, window = facts.heads, facts.kv_heads, facts.window
     by_head = layers.reshape(qkv, 0, 0, heads + 2 * kv_heads, head_dim, after=(0, 2, 1, 3))
     batch, tokens, slots = layers.sizes(by_head, 0), layers.sizes(by_head, 2), layers.sizes(visible, 1)
 
@@ -140,7 +139,7 @@ def attention_layers(
         query, key = (
             layers.output(
                 layers.network.add_rotary_embedding(
-                    layers.cast(x, trt.float32), cos, sin, rotary_interleaved, 2 * cos.shape[-1]
+                    layers.cast(x, trt.float32), cos, sin, facts.rotary_interleaved, 2 * cos.shape[-1]
                 )
             )
             for x in (query, key)
@@ -148,7 +147,7 @@ def attention_layers(
     if query_scale is not None:
         query = layers.binary("PROD", query, layers.reshape(query_scale, 0, 1, -1, 1))
     # TensorRT's attention does not scale.
-    query = layers.binary("PROD", query, layers.constant([[[[scale]]]], np.float32))
+    query = layers.binary("PROD", query, layers.constant([[[[facts.scale]]]], np.float32))
 
     first_slot = layers.cast(cache_lengths, trt.int32)
     key, value = (
@@ -209,7 +208,7 @@ def register_converters(conversion: Any, tap: Any, rms_norm: Any, attention: Any
     """
 
     def tensor(context: Any, value: Any, name: str) -> Any:
-        return None if value is None else conversion.converter_utils.get_trt_tensor(context, value, name)
+        return conversion.converter_utils.get_trt_tensor(context, value, name)
 
     def make(context: Any, name: str) -> Layers:
         return Layers(context.net, name, context.cpu_weights_reference_holder)
@@ -226,34 +225,24 @@ def register_converters(conversion: Any, tap: Any, rms_norm: Any, attention: Any
         return rms_norm_layers(layers, x, weight, eps, weight_in_float)
 
     def convert_attention(context: Any, target: Any, args: Any, kwargs: Any, name: str) -> Any:
-        tensors = [tensor(context, value, f"{name}.{i}") for i, value in enumerate(args[:9])]
-        heads, kv_heads, scale, interleaved, window, arithmetic = args[9:]
-        if arithmetic != "exact":
-            raise LogitLockError(f"{name}: attention with arithmetic {arithmetic!r} cannot be converted, only exact")
+        values = dict(zip(TENSORRT_ARGUMENTS, args, strict=False))
+        facts = AttentionFacts(**{field.name: values.pop(field.name) for field in dataclasses.fields(AttentionFacts)})
+        given = {
+            argument: tensor(context, value, f"{name}.{i}")
+            for i, (argument, value) in enumerate(values.items())
+            if value is not None
+        }
+        if facts.arithmetic != "exact":
+            raise LogitLockError(
+                f"{name}: attention with arithmetic {facts.arithmetic!r} cannot be converted, only exact"
+            )
         layers = make(context, name)
         if not plugins:
-            return attention_layers(
-                layers,
-                *tensors,
-                heads=heads,
-                kv_heads=kv_heads,
-                scale=scale,
-                rotary_interleaved=interleaved,
-                window=window,
-            )
-        return plugin_layer(
-            layers,
-            "CachedAttention",
-            [value for value in tensors if value is not None],
-            heads=heads,
-            kv_heads=kv_heads,
-            scale=scale,
-            rotary_dim=0 if tensors[5] is None else 2 * tensors[5].shape[-1],
-            rotary_interleaved=int(interleaved),
-            window=window,
-            has_query_scale=int(tensors[7] is not None),
-            has_alibi=int(tensors[8] is not None),
-        )
+            return attention_layers(layers, facts, **given)
+        rotary_dim = 2 * given["cos"].shape[-1] if "cos" in given else 0
+        attributes = node_attributes(facts, given, rotary_dim=rotary_dim)
+        inputs = [given[row.name] for row in TENSORRT_INPUTS if row.name in given]
+        return plugin_layer(layers, "CachedAttention", inputs, **attributes)
 
     made: dict[Any, Callable[..., Any]] = {
         tap: convert_tap,

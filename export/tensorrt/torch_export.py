@@ -31,6 +31,7 @@ from export.tensorrt.build import BuildResult, build_network, check_warnings, fi
 from export.tensorrt.builder_log import parse_log
 from export.tensorrt.options import BuildOptions
 from export.tensorrt.torch_converters import register_converters
+from refmodels.attention import TENSORRT_ARGUMENTS, TENSORRT_INPUTS, AttentionInputs, torch_schema
 from refmodels.checkpoints.load import empty_decoder
 from refmodels.dtypes import BY_ONNX
 from refmodels.errors import LogitLockError
@@ -45,17 +46,13 @@ from trt_runtime.tensorrt.plugins import CREATORS, PLUGIN_VERSION, register_plug
 
 _LIBRARY = torch.library.Library("refmodels", "FRAGMENT")
 _LIBRARY.define("tap(Tensor x, str name) -> Tensor")
-_LIBRARY.define(
-    "cached_attention_functional(Tensor qkv, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, "
-    "Tensor visible, Tensor? cos, Tensor? sin, Tensor? query_scale, Tensor? alibi_slopes, int heads, int kv_heads, "
-    "float scale, bool rotary_interleaved, int window, str arithmetic) -> (Tensor, Tensor, Tensor)"
-)
-_ATTENTION_OPTIONS = ("heads", "kv_heads", "scale", "rotary_interleaved", "window", "arithmetic")
+_LIBRARY.define(torch_schema("cached_attention_functional", TENSORRT_INPUTS, functional=True))
 
 
 def _functional(qkv: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     key_cache, value_cache = key_cache.clone(), value_cache.clone()
-    context = torch.ops.refmodels.cached_attention(qkv, key_cache, value_cache, *rest)
+    arguments = dict(zip(TENSORRT_ARGUMENTS, (qkv, key_cache, value_cache, *rest), strict=False))
+    context = torch.ops.refmodels.cached_attention(**arguments)
     return context, key_cache, value_cache
 
 
@@ -192,8 +189,10 @@ def export_decoder(decoder: Decoder, model: onnx.ModelProto) -> torch.export.Exp
             name, value = node.args
             node.target, node.args = _TAP, (value, name)
         elif node.target is cached_attention:
-            options = (node.kwargs[name] for name in _ATTENTION_OPTIONS)
-            node.target, node.args, node.kwargs = _ATTENTION, (*node.args, *options), {}
+            construction, facts = node.args
+            given = dict(zip(AttentionInputs._fields, construction.args, strict=True)) | vars(facts)
+            node.target, node.args = _ATTENTION, tuple(given[name] for name in TENSORRT_ARGUMENTS)
+            graph.erase_node(construction)
         elif node.op == "placeholder" and not node.users:
             graph.erase_node(node)
     # Sizes of the example differ, and none is 1: torch.export takes 1 for a constant.

@@ -21,8 +21,9 @@ from onnx.reference import ReferenceEvaluator
 import refmodels
 from export.bundle import default_output, export_model
 from export.graph.external_data import WeightWriter
-from export.graph.functions import attention_inputs, make_functions
+from export.graph.functions import make_functions
 from export.graph.trace import build_graph
+from refmodels.attention import AttentionFacts, AttentionInputs, inputs_of, node_inputs
 from refmodels.dtypes import DTYPE_TABLE, DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.ops import cached_attention
@@ -132,7 +133,7 @@ def test_attention_body_is_the_op(case: str, precision: Any, numerics: Any) -> N
         )
     if tables.alibi_slopes is not None:
         inputs["alibi_slopes"] = tables.alibi_slopes
-    assert tuple(inputs) == attention_inputs(spec)
+    assert tuple(inputs) == node_inputs(spec)
     attributes: dict[str, Any] = {
         "heads": a.heads,
         "kv_heads": a.kv_heads,
@@ -160,11 +161,12 @@ def test_attention_body_is_the_op(case: str, precision: Any, numerics: Any) -> N
     assert isinstance(results, list)
     context, key, value = (to_torch(r) for r in results)
     expected = cached_attention(
-        *(inputs.get(n) for n in ("qkv", "past_key", "past_value", "cache_lengths", "visible")),  # type: ignore[arg-type]
-        *(inputs.get(n) for n in ("cos", "sin", "query_scale", "alibi_slopes")),
-        **attributes,
-        rotary_interleaved=spec.rope is not None and spec.rope.interleaved,
-        arithmetic=a.upstream_arithmetic if numerics == "upstream" else "exact",
+        AttentionInputs(**{row.name: inputs[row.node] for row in inputs_of(spec)}),
+        AttentionFacts(
+            **attributes,
+            rotary_interleaved=spec.rope is not None and spec.rope.interleaved,
+            arithmetic=a.upstream_arithmetic if numerics == "upstream" else "exact",
+        ),
     )
     assert context.dtype == key.dtype == dtype
     if precision == "bf16":

@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from export.bundle import export_model
+from refmodels.attention import ATTENTION_INPUTS, NODE_ATTRIBUTES
 from tests.support.code_blocks import Block, blocks
 from tests.support.command import logitlock
 from tests.support.paths import ROOT
@@ -173,6 +174,18 @@ def test_schemas_describe_what_is_written(workshop: Path) -> None:
     spec = {**info["spec"], **info["spec"]["attention"], **info["spec"]["rope"]}
     for key in [*info, *spec, *example["culprits"][0], *example["taps"][0], *example["logits"]]:
         assert f"`{key}`" in page, key
+
+
+def test_contract_of_attention_has_every_input() -> None:
+    """One row per input of the operator, in its order, and every attribute of the node is on the page."""
+    lines = load_script("docs/hooks/contract.py").attention_inputs().splitlines()[2:]
+    assert [re.match(r"\| `(\w+)`", line)[1] for line in lines] == [row.node for row in ATTENTION_INPUTS]  # type: ignore[index]
+    for line, row in zip(lines, ATTENTION_INPUTS, strict=True):
+        assert line.count(" | ") == lines[0].count(" | ") and row.when in line and ", ".join(row.axes[:1]) in line
+        assert ("| no |" in line) == (row.name in ("key_scale", "value_scale"))
+    page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    assert "<!-- table: attention_inputs -->" in page
+    assert all(f"`{name}`" in "\n".join([page, *lines]) for name in NODE_ATTRIBUTES)
 
 
 def test_measured_numbers_are_those_of_this_code() -> None:

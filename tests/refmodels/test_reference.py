@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import refmodels
+from refmodels.attention import AttentionFacts, AttentionInputs
 from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
@@ -218,10 +219,10 @@ def test_fully_masked_query_rows_are_zero_and_nan_is_not_hidden() -> None:
     qkv = torch.randn(1, 3, 3 * 8)
     cache = [torch.zeros(1, 1, 3, 8) for _ in range(2)]
     lengths, visible = torch.zeros(1, dtype=torch.int64), torch.tensor([[False, True, True]])
-    context, *_ = cached_attention(qkv, *cache, lengths, visible, heads=1, kv_heads=1, scale=1.0)
+    context, *_ = cached_attention(AttentionInputs(qkv, *cache, lengths, visible), AttentionFacts(1, 1, 1.0))
     assert torch.equal(context[0, 0], torch.zeros(8)) and context[0, 1:].abs().min() > 0
     qkv[0, 1, 0] = float("nan")
-    context, *_ = cached_attention(qkv, *cache, lengths, visible, heads=1, kv_heads=1, scale=1.0)
+    context, *_ = cached_attention(AttentionInputs(qkv, *cache, lengths, visible), AttentionFacts(1, 1, 1.0))
     assert context[0, 1].isnan().all() and not context[0, 0].isnan().any()
     assert fused_rms_norm(qkv, torch.ones(24), eps=1e-6, weight_in_float=False)[0, 1].isnan().all()
 

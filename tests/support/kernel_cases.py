@@ -9,21 +9,17 @@ import torch
 from torch import Tensor
 
 import refmodels
+from refmodels.attention import AttentionFacts, AttentionInputs, inputs_of
 from refmodels.spec import ModelSpec
 from refmodels.toys import TOYS, toy_path
-from trt_runtime.kernels.launch import AttentionShape, NormShape
+from trt_runtime.kernels.launch import KERNEL_INPUTS, AttentionShape, NormShape, shape_flags
 
 SPECS = {name: refmodels.resolve(toy_path(name)).spec for name in TOYS}
 SPEC = SPECS["chatglm2"]
+MEMORY = "context", "workspace", "counters"
 ADDRESSES: dict[str, Any] = {
-    name: 4096 * (i + 1)
-    for i, name in enumerate(
-        (
-            "qkv", "key_cache", "value_cache", "cache_lengths", "visible", "cos", "sin", "query_scale", "alibi_slopes",
-            "context", "workspace", "counters",
-        )
-    )
-}  # fmt: skip
+    name: 4096 * (i + 1) for i, name in enumerate((*(row.name for row in KERNEL_INPUTS), *MEMORY))
+}
 
 
 def attention_shape(spec: ModelSpec, layer: int = 0, **sizes: int) -> AttentionShape:
@@ -38,8 +34,7 @@ def attention_shape(spec: ModelSpec, layer: int = 0, **sizes: int) -> AttentionS
         rotary_dim=spec.rope.dim if spec.rope else 0,
         rotary_interleaved=bool(spec.rope and spec.rope.interleaved),
         window=spec.window(layer),
-        has_query_scale=a.logn_seq_length is not None,
-        has_alibi=spec.position == "alibi",
+        **shape_flags([row.name for row in inputs_of(spec)]),
     )
 
 
@@ -64,7 +59,7 @@ def changed(spec: ModelSpec, heads: int, kv_heads: int, head_dim: int, **attenti
     )
 
 
-def tensors(shape: AttentionShape, *, device: str = "cuda", seed: int = 0) -> list[Tensor | None]:
+def tensors(shape: AttentionShape, *, device: str = "cuda", seed: int = 0) -> AttentionInputs:
     """The op's tensors, with caches half full."""
     g = torch.Generator().manual_seed(seed)
     dtype = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[shape.dtype]
@@ -75,7 +70,7 @@ def tensors(shape: AttentionShape, *, device: str = "cuda", seed: int = 0) -> li
     lengths = torch.randint(1, shape.slots - shape.tokens + 1, (shape.batch,), generator=g)
     angle = torch.randn(shape.batch, shape.tokens, shape.rotary_dim // 2, generator=g).to(device)
     cache = (shape.batch, shape.kv_heads, shape.capacity, shape.head_dim)
-    return [
+    return AttentionInputs(
         randn(shape.batch, shape.tokens, (shape.heads + 2 * shape.kv_heads) * shape.head_dim),
         randn(*cache),
         randn(*cache),
@@ -85,4 +80,12 @@ def tensors(shape: AttentionShape, *, device: str = "cuda", seed: int = 0) -> li
         angle.sin() if shape.rotary_dim else None,
         torch.rand(shape.batch, shape.tokens, generator=g).to(device) if shape.has_query_scale else None,
         torch.rand(shape.heads, generator=g).to(device) if shape.has_alibi else None,
-    ]
+    )
+
+
+def copied(inputs: AttentionInputs) -> AttentionInputs:
+    return AttentionInputs(*(tensor if tensor is None else tensor.clone() for tensor in inputs))  # type: ignore[arg-type]
+
+
+def facts_of(shape: AttentionShape, arithmetic: str = "exact") -> AttentionFacts:
+    return AttentionFacts(shape.heads, shape.kv_heads, shape.scale, shape.rotary_interleaved, shape.window, arithmetic)

@@ -25,6 +25,7 @@ from export.tensorrt.torch_export import bundle_decoder
 from refmodels.ops import cached_attention, fused_rms_norm
 from refmodels.positions import ntk_alphas
 from refmodels.spec import ModelSpec, spec_from_dict
+from tests.support.plugin_calls import plugin_call
 from trt_runtime.tensorrt.api import trt
 
 TOLERANCE = 2.0**-20
@@ -278,11 +279,9 @@ class Interpreter:
         if plugin.NAME == "FusedRmsNorm":
             return [fused_rms_norm(*inputs, eps=a.epsilon, weight_in_float=bool(a.weight_in_float))]
         assert plugin.NAME == "CachedAttention"
-        given = dict(zip(plugin.inputs(), inputs, strict=True))
-        key, value = given.pop("past_key").clone(), given.pop("past_value").clone()
-        options = {"heads": a.heads, "kv_heads": a.kv_heads, "scale": a.scale, "window": a.window}
-        rotary = bool(a.rotary_interleaved)
-        return list(cached_attention(key_cache=key, value_cache=value, rotary_interleaved=rotary, **given, **options))
+        given, facts = plugin_call(plugin, inputs)
+        given = given._replace(key_cache=given.key_cache.clone(), value_cache=given.value_cache.clone())
+        return list(cached_attention(given, facts))
 
 
 def random_step(spec: ModelSpec, *, slots: int) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from refmodels.ops import cached_attention, fused_rms_norm
 from tests.support.fake_plan import FakeContext, FakeEngine
+from tests.support.plugin_calls import plugin_call
 from trt_runtime.bundle import KERNELS_NAME, MODEL_NAME, Bundle
 from trt_runtime.kernels.compiled import CompiledKernels
 from trt_runtime.tensorrt import plugins
@@ -156,18 +157,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 def _attention(node: onnx.NodeProto, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a = _attributes(node)
     plugin = plugins.attention.CachedAttentionPlugin(plugins.attention.AttentionAttributes(**a))
-    given = dict(zip(plugin.inputs(), inputs, strict=True))
-    order = ("qkv", "past_key", "past_value", "cache_lengths", "visible")
-    optional = ("cos", "sin", "query_scale", "alibi_slopes")
-    return cached_attention(
-        *(given[n] for n in order),
-        *(given.get(n) for n in optional),
-        heads=a["heads"],
-        kv_heads=a["kv_heads"],
-        scale=a["scale"],
-        rotary_interleaved=bool(a["rotary_interleaved"]),
-        window=a["window"],
-    )
+    return cached_attention(*plugin_call(plugin, inputs))
 
 
 def _norm(node: onnx.NodeProto, x: Tensor, weight: Tensor) -> Tensor:

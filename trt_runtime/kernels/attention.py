@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trt_runtime.kernels import attention_decode, attention_prefill
-from trt_runtime.kernels.launch import AttentionShape, Launch
+from trt_runtime.kernels.launch import KERNEL_INPUTS, AttentionShape, Launch
 
 MULTIPROCESSORS = 132
 """Of the H200, which the tables below are measured on; what the GPU at hand has changes the speed, not the result."""
@@ -83,15 +83,6 @@ def prefill_blocks(shape: AttentionShape, capability: int) -> PrefillBlocks:
 def launches(
     shape: AttentionShape,
     *,
-    qkv: Any,
-    key_cache: Any,
-    value_cache: Any,
-    cache_lengths: Any,
-    visible: Any,
-    cos: Any,
-    sin: Any,
-    query_scale: Any,
-    alibi_slopes: Any,
     context: Any,
     workspace: Any,
     counters: Any,
@@ -99,44 +90,31 @@ def launches(
     decode: DecodeBlocks | None = None,
     prefill: PrefillBlocks | None = None,
     splits: int | None = None,
+    **inputs: Any,
 ) -> list[Launch]:
     """The launches that do `refmodels.ops.cached_attention`, arithmetic "exact", in order.
 
     Args:
-        qkv .. alibi_slopes: the op's tensors, or their addresses; None for those that `shape` says are absent.
         context: [batch, tokens, heads * head_dim], written.
         workspace: `workspace_bytes(shape)` bytes, aligned to 16, contents of no matter.
         counters: int32 [`counter_count(shape)`], zero before the first launch ever; every launch leaves zeros.
         capability: of the device, 90 for 9.0: decides block sizes, and whether launches may overlap.
         decode, prefill, splits: instead of the tables' (for measurements).
+        inputs: the op's tensors, or their addresses, by their names in `KERNEL_INPUTS`; those that `shape` says are
+            absent may be None.
     """
-    tensors = {
-        "qkv": qkv,
-        "key_cache": key_cache,
-        "value_cache": value_cache,
-        "cache_lengths": cache_lengths,
-        "visible": visible,
-        "cos": cos if shape.rotary_dim else qkv,
-        "sin": sin if shape.rotary_dim else qkv,
-        "query_scale": query_scale if shape.has_query_scale else qkv,
-        "alibi_slopes": alibi_slopes if shape.has_alibi else qkv,
-        "context": context,
-        "workspace": workspace,
-        "counters": counters,
-    }
+    # A kernel loads nothing of an input that is absent, but wants an address.
+    tensors = {row.name: inputs[row.name if shape.gives(row) else "qkv"] for row in KERNEL_INPUTS}
+    tensors |= {"context": context, "workspace": workspace, "counters": counters}
+    elements = {"int64": "i64", "bool": "i1", "table": shape.table_dtype, "fp32": "fp32"}
     types: dict[str, str] = {
-        **dict.fromkeys(tensors, shape.dtype),
-        "cache_lengths": "i64",
-        "visible": "i1",
+        **{
+            row.name: elements.get(row.dtype, shape.dtype) if shape.gives(row) else shape.dtype for row in KERNEL_INPUTS
+        },
+        "context": shape.dtype,
         "workspace": "fp32",
         "counters": "i32",
     }
-    if shape.rotary_dim:
-        types["cos"] = types["sin"] = shape.table_dtype
-    if shape.has_query_scale:
-        types["query_scale"] = shape.table_dtype
-    if shape.has_alibi:
-        types["alibi_slopes"] = "fp32"
     sizes = {
         "scale": float(shape.scale),
         "tokens": shape.tokens,
@@ -233,12 +211,10 @@ def variants(limits: AttentionShape, *, capability: int = 90) -> list[Launch]:
     ]
     found: dict[object, Launch] = {}
     for shape in shapes:
-        absent: dict[str, Any] = dict.fromkeys(
-            ("qkv", "key_cache", "value_cache", "cache_lengths", "visible", "cos", "sin", "query_scale"), 0
+        addresses: dict[str, Any] = dict.fromkeys(
+            (*(row.name for row in KERNEL_INPUTS), "context", "workspace", "counters"), 0
         )
-        for launch in launches(
-            shape, **absent, alibi_slopes=0, context=0, workspace=0, counters=0, capability=capability
-        ):
+        for launch in launches(shape, **addresses, capability=capability):
             found[(launch.kernel, tuple(launch.constants.items()), launch.warps)] = launch
     return list(found.values())
 

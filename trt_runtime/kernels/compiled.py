@@ -23,12 +23,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from refmodels.attention import inputs_of
 from refmodels.errors import LogitLockError
 from refmodels.json_records import read_record
 from refmodels.spec import ModelSpec
 from trt_runtime.kernels import attention, rms_norm
 from trt_runtime.kernels.driver import load_function, start
-from trt_runtime.kernels.launch import AttentionShape, ElementType, Launch, NormShape
+from trt_runtime.kernels.launch import AttentionShape, ElementType, Launch, NormShape, shape_flags
 
 CAPABILITIES = (80, 89, 90, 120)
 FORMAT = 1
@@ -125,6 +126,7 @@ def needed_launches(spec: ModelSpec, dtype: ElementType, capability: int) -> lis
             found += rms_norm.variants(replace(plain, quantized=code))
     a = spec.attention
     longest = max(spec.max_positions, _LONG_CACHE)
+    flags = shape_flags([row.name for row in inputs_of(spec) if row.tensorrt])
     for scale, window in sorted({(spec.scale(layer), spec.window(layer)) for layer in range(spec.layers)}):
         limits = AttentionShape(
             batch=_GRID_LIMIT,
@@ -139,8 +141,7 @@ def needed_launches(spec: ModelSpec, dtype: ElementType, capability: int) -> lis
             rotary_dim=spec.rope.dim if spec.rope is not None else 0,
             rotary_interleaved=spec.rope is not None and spec.rope.interleaved,
             window=window,
-            has_query_scale=a.logn_seq_length is not None,
-            has_alibi=spec.position == "alibi",
+            **flags,
         )
         found += attention.variants(limits, capability=capability)
     launches = (launch.on(capability) for launch in found)
@@ -390,37 +391,15 @@ class KernelLauncher:
         self,
         shape: AttentionShape,
         *,
-        qkv: int,
-        key_cache: int,
-        value_cache: int,
-        cache_lengths: int,
-        visible: int,
-        cos: int | None,
-        sin: int | None,
-        query_scale: int | None,
-        alibi_slopes: int | None,
         context: int,
         workspace: int,
         counters: int,
         stream: int,
+        **inputs: Any,
     ) -> None:
         """`cached_attention`, arithmetic "exact"; arguments as `attention.launches`; raises as `rms_norm`."""
-        launches = attention.launches(
-            shape,
-            qkv=qkv,
-            key_cache=key_cache,
-            value_cache=value_cache,
-            cache_lengths=cache_lengths,
-            visible=visible,
-            cos=cos,
-            sin=sin,
-            query_scale=query_scale,
-            alibi_slopes=alibi_slopes,
-            context=context,
-            workspace=workspace,
-            counters=counters,
-            capability=self.capability,
-        )
+        memory: dict[str, Any] = {"context": context, "workspace": workspace, "counters": counters}
+        launches = attention.launches(shape, **memory, **inputs, capability=self.capability)
         self._run(launches, stream)
 
     def _run(self, launches: Sequence[Launch], stream: int) -> None:

@@ -8,9 +8,12 @@ has them).  Which kernel, block sizes and grid serve a shape is therefore said o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
+
+from refmodels.attention import ATTENTION_INPUTS, AttentionInput
+from refmodels.errors import LogitLockError
 
 ElementType = Literal["fp32", "fp16", "bf16"]
 
@@ -66,7 +69,8 @@ class AttentionShape:
     """`cached_attention` (arithmetic "exact") on qkv [batch, tokens, (heads + 2 * kv_heads) * head_dim].
 
     `slots` is the width of `visible`, `capacity` the third axis of the caches; `rotary_dim` 0 means no rotation;
-    `table_dtype` is that of cos, sin and query_scale.  The other names are those of `refmodels.ops.cached_attention`.
+    `table_dtype` is that of cos, sin and query_scale.  The other names are those of `AttentionFacts`, and attributes of
+    `ATTENTION_INPUTS` that say which optional inputs are given.
     """
 
     batch: int
@@ -84,3 +88,31 @@ class AttentionShape:
     has_query_scale: bool = False
     has_alibi: bool = False
     table_dtype: ElementType = "fp32"
+
+    def gives(self, row: AttentionInput) -> bool:
+        """Whether the input is given."""
+        return row.attribute is None or bool(getattr(self, row.attribute))
+
+
+_FIELDS = {shape_field.name for shape_field in fields(AttentionShape)}
+KERNEL_INPUTS = tuple(row for row in ATTENTION_INPUTS if not row.optional or row.attribute in _FIELDS)
+"""The inputs of attention that kernels read: those whose attribute `AttentionShape` has."""
+
+
+def unread_inputs(given: Collection[str]) -> list[str]:
+    """Those among `given`, names of `AttentionInputs`, that no kernel reads."""
+    read = {row.name for row in KERNEL_INPUTS}
+    return [name for name in given if name not in read]
+
+
+def shape_flags(given: Collection[str]) -> dict[str, Any]:
+    """The `has_..` fields of an `AttentionShape` with the inputs `given`.
+
+    Raises:
+        LogitLockError: no kernel reads one of them.
+    """
+    unread = unread_inputs(given)
+    if unread:
+        raise LogitLockError(f"the attention kernels do not read {', '.join(unread)}; use --attention decomposed")
+    flags = {row.attribute: row.name in given for row in KERNEL_INPUTS if row.attribute is not None}
+    return {name: flag for name, flag in flags.items() if name.startswith("has_")}

@@ -9,19 +9,28 @@ in a CUDA graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from refmodels import ops
+from refmodels.attention import AttentionFacts, AttentionInput, AttentionInputs, from_torch
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from trt_runtime.kernels import attention, rms_norm
-from trt_runtime.kernels.launch import AttentionShape, ElementType, Launch, NormShape
+from trt_runtime.kernels.launch import (
+    KERNEL_INPUTS,
+    AttentionShape,
+    ElementType,
+    Launch,
+    NormShape,
+    shape_flags,
+    unread_inputs,
+)
 
 ELEMENT_TYPES: dict[torch.dtype, ElementType] = {DTYPES[name]: name for name in get_args(ElementType)}
 
@@ -156,66 +165,45 @@ def _rms_norm_on_cuda(x: Tensor, weight: Tensor, eps: float, weight_in_float: bo
 
 
 def attention_into_caches(
-    qkv: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_lengths: Tensor,
-    visible: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    query_scale: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    *,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    rotary_interleaved: bool = False,
-    window: int = 0,
-    workspace: Workspace | None = None,
+    inputs: AttentionInputs, facts: AttentionFacts, *, workspace: Workspace | None = None
 ) -> Tensor:
     """`refmodels.ops.cached_attention` (arithmetic "exact") by its kernels: the context; the caches are updated.
 
-    Arguments as there; the caches are contiguous and of qkv's dtype (fp32, fp16 or bf16), and cos, sin and query_scale
-    have one dtype.  `workspace`: as for `use_kernels`.
+    Args:
+        inputs, facts: as there; the caches are contiguous and of qkv's dtype (fp32, fp16 or bf16).
+        workspace: as for `use_kernels`.
+    Raises:
+        LogitLockError: no kernel reads one of the inputs, or the workspace is too small.
     """
-    batch, tokens, width = qkv.shape
-    head_dim = width // (heads + 2 * kv_heads)
-    tables = [_packed(t) if t is not None else None for t in (cos, sin, query_scale)]
-    table = next((t for t in tables if t is not None), None)
+    given = {name: tensor for name, tensor in inputs._asdict().items() if tensor is not None}
+    flags = shape_flags(given)
+    qkv, key_cache = inputs.qkv, inputs.key_cache
+    tables = _tables(given)
     shape = AttentionShape(
-        batch=batch,
-        tokens=tokens,
-        slots=visible.shape[1],
+        batch=qkv.shape[0],
+        tokens=qkv.shape[1],
+        slots=inputs.visible.shape[1],
         capacity=key_cache.shape[2],
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        scale=scale,
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
+        head_dim=key_cache.shape[3],
+        scale=facts.scale,
         dtype=ELEMENT_TYPES[qkv.dtype],
-        rotary_dim=2 * cos.shape[-1] if cos is not None else 0,
-        rotary_interleaved=rotary_interleaved,
-        window=window,
-        has_query_scale=query_scale is not None,
-        has_alibi=alibi_slopes is not None,
-        table_dtype=ELEMENT_TYPES[table.dtype] if table is not None else "fp32",
+        rotary_dim=2 * inputs.cos.shape[-1] if inputs.cos is not None else 0,
+        rotary_interleaved=facts.rotary_interleaved,
+        window=facts.window,
+        **flags,
+        table_dtype=ELEMENT_TYPES[tables[0].dtype] if tables else "fp32",
     )
-    qkv = _packed(qkv)
-    context = qkv.new_empty(batch, tokens, heads * head_dim)
+    context = qkv.new_empty(shape.batch, shape.tokens, shape.heads * shape.head_dim)
     if context.numel() == 0:
         return context
     scratch = _workspace(shape, qkv.device, workspace)
+    read: dict[str, Any] = {row.name: _as_read(row, given[row.name]) for row in KERNEL_INPUTS if row.name in given}
     execute(
         attention.launches(
             shape,
-            qkv=qkv,
-            key_cache=key_cache,
-            value_cache=value_cache,
-            cache_lengths=_packed(cache_lengths),
-            visible=_packed(visible),
-            cos=tables[0],
-            sin=tables[1],
-            query_scale=tables[2],
-            alibi_slopes=_packed(alibi_slopes.float()) if alibi_slopes is not None else None,
+            **read,
             context=context,
             workspace=scratch.memory,
             counters=scratch.counters,
@@ -223,6 +211,18 @@ def attention_into_caches(
         )
     )
     return context
+
+
+def _tables(given: Mapping[str, Tensor]) -> list[Tensor]:
+    """Inputs that must share a dtype."""
+    return [given[row.name] for row in KERNEL_INPUTS if row.dtype == "table" and row.name in given]
+
+
+def _as_read(row: AttentionInput, tensor: Tensor) -> Tensor:
+    """An input as kernels read it; a cache is written, so it must be so already."""
+    if row.updated:
+        return tensor
+    return _packed(tensor.float() if row.dtype == "fp32" else tensor)
 
 
 def _workspace(shape: AttentionShape, device: torch.device, given: Workspace | None) -> Workspace:
@@ -242,49 +242,25 @@ def _workspace(shape: AttentionShape, device: torch.device, given: Workspace | N
     return kept
 
 
-def _attention_on_cuda(
-    qkv: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_lengths: Tensor,
-    visible: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    query_scale: Tensor | None,
-    alibi_slopes: Tensor | None,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    rotary_interleaved: bool,
-    window: int,
-    arithmetic: str,
-    key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None,
-) -> Tensor:
+def _attention_on_cuda(*arguments: Any) -> Tensor:
     use = _ACTIVE.get()
-    tensors = (qkv, key_cache, value_cache, cache_lengths, visible, cos, sin, query_scale, alibi_slopes)
-    tables = {t.dtype for t in (cos, sin, query_scale) if t is not None}
+    inputs, facts = from_torch(*arguments)
+    given = {name: tensor for name, tensor in inputs._asdict().items() if tensor is not None}
+    dtype, tables = inputs.qkv.dtype, {table.dtype for table in _tables(given)}
     served = (
-        arithmetic == "exact"
-        and qkv.dtype in ELEMENT_TYPES
-        and all(c.dtype == qkv.dtype and c.is_contiguous() and c.data_ptr() % 16 == 0 for c in (key_cache, value_cache))
+        facts.arithmetic == "exact"
+        and dtype in ELEMENT_TYPES
+        and not unread_inputs(given)
+        and all(
+            c.dtype == dtype and c.is_contiguous() and c.data_ptr() % 16 == 0
+            for c in (inputs.key_cache, inputs.value_cache)
+        )
         and len(tables) <= 1
         and tables <= ELEMENT_TYPES.keys()
     )
     if use is None or not served:
-        return ops._attention_body(
-            *tensors, heads, kv_heads, scale, rotary_interleaved, window, arithmetic, key_scale, value_scale,
-            in_place=True,
-        )[0]  # fmt: skip
-    return attention_into_caches(
-        *tensors,
-        heads=heads,
-        kv_heads=kv_heads,
-        scale=scale,
-        rotary_interleaved=rotary_interleaved,
-        window=window,
-        workspace=use.workspace,
-    )
+        return ops.attention_body(inputs, facts, in_place=True)[0]
+    return attention_into_caches(inputs, facts, workspace=use.workspace)
 
 
 _LIBRARY = torch.library.Library("refmodels", "IMPL")

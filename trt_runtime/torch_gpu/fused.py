@@ -10,9 +10,9 @@ import math
 
 from torch import Tensor, nn
 
+from refmodels.attention import Positions
 from refmodels.checkpoints.load import on_meta_device
 from refmodels.model import Block, Decoder, Mlp, Past, RmsNorm, activate
-from refmodels.ops import Positions
 from refmodels.positions import PositionTables
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.recorder import active_recorder
@@ -149,6 +149,7 @@ class FusedDecoder(Decoder):
         half = 0 if self.rope_cos is None else self.rope_cos.shape[1]
         cos, sin = (None if self.rope_cos is None else tables[0].new_empty(*position_ids.shape, half) for _ in range(2))
         query_scale = None if self.logn is None else self.logn.new_empty(position_ids.shape)
+        made = {"cos": cos, "sin": sin, "query_scale": query_scale}
         rows = position_rows(
             tokens=position_ids.numel(),
             half=half,
@@ -159,12 +160,11 @@ class FusedDecoder(Decoder):
             cos_table=self.rope_cos,
             sin_table=self.rope_sin,
             logn=self.logn,
-            cos=cos,
-            sin=sin,
-            query_scale=query_scale,
+            **made,
         )
         execute([rows])
-        return Positions(cache_lengths, attention_mask.bool(), cos, sin, query_scale, self.alibi_slopes)
+        visible = attention_mask.bool()
+        return {**made, "cache_lengths": cache_lengths, "visible": visible, "alibi_slopes": self.alibi_slopes}
 
     def logits(self, x: Tensor | Carry, logit_index: Tensor) -> Tensor:
         """As `Decoder.logits`; the last block's chain may have made them."""

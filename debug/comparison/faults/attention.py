@@ -71,23 +71,23 @@ def window(m: Module, _: Tensor) -> Variants:
 
 @fault("ALiBi slopes or form", "attention")
 def alibi(m: Module, engine: Tensor) -> Variants:
-    if _is_context(m) and m["slopes"] is not None:
-        slopes: Tensor = m["slopes"]
+    if _is_context(m) and m["alibi_slopes"] is not None:
+        slopes: Tensor = m["alibi_slopes"]
         heads = len(slopes)
-        yield "missing", {"slopes": torch.zeros_like(slopes)}
-        yield "sign reversed", {"slopes": -slopes}
-        yield "in reverse order", {"slopes": slopes.flip(0)}
+        yield "missing", {"alibi_slopes": torch.zeros_like(slopes)}
+        yield "sign reversed", {"alibi_slopes": -slopes}
+        yield "in reverse order", {"alibi_slopes": slopes.flip(0)}
         for name, values in (
             ("of one geometric series", [2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)]),
             ("of the next power of two", alibi_slopes(2 ** math.ceil(math.log2(heads)))[:heads]),
             ("sorted", sorted(slopes.tolist(), reverse=True)),
         ):  # fmt: skip
             if not torch.allclose(made := torch.tensor(values).to(slopes), slopes):
-                yield name, {"slopes": made}
+                yield name, {"alibi_slopes": made}
         for factor in (0.5, 2.0, 1.0 / m["scale"], m["scale"]):
-            yield f"x {factor:.4g}", {"slopes": slopes * factor}
-        factor = _minimize(lambda f: _distance(m(slopes=slopes * f), engine), 0.1, 10.0)
-        yield f"x {factor:.4g} {ESTIMATED}", {"slopes": slopes * factor}
+            yield f"x {factor:.4g}", {"alibi_slopes": slopes * factor}
+        factor = _minimize(lambda f: _distance(m(alibi_slopes=slopes * f), engine), 0.1, 10.0)
+        yield f"x {factor:.4g} {ESTIMATED}", {"alibi_slopes": slopes * factor}
 
 
 @fault("logn scaling missing or wrong", "attention")
@@ -145,21 +145,21 @@ def head_order(m: Module, _: Tensor) -> Variants:
 @fault("cache written at the wrong slot", "attention")
 def cache_slot(m: Module, _: Tensor) -> Variants:
     for shift in (1, -1):
-        moved = m["lengths"] + shift
+        moved = m["cache_lengths"] + shift
         inside = bool((moved >= 0).all()) and int(moved.max()) + m["qkv"].shape[1] <= m[_cache(m)].shape[2]
         if m.part != "attn.context" and inside:
-            yield f"{shift:+d}", {"lengths": moved}
+            yield f"{shift:+d}", {"cache_lengths": moved}
         elif m.part != "attn.context" and shift > 0:
             yield "+1", {"after": _shifted(m)}
 
 
 def _cache(m: Module) -> str:
-    return "value" if m.part == "value" else "key"
+    return "value_cache" if m.part == "value" else "key_cache"
 
 
 def _shifted(m: Module) -> Callable[[Tensor], Tensor]:
     before: Tensor = m[_cache(m)]
-    lengths = m["lengths"].tolist()
+    lengths = m["cache_lengths"].tolist()
 
     def move(cache: Tensor) -> Tensor:
         moved = before.clone()

@@ -51,7 +51,7 @@ def rope_inverse(m: Module, _: Tensor) -> Variants:
 @fault("rope layout: interleaved and half-split exchanged", "attention")
 def rope_layout(m: Module, _: Tensor) -> Variants:
     if has_rope(m):
-        yield "", {"interleaved": not m["interleaved"]}
+        yield "", {"rotary_interleaved": not m["rotary_interleaved"]}
 
 
 @fault("wrong rope theta", "attention")
@@ -162,4 +162,4 @@ def join(*parts: Tensor) -> Tensor:
 
 def turn_query(m: Module, cos: Tensor, sin: Tensor) -> Tensor:
     query, key, value = split(m)
-    return join(rotate(query, cos, sin, m["interleaved"]).to(query.dtype), key, value)
+    return join(rotate(query, cos, sin, m["rotary_interleaved"]).to(query.dtype), key, value)

@@ -23,8 +23,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from refmodels.ops import _attention_body, rotate
+from refmodels.attention import AttentionInputs
+from refmodels.ops import attention_body, rotate
 from tests.support.gpu import CUDA, DEVICE, INTERPRETED, interpreted, needs_gpu, needs_kernels
+from tests.support.kernel_cases import ADDRESSES, facts_of
 
 pytest.importorskip("triton")
 from trt_runtime.kernels import attention
@@ -93,26 +95,14 @@ class Case:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    qkv: Tensor
-    key_cache: Tensor
-    value_cache: Tensor
-    cache_lengths: Tensor
-    visible: Tensor
-    cos: Tensor | None
-    sin: Tensor | None
-    query_scale: Tensor | None
-    alibi_slopes: Tensor | None
-
-    def wide(self) -> tuple[Tensor | None, ...]:
-        """In fp64, unwritten slots 0 (the body multiplies weights of 0 with them)."""
-        return tuple(
-            t if t is None or not t.is_floating_point() else t.double().nan_to_num(0.0) for t in vars(self).values()
-        )
+def wide(given: AttentionInputs) -> AttentionInputs:
+    """In fp64, unwritten slots 0 (the body multiplies weights of 0 with them)."""
+    return AttentionInputs(
+        *(t if t is None or not t.is_floating_point() else t.double().nan_to_num(0.0) for t in given)  # type: ignore[arg-type]
+    )
 
 
-def inputs(shape: AttentionShape, lengths: tuple[int, ...], hidden: str = "none", seed: int = 0) -> Inputs:
+def inputs(shape: AttentionShape, lengths: tuple[int, ...], hidden: str = "none", seed: int = 0) -> AttentionInputs:
     """Random inputs; every slot that no token was written to is NaN."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     dtype, table_dtype = DTYPES[shape.dtype], DTYPES[shape.table_dtype]
@@ -137,7 +127,7 @@ def inputs(shape: AttentionShape, lengths: tuple[int, ...], hidden: str = "none"
     elif hidden == "all":
         visible[0] = False
     angles = uniform(shape.batch, shape.tokens, shape.rotary_dim // 2) * 7
-    return Inputs(
+    return AttentionInputs(
         qkv=normal(shape.batch, shape.tokens, (shape.heads + 2 * shape.kv_heads) * shape.head_dim),
         key_cache=normal(*size).masked_fill(unwritten, NAN),
         value_cache=normal(*size).masked_fill(unwritten, NAN),
@@ -150,7 +140,7 @@ def inputs(shape: AttentionShape, lengths: tuple[int, ...], hidden: str = "none"
     )
 
 
-def run(shape: AttentionShape, given: Inputs, **choices: Any) -> Tensor:
+def run(shape: AttentionShape, given: AttentionInputs, **choices: Any) -> Tensor:
     """The kernels' context, in poisoned memory; the caches of `given` are updated."""
     choices.setdefault("capability", CAPABILITY)
     context = torch.full(
@@ -159,7 +149,7 @@ def run(shape: AttentionShape, given: Inputs, **choices: Any) -> Tensor:
     workspace = torch.full((-(-attention.workspace_bytes(shape) // 4),), NAN, device=DEVICE)
     counters = torch.zeros(attention.counter_count(shape), dtype=torch.int32, device=DEVICE)
     for launch in attention.launches(
-        shape, **vars(given), context=context, workspace=workspace, counters=counters, **choices
+        shape, **given._asdict(), context=context, workspace=workspace, counters=counters, **choices
     ):
         launch.kernel[launch.grid](
             **launch.arguments, **launch.constants, num_warps=launch.warps, num_stages=launch.stages, **launch.options
@@ -181,7 +171,7 @@ def assert_close(context: Tensor, expected: Tensor, dtype: str) -> None:
     assert not error.norm(dim=-1)[size == 0].any(), "a query that sees no key gives 0"
 
 
-def assert_caches(shape: AttentionShape, before: Inputs, after: Inputs) -> None:
+def assert_caches(shape: AttentionShape, before: AttentionInputs, after: AttentionInputs) -> None:
     """Values copied, keys rotated and rounded once, every other slot untouched to the bit."""
     bits = {2: torch.int16, 4: torch.int32}[after.qkv.element_size()]
     split = after.qkv.view(shape.batch, shape.tokens, -1, shape.head_dim)
@@ -205,12 +195,9 @@ def assert_caches(shape: AttentionShape, before: Inputs, after: Inputs) -> None:
 def check(case: Case, *, seed: int = 0, **choices: Any) -> None:
     shape = case.shape
     before = inputs(shape, case.lengths, case.hidden, seed)
-    after = replace(before, key_cache=before.key_cache.clone(), value_cache=before.value_cache.clone())
+    after = before._replace(key_cache=before.key_cache.clone(), value_cache=before.value_cache.clone())
     context = run(shape, after, **choices)
-    expected, _, _ = _attention_body(
-        *before.wide(),  # type: ignore[arg-type]
-        shape.heads, shape.kv_heads, shape.scale, shape.rotary_interleaved, shape.window, "exact", in_place=True,
-    )  # fmt: skip
+    expected, _, _ = attention_body(wide(before), facts_of(shape), in_place=True)
     assert_close(context, expected, shape.dtype)
     assert_caches(shape, before, after)
 
@@ -313,8 +300,6 @@ def test_variants_are_all_that_launches_use(scheme: str, dtype: str, capability:
         Case(scheme=scheme, lengths=(4000,), dtype=dtype, head_dim=64).shape,
         batch=300, tokens=8192, slots=8192, capacity=8192,
     )  # fmt: skip
-    names = ("qkv", "key_cache", "value_cache", "cache_lengths", "visible", "cos", "sin", "query_scale")
-    addresses: dict[str, Any] = dict.fromkeys((*names, "alibi_slopes", "context", "workspace", "counters"), 0)
 
     def key(launch: Any) -> object:
         return launch.kernel, tuple(launch.constants.items()), launch.warps, launch.stages
@@ -326,9 +311,9 @@ def test_variants_are_all_that_launches_use(scheme: str, dtype: str, capability:
                 shape = replace(limits, batch=batch, tokens=tokens, slots=slots)
                 assert attention.workspace_bytes(shape) <= attention.workspace_bytes(limits)
                 assert attention.counter_count(shape) <= attention.counter_count(limits)
-                for launch in attention.launches(shape, **addresses, capability=capability):
+                for launch in attention.launches(shape, **ADDRESSES, capability=capability):
                     assert key(launch) in known
-                    assert set(launch.pointers) == set(launch.arguments) & set(addresses)
+                    assert set(launch.pointers) == set(launch.arguments) & set(ADDRESSES)
 
 
 @needs_gpu
@@ -389,25 +374,20 @@ def test_chunks_then_graph_replays(scheme: str) -> None:
     shape = case.shape
     caches = inputs(shape, case.lengths)
     key, value = caches.key_cache, caches.value_cache
-    wide = [key.double().nan_to_num(0.0), value.double().nan_to_num(0.0)]
+    exact = {"key_cache": key.double().nan_to_num(0.0), "value_cache": value.double().nan_to_num(0.0)}
     lengths = torch.zeros(2, dtype=torch.int64, device=DEVICE)
 
-    def body(given: Inputs) -> Tensor:
-        tensors = list(given.wide())
-        tensors[1:3] = wide
-        return _attention_body(
-            *tensors,  # type: ignore[arg-type]
-            shape.heads, shape.kv_heads, shape.scale, shape.rotary_interleaved, shape.window, "exact", in_place=True,
-        )[0]  # fmt: skip
+    def body(given: AttentionInputs) -> Tensor:
+        return attention_body(wide(given)._replace(**exact), facts_of(shape), in_place=True)[0]
 
     for seed in (1, 2):
-        given = replace(inputs(shape, case.lengths, seed=seed), key_cache=key, value_cache=value, cache_lengths=lengths)
+        given = inputs(shape, case.lengths, seed=seed)._replace(key_cache=key, value_cache=value, cache_lengths=lengths)
         assert_close(run(shape, given), body(given), "fp16")
         lengths += 100
     lengths[1] -= 60
 
     shape = replace(shape, tokens=1)
-    static = replace(inputs(shape, (0, 0)), key_cache=key, value_cache=value, cache_lengths=lengths)
+    static = inputs(shape, (0, 0))._replace(key_cache=key, value_cache=value, cache_lengths=lengths)
     saved = lengths.clone()
     run(shape, static)
     lengths.copy_(saved)
@@ -417,7 +397,7 @@ def test_chunks_then_graph_replays(scheme: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for launch in attention.launches(
-            shape, **vars(static), context=context, workspace=workspace, counters=counters, capability=CAPABILITY
+            shape, **static._asdict(), context=context, workspace=workspace, counters=counters, capability=CAPABILITY
         ):
             launch.kernel[launch.grid](
                 **launch.arguments,

@@ -17,10 +17,20 @@ from torch import Tensor
 
 import refmodels
 from refmodels import ops
+from refmodels.attention import AttentionInputs, to_torch
 from refmodels.errors import LogitLockError
 from tests.support.goldens import CASES, assert_reproduces_golden, case_source
 from tests.support.gpu import needs_gpu
-from tests.support.kernel_cases import ADDRESSES, SPEC, attention_shape, changed, norm_shape, tensors
+from tests.support.kernel_cases import (
+    ADDRESSES,
+    SPEC,
+    attention_shape,
+    changed,
+    copied,
+    facts_of,
+    norm_shape,
+    tensors,
+)
 
 pytest.importorskip("triton")
 from trt_runtime.kernels import attention, compiled, rms_norm, torch_host
@@ -50,16 +60,17 @@ def test_only_inside_use_kernels_and_only_what_is_served(monkeypatch: pytest.Mon
         return result is None or torch.equal(result, ops._rms_norm_body(x, x[0], 1e-6, False))
 
     def attend(arithmetic: str = "exact", dtype: torch.dtype = torch.float16, cache: Any = None) -> None:
-        given = tensors(attention_shape(SPEC), device="cpu")
-        given = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in given]
+        shape = attention_shape(SPEC)
+        given = AttentionInputs(
+            *(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors(shape, device="cpu"))  # type: ignore[arg-type]
+        )
         if cache is not None:
-            given[1] = cache(given[1])
-        expected = [t.clone() if t is not None else None for t in given]
-        options = (4, 2, 0.2, True, 0, arithmetic)
-        result = torch_host._attention_on_cuda(*given, *options)  # type: ignore[arg-type]
+            given = given._replace(key_cache=cache(given.key_cache))
+        expected, facts = copied(given), facts_of(shape, arithmetic)
+        result = torch_host._attention_on_cuda(*to_torch(given, facts))
         if result is not None:
-            body = ops._attention_body(*expected, *options, in_place=True)[0]  # type: ignore[arg-type]
-            assert torch.equal(result, body) and torch.equal(given[1], expected[1])  # type: ignore[arg-type]
+            body = ops.attention_body(expected, facts, in_place=True)[0]
+            assert torch.equal(result, body) and torch.equal(given.key_cache, expected.key_cache)
 
     assert norm()
     attend()
@@ -111,9 +122,8 @@ def both_hosts(
 ) -> list[tuple[Tensor, Tensor]]:
     """(torch host, compiled host) pairs: context, key cache, value cache, normed row; fresh outputs poisoned."""
     given = tensors(shape, seed=seed)
-    twin = [t.clone() if t is not None else None for t in given]
-    qkv = given[0]
-    assert qkv is not None
+    twin = copied(given)
+    qkv = given.qkv
     workspace = torch_host.Workspace.allocate(shape, qkv.device)
     context = torch.full((shape.batch, shape.tokens, shape.heads * shape.head_dim), torch.inf, device="cuda").half()
     x, weight = (
@@ -127,7 +137,7 @@ def both_hosts(
         stream = torch.cuda.current_stream().cuda_stream
         launcher.attention(
             shape,
-            **dict(zip(ADDRESSES, map(raw, twin), strict=False)),
+            **{name: raw(tensor) for name, tensor in twin._asdict().items() if name in ADDRESSES},
             context=context.data_ptr(),
             workspace=workspace.memory.data_ptr(),
             counters=workspace.counters.data_ptr(),
@@ -145,18 +155,12 @@ def both_hosts(
             captured.replay()
     else:
         step()
-    expected = torch_host.attention_into_caches(
-        *given,  # type: ignore[arg-type]
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        scale=shape.scale,
-        rotary_interleaved=shape.rotary_interleaved,
-        window=shape.window,
-    )
+    expected = torch_host.attention_into_caches(given, facts_of(shape))
     normed = torch_host.rms_norm_rows(x, weight, eps=norm.eps, weight_in_float=norm.weight_in_float)
     torch.cuda.synchronize()
     assert not workspace.counters.any()
-    return [(expected, context), (given[1], twin[1]), (given[2], twin[2]), (normed, y)]  # type: ignore[list-item]
+    caches = [(given.key_cache, twin.key_cache), (given.value_cache, twin.value_cache)]
+    return [(expected, context), *caches, (normed, y)]
 
 
 @needs_gpu
@@ -189,24 +193,25 @@ def test_ptx_of_an_older_capability() -> None:
 def test_ops_on_cuda() -> None:
     """Outside `use_kernels` the op is its body to the bit; inside, captured or not, the kernels give one result."""
     shape = attention_shape(SPEC, tokens=1, slots=60)
-    arguments = (shape.heads, shape.kv_heads, shape.scale, shape.rotary_interleaved, shape.window)
 
     def attend(arithmetic: str = "exact", fresh: bool = True) -> list[Tensor]:
         given = tensors(shape) if fresh else static
-        context = torch.ops.refmodels.cached_attention(*given, *arguments, arithmetic)
-        return [context, given[1], given[2]]  # type: ignore[list-item]
+        context = torch.ops.refmodels.cached_attention(*to_torch(given, facts_of(shape, arithmetic)))
+        return [context, given.key_cache, given.value_cache]
+
+    def by_body(arithmetic: str = "exact") -> list[Tensor]:
+        return list(ops.attention_body(tensors(shape), facts_of(shape, arithmetic), in_place=True))
 
     def same(a: list[Tensor], b: list[Tensor]) -> bool:
         return all(map(torch.equal, a, b))
 
-    given = tensors(shape)
-    body = list(ops._attention_body(*given, *arguments, "exact", in_place=True))  # type: ignore[arg-type]
+    body = by_body()
     assert same(attend(), body)
     with torch_host.use_kernels():
         ours = attend()
         assert not same(ours, body) or not torch.equal(ours[0], body[0])
         torch.testing.assert_close(ours[0], body[0], rtol=2.0**-7, atol=2.0**-8)
-        assert same(attend("eager_upcast"), list(eager_upcast(shape, arguments)))
+        assert same(attend("eager_upcast"), by_body("eager_upcast"))
         static = tensors(shape)
         kept = dict(torch_host._WORKSPACES)
         graph = torch.cuda.CUDAGraph()
@@ -231,10 +236,6 @@ def test_ops_on_cuda() -> None:
     with torch_host.use_kernels():
         inside = ops.fused_rms_norm(x, weight, eps=1e-6, weight_in_float=True)
         assert torch.equal(inside, torch_host.rms_norm_rows(x, weight, eps=1e-6, weight_in_float=True))
-
-
-def eager_upcast(shape: AttentionShape, arguments: Any) -> Any:
-    return ops._attention_body(*tensors(shape), *arguments, "eager_upcast", in_place=True)  # type: ignore[arg-type]
 
 
 @needs_gpu

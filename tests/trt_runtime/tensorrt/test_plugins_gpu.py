@@ -23,6 +23,7 @@ from onnx import helper
 from torch import Tensor
 
 from export.graph.trace import build_graph
+from refmodels.attention import AttentionFacts, AttentionInputs, inputs_of
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.ops import cached_attention, fused_rms_norm
@@ -164,16 +165,17 @@ class Attention:
     def expected(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The op's own body, on copies of the caches."""
         a = self.spec.attention
+        caches = {"past_key": given["past_key"].clone(), "past_value": given["past_value"].clone()}
+        inputs = given | caches
         return cached_attention(
-            given["qkv"],
-            given["past_key"].clone(),
-            given["past_value"].clone(),
-            *(given.get(n) for n in ("cache_lengths", "visible", "cos", "sin", "query_scale", "alibi_slopes")),
-            heads=a.heads,
-            kv_heads=a.kv_heads,
-            scale=self.spec.scale(0),
-            rotary_interleaved=self.spec.rope is not None and self.spec.rope.interleaved,
-            window=self.spec.window(0),
+            AttentionInputs(**{row.name: inputs[row.node] for row in inputs_of(self.spec)}),
+            AttentionFacts(
+                heads=a.heads,
+                kv_heads=a.kv_heads,
+                scale=self.spec.scale(0),
+                rotary_interleaved=self.spec.rope is not None and self.spec.rope.interleaved,
+                window=self.spec.window(0),
+            ),
         )
 
     def check(self, found: tuple[Tensor, ...], expected: tuple[Tensor, ...], before: list[Tensor]) -> None:

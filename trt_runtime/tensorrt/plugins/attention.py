@@ -7,13 +7,14 @@ and a step writes only the slots of its own tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from typing import Any
 
 import torch
 
+from refmodels.attention import NODE_ATTRIBUTES, AttentionInput, plugin_inputs
 from refmodels.errors import LogitLockError
-from trt_runtime.kernels.launch import AttentionShape
+from trt_runtime.kernels.launch import KERNEL_INPUTS, AttentionShape, shape_flags
 from trt_runtime.tensorrt.api import trt
 from trt_runtime.tensorrt.plugins.base import ELEMENTS, Kernels, Plugin, reported
 
@@ -21,67 +22,57 @@ _ALIASES = {1: 1, 2: 2}
 """Output -> input of the same memory."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionAttributes:
-    """As the arguments of the op.  `rotary_dim` 0: no cos and sin; flags are 0 or 1; `window` 0: none."""
-
-    heads: int
-    kv_heads: int
-    scale: float
-    rotary_dim: int
-    rotary_interleaved: int
-    window: int
-    has_query_scale: int
-    has_alibi: int
+AttentionAttributes = make_dataclass("AttentionAttributes", NODE_ATTRIBUTES.items(), frozen=True, kw_only=True)
+"""Values of the node's attributes.  `rotary_dim` 0: no cos and sin; flags are 0 or 1; `window` 0: none."""
 
 
 class CachedAttentionPlugin(Plugin):
-    """Inputs as `export.graph.functions.attention_inputs`, outputs context, key and value.
+    """Inputs as `refmodels.attention.plugin_inputs` has them for the attributes; outputs context, key and value.
 
-    qkv, the caches and context have one dtype (fp32, fp16, bf16); cache_lengths is int64, visible bool; cos, sin and
-    query_scale have one dtype, any of the three; alibi_slopes is fp32.
+    The working dtype, which is that of the caches too, and that of tables are fp32, fp16 or bf16 each.
     """
 
     NAME = "CachedAttention"
     OUTPUTS = 3
     Attributes = AttentionAttributes
 
-    def __init__(self, attributes: AttentionAttributes, *, layer: str = "", kernels: Kernels | None = None) -> None:
+    def __init__(self, attributes: Any, *, layer: str = "", kernels: Kernels | None = None) -> None:
         super().__init__(attributes, layer=layer, kernels=kernels)
         self._counters: list[torch.Tensor] = []
 
+    def rows(self) -> tuple[AttentionInput, ...]:
+        """The inputs, in order."""
+        return plugin_inputs(self.attributes)
+
     def inputs(self) -> tuple[str, ...]:
-        names = ["qkv", "past_key", "past_value", "cache_lengths", "visible"]
-        if self.attributes.rotary_dim:
-            names += ["cos", "sin"]
-        if self.attributes.has_query_scale:
-            names.append("query_scale")
-        if self.attributes.has_alibi:
-            names.append("alibi_slopes")
-        return tuple(names)
+        return tuple(row.node for row in self.rows())
 
     def input_types(self, types: Sequence[Any]) -> list[tuple[Any, ...]]:
         floats = tuple(ELEMENTS)
         working = floats if not types else (types[0],)
-        table = floats if len(types) <= 5 else (types[5],)
+        table = self.table_type(types)
         allowed: dict[str, tuple[Any, ...]] = {
-            "qkv": floats,
-            "past_key": working,
-            "past_value": working,
-            "cache_lengths": (trt.int64,),
-            "visible": (trt.bool,),
-            "alibi_slopes": (trt.float32,),
+            "working": working,
+            "cache": working,
+            "int64": (trt.int64,),
+            "bool": (trt.bool,),
+            "table": floats if table is None else (table,),
+            "fp32": (trt.float32,),
         }
-        return [allowed.get(name, table) for name in self.inputs()]
+        return [allowed[row.dtype] for row in self.rows()]
+
+    def table_type(self, types: Sequence[Any]) -> Any:
+        """The type that tables have; None if there is none among the inputs with these types, the first ones."""
+        return next((kind for row, kind in zip(self.rows(), types, strict=False) if row.dtype == "table"), None)
 
     def output_types(self, types: Sequence[Any]) -> list[Any]:
         return list(types[:3])
 
     @reported
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
-        for name, tensor, rank in zip(self.inputs(), inputs, (3, 4, 4, 1, 2), strict=False):
-            if len(tensor) != rank:
-                raise LogitLockError(f"the input {name} has {len(tensor)} axes; it must have {rank}")
+        for row, tensor in zip(self.rows(), inputs, strict=False):
+            if len(tensor) != len(row.axes):
+                raise LogitLockError(f"the input {row.node} has {len(tensor)} axes; it must have {len(row.axes)}")
         a, width, head_dim = self.attributes, inputs[0][2], inputs[1][3]
         if not (width.is_constant() and head_dim.is_constant()):
             raise LogitLockError("the last axes of qkv and past_key must have a fixed size")
@@ -123,18 +114,10 @@ class CachedAttentionPlugin(Plugin):
             if outputs[output] != inputs[source]:
                 raise LogitLockError(f"the cache {self.inputs()[source]} is not updated in place: TensorRT copied it")
         shape = self.shape([tuple(d.dims) for d in input_descs], [d.type for d in input_descs])
-        given = dict(zip(self.inputs(), inputs, strict=True))
+        addresses = dict(zip((row.name for row in self.rows()), inputs, strict=True))
         self.launcher().attention(
             shape,
-            qkv=given["qkv"],
-            key_cache=given["past_key"],
-            value_cache=given["past_value"],
-            cache_lengths=given["cache_lengths"],
-            visible=given["visible"],
-            cos=given.get("cos"),
-            sin=given.get("sin"),
-            query_scale=given.get("query_scale"),
-            alibi_slopes=given.get("alibi_slopes"),
+            **{row.name: addresses.get(row.name) for row in KERNEL_INPUTS},
             context=outputs[0],
             workspace=workspace,
             counters=self.counters(shape).data_ptr(),
@@ -143,23 +126,26 @@ class CachedAttentionPlugin(Plugin):
 
     def shape(self, dims: Sequence[tuple[int, ...]], types: Sequence[Any]) -> AttentionShape:
         """What the kernels must know, from the dims and types of the inputs."""
-        a = self.attributes
+        a, given = self.attributes, [row.name for row in self.rows()]
+        at = dict(zip(given, dims, strict=True))
+        table = self.table_type(types)
+        batch, tokens, _ = at["qkv"]
+        _, _, capacity, head_dim = at["key_cache"]
         return AttentionShape(
-            batch=dims[0][0],
-            tokens=dims[0][1],
-            slots=dims[4][1],
-            capacity=dims[1][2],
+            batch=batch,
+            tokens=tokens,
+            slots=at["visible"][1],
+            capacity=capacity,
             heads=a.heads,
             kv_heads=a.kv_heads,
-            head_dim=dims[1][3],
+            head_dim=head_dim,
             scale=a.scale,
             dtype=ELEMENTS[types[0]],
             rotary_dim=a.rotary_dim,
             rotary_interleaved=bool(a.rotary_interleaved),
             window=a.window,
-            has_query_scale=bool(a.has_query_scale),
-            has_alibi=bool(a.has_alibi),
-            table_dtype=ELEMENTS[types[5]] if a.rotary_dim or a.has_query_scale else "fp32",
+            **shape_flags(given),
+            table_dtype="fp32" if table is None else ELEMENTS[table],
         )
 
     def counters(self, shape: AttentionShape) -> torch.Tensor:

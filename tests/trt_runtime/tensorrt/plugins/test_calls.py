@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import helper
 
-from export.graph.functions import attention_inputs
+from refmodels.attention import node_inputs
 from refmodels.errors import LogitLockError
 from tests.support.goldens import case_source
 from trt_runtime.bundle import Precision
@@ -171,12 +171,23 @@ def test_optional_inputs_that_are_absent_are_none() -> None:
 
 @pytest.mark.parametrize("case", ["qwen_ntk", "baichuan_13b", "chatglm2", "gpt_bigcode", "qwen2", "starcoder2_sliding"])
 def test_inputs_are_those_of_the_exported_nodes(case: str) -> None:
+    """The plugin reads them from a node's attributes, the exporter from the spec."""
     model = graph_of(case, "fp16")
     for node in nodes(model, "CachedAttention"):
         values = {a.name: helper.get_attribute_value(a) for a in node.attribute if not a.name.startswith("plugin_")}
         plugin = CachedAttentionPlugin(AttentionAttributes(**values))
-        assert plugin.inputs() == attention_inputs(case_source(case).spec)
+        assert plugin.inputs() == node_inputs(case_source(case).spec)
         assert len(plugin.inputs()) == len(node.input)
+
+
+def test_input_ranks_are_checked() -> None:
+    plugin = CachedAttentionPlugin(ATTENTION)
+    descs, _ = attention_descs()
+    sizes = [[1] * len(d.dims) for d in descs]
+    for index, name in enumerate(plugin.inputs()):
+        wrong = [[*size, 1] if i == index else size for i, size in enumerate(sizes)]
+        with pytest.raises(LogitLockError, match=f"the input {name} has {len(sizes[index]) + 1} axes; it must have"):
+            plugin.get_output_shapes(wrong, [], None)
 
 
 @pytest.mark.usefixtures("on_a_device")
