@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ from refmodels.checkpoints.shards import StoredTensor, WeightFiles
 from refmodels.checkpoints.weights import WeightMap
 from refmodels.dtypes import DTYPES, torch_name
 from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES, family_of, model_type_of
+from refmodels.families import FAMILIES, family_of, model_type_of, read_spec
 from refmodels.families.config import Config, Family
+from refmodels.families.config_keys import ConfigKeys, sort_keys
 from refmodels.json_records import read_json
 from refmodels.model import Decoder
 from refmodels.notices import say_once
@@ -57,6 +58,7 @@ TOYS = Path(__file__).parents[1] / "toys"
 _PREFIXES = ("transformer.", "model.")
 _TIED_HEAD = "lm_head.weight"
 _ROWS_AT_ONCE = 4096
+_SHOWN_KEYS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class ModelSource:
 
     `name` is for people (family name, directory name or hub id).  `storage` says how quantized modules are stored, if
     `spec.quantization` has any.  `facts`: sentences that say how the model was recognized, if config.json alone does
-    not say it.
+    not say it; `warnings`: those that were said.  `keys`: what became of each key of config.json.
     """
 
     directory: Path
@@ -75,6 +77,8 @@ class ModelSource:
     name: str
     storage: Storage | None = None
     facts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    keys: ConfigKeys = field(default_factory=ConfigKeys)
 
 
 def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> ModelSource:
@@ -97,7 +101,12 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     config = Config(typed, variant or {}, str(where), Beside(directory))
     if data.get("model_type") is None:
         config.facts.append(f"model_type {typed['model_type']}, because architectures is {data['architectures']}")
-    spec = family.spec(config)
+    spec = read_spec(config)
+    keys = sort_keys(config, family)
+    if keys.unknown:
+        shown = ", ".join(keys.unknown[:_SHOWN_KEYS])
+        more = f" and {len(keys.unknown) - _SHOWN_KEYS} more" if len(keys.unknown) > _SHOWN_KEYS else ""
+        config.warnings.append(f"{where} has keys that LogitLock does not know and leaves out: {shown}{more}")
     if spec.tied_head and _stores_own_head(spec, family, config.beside):
         spec = replace(spec, tied_head=False)
         config.warnings.append(
@@ -105,7 +114,14 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
             'as transformers 5 does; write "tie_word_embeddings": false'
         )
     source = ModelSource(
-        directory=directory, config=typed, spec=spec, family=family, name=name, facts=tuple(config.facts)
+        directory=directory,
+        config=typed,
+        spec=spec,
+        family=family,
+        name=name,
+        facts=tuple(config.facts),
+        warnings=tuple(config.warnings),
+        keys=keys,
     )
     found = with_directory(source, directory)
     for text in config.warnings:

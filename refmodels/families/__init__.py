@@ -9,6 +9,7 @@ from typing import Any
 from refmodels.errors import LogitLockError
 from refmodels.families import baichuan, chatglm2, gpt, qwen
 from refmodels.families.config import Config, Family
+from refmodels.families.config_keys import refuse_others
 from refmodels.spec import ModelSpec
 
 FAMILIES: Mapping[str, Family] = {f.name: f for f in (chatglm2.FAMILY, baichuan.FAMILY, qwen.FAMILY, gpt.FAMILY)}
@@ -55,4 +56,10 @@ def spec_from_config(
         LogitLockError: a missing key, an unknown model_type, or a setting that is not supported.
     """
     typed = {**config, "model_type": model_type_of(config, where)}
-    return family_of(typed, where).spec(Config(typed, variant or {}, where))
+    return read_spec(Config(typed, variant or {}, where))
+
+
+def read_spec(config: Config) -> ModelSpec:
+    """Architecture facts from a config that has a model_type.  Errors as `spec_from_config`."""
+    refuse_others(config)
+    return family_of(config.data, config.where).spec(config)

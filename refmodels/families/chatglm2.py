@@ -17,8 +17,8 @@ from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
 def _spec(config: Config) -> ModelSpec:
     config.require("position_encoding_2d", None, None)
-    config.require("vision_config", None, None)
     config.require("rotary_percent", 0.5, 0.5)
+    config.require("tie_word_embeddings", False, False)
     config.require("interleaved_qkv", False, False)
     config.require("rmsnorm", True, True)
     config.require("post_layer_norm", True, True)
@@ -90,5 +90,9 @@ FAMILY = Family(
     describes="ChatGLM2-6B, ChatGLM3-6B and their long-context models, GLM-4-9B (remote code)",
     spec=_spec,
     layout=_layout,
+    harmless=(
+        *("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "original_rope", "prefix_projection"),
+        *("num_hidden_layers", "vocab_size"),
+    ),
     ignored=(r"transformer\.rotary_pos_emb\.inv_freq",),
 )

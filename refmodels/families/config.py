@@ -51,6 +51,7 @@ class Config:
         beside: the other files of the model's directory.
         facts: what tells which model this is, where more than one key does; in sentences.
         warnings: what the user should know of how the config is understood.
+        used: the keys that were asked for.
     """
 
     data: Mapping[str, Any]
@@ -59,9 +60,11 @@ class Config:
     beside: Beside = field(default_factory=Beside)
     facts: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
 
     def raw(self, key: str) -> Any:
         """The value of a key, of whatever type; None where it is absent."""
+        self.used.add(key)
         return self.data.get(key)
 
     def has(self, key: str) -> bool:
@@ -69,8 +72,8 @@ class Config:
 
     def option(self, key: str) -> Any:
         """A fact that upstream has no key for, from the variant or from the config; None: neither says it."""
-        given = self.variant.get(key)
-        return self.raw(key) if given is None else given
+        said, given = self.raw(key), self.variant.get(key)
+        return said if given is None else given
 
     def told(self, key: str, options: Collection[str], facts: Iterable[tuple[str, str]]) -> str | None:
         """What a checkpoint is where upstream has no key that says it: what `key` says, else what facts agree on.
@@ -106,6 +109,7 @@ class Config:
         Raises:
             LogitLockError: no key present and no default, a value of another type, or an integer below `minimum`.
         """
+        self.used.update(keys)
         for key in keys:
             value = self.raw(key)
             if value is None:
@@ -175,6 +179,7 @@ class Family:
         spec: config -> facts.
         layout: facts -> the names in its checkpoints.
         ignored: regular expressions of checkpoint tensors that are buffers, not weights.
+        harmless: keys of its configs that do not change its logits (see `refmodels.families.config_keys`).
     """
 
     name: str
@@ -183,6 +188,7 @@ class Family:
     spec: Callable[[Config], ModelSpec]
     layout: Callable[[ModelSpec], Layout]
     ignored: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
 
     def weights(self, spec: ModelSpec) -> WeightMap:
         """Where each parameter comes from."""

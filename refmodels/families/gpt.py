@@ -29,7 +29,6 @@ def _learned(config: Config) -> ModelSpec:
     heads = config.get(int, "n_head", "num_attention_heads")
     head_dim = config.divided(hidden, heads)
     multi_query = santacoder or (bigcode and config.get(bool, "multi_query", default=True))
-    config.require("add_cross_attention", False, False)
     arithmetic: AttentionArithmetic = "eager_multiply_float32" if bigcode else "eager_multiply"
     if santacoder:
         arithmetic = "exact"
@@ -159,5 +158,10 @@ FAMILY = Family(
     describes="GPT-2, SantaCoder, GPTBigCode (StarCoder, Granite), StarCoder2",
     spec=_spec,
     layout=_layout,
+    harmless=(
+        *("n_ctx", "num_key_value_heads", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"),
+        *("inference_runner", "validate_runner_input", "pre_allocate_kv_cache", "max_sequence_length"),
+        "max_batch_size",
+    ),
     ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", r".*rotary_emb\.inv_freq"),
 )

@@ -24,6 +24,9 @@ def _qwen1(config: Config) -> ModelSpec:
     bias = not config.get(bool, "no_bias", default=True)
     config.require("scale_attn_weights", True, True)
     config.require("use_cache_quantization", False, False)
+    config.require("activation", "swiglu", "swiglu")
+    config.require("pos_emb", "rotary", "rotary")
+    config.require("apply_residual_connection_post_layernorm", False, False)
     return ModelSpec(
         family="qwen",
         variant="qwen",
@@ -80,5 +83,6 @@ FAMILY = Family(
     describes="Qwen 1.8B, 7B, 14B, 72B (dynamic NTK, logn), Qwen2",
     spec=_spec,
     layout=lambda spec: LLAMA_LAYOUT if spec.variant == "qwen2" else _QWEN1,
+    harmless=("softmax_in_fp32", "sliding_window"),
     ignored=(r".*rotary_emb\.inv_freq", r"transformer\.h\.\d+\.attn\.(bias|masked_bias|logn_tensor)"),
 )
