@@ -63,7 +63,7 @@ def test_real_vocabularies_decide_norm_head_and_others_must_say() -> None:
         ("qwen", {"seq_length": "64"}, "seq_length is '64'; it must be of type int"),
         ("qwen", {"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be at least 1"),
         ("qwen", {"model_type": "llama"}, "unknown model_type 'llama'"),
-        ("qwen", {"model_type": None}, "no model_type"),
+        ("qwen", {"model_type": None, "architectures": None}, "no model_type"),
         ("qwen", {"use_cache_quantization": True}, "use_cache_quantization = True is not supported"),
         ("qwen2", {"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported"),
         ("qwen2", {"hidden_act": "mish"}, "activation 'mish' is not supported"),
