@@ -38,5 +38,20 @@ def check_choice(option: str, value: object, kind: Any) -> None:
         raise LogitLockError(f"--{option} is {value!r}; it must be one of {', '.join(known)}")
 
 
+def check_device(name: str) -> str:
+    """The name of a device on which PyTorch can compute here.
+
+    Raises:
+        LogitLockError: neither cpu nor cuda, or cuda where there is no GPU.
+    """
+    import torch
+
+    if name not in ("cpu", "cuda"):
+        raise LogitLockError(f"--device is {name!r}; it must be cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LogitLockError("--device is cuda, but PyTorch finds no CUDA GPU here")
+    return name
+
+
 def _names(kind: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -261,7 +262,8 @@ def _check_file(directory: Path, name: str, file: FileInfo, *, verify_hash: bool
     path = directory / name
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
         raise LogitLockError(f"{directory / INFO_NAME} lists the file {name!r}, which leaves the bundle's directory")
-    if not path.resolve().is_relative_to(directory.resolve()):
+    # Not resolve(): that raises at a loop of links.
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
         raise LogitLockError(f"the bundle's file {path} is a link that leaves the bundle's directory")
     if not path.is_file():
         raise LogitLockError(f"the bundle {directory} lacks its file {name}")

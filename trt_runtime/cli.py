@@ -21,6 +21,7 @@ from refmodels.command import JsonFlag
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.notices import LOGGER
+from refmodels.options import check_device
 from refmodels.text.generation_defaults import GenerationDefaults, generation_defaults
 from refmodels.text.prompts import prompt_ids, read_prompts, stop_ids_in
 from trt_runtime.bundle import read_bundle
@@ -145,7 +146,9 @@ def generate(
                 "--emulate-rounding, --threads and --engine are for --bundle; for --model give --dtype"
             )
         source = refmodels.resolve(model)
-        decoder = refmodels.load(source, dtype=_dtype(dtype or "fp32"), device=_device(device or "cpu"))
+        decoder = refmodels.load(
+            source, dtype=_dtype(dtype or "fp32"), device=check_device("cpu" if device is None else device)
+        )
         executor = TorchEngine(decoder, kernels=kernels_serve(decoder))
         directory = source.directory
     tokenizer = tokenizer_in(directory, executor.spec)
@@ -197,16 +200,6 @@ def _dtype(name: str) -> Any:
     if name not in DTYPES:
         raise LogitLockError(f"--dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name not in ("cpu", "cuda"):
-        raise LogitLockError(f"--device is {name!r}; it must be cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise LogitLockError("--device is cuda, but PyTorch finds no CUDA GPU here")
-    return name
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -150,8 +150,10 @@ def evaluate(
     from debug.sides import bundle_side
     from export.progress import progress_bar
     from refmodels.files import check_file_output, write_text
-    from refmodels.options import fields_in
+    from refmodels.options import check_device, fields_in
 
+    if device is not None:
+        check_device(device)
     options = EvaluateOptions(**fields_in(EvaluateOptions, locals()))
     timed = tuple(parse_shape(each) for each in shape or ()) or options.shapes
     if against is None and (max_loss is not None or max_kl is not None):

@@ -26,11 +26,9 @@ from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap, tap_names
 from trt_runtime.engine import Engine
-from trt_runtime.onnxruntime.errors import cannot_run, graph_errors
+from trt_runtime.onnxruntime.errors import cannot_read, cannot_run, graph_errors, session_options
 from trt_runtime.onnxruntime.graph_edits import inline_and_type, promote
 from trt_runtime.onnxruntime.half_precision import compute_in_float
-
-_LOG_SEVERITY = 3
 
 
 @dataclass(frozen=True)
@@ -103,24 +101,18 @@ class OnnxFileEngine(Engine):
     def load_graph(self) -> ir.Model:
         """The model with function bodies inlined; external weights stay on disk."""
         check_regular(self.path)
-        with graph_errors(f"{self.path} cannot be read as an ONNX model"):
+        with graph_errors(cannot_read(self.path)):
             return passes.InlinePass()(ir.load(self.path)).model
 
     def session(self, values: Iterable[str]) -> ort.InferenceSession:
         """A session that also outputs these values."""
         model = self.load_graph()
-        if self.emulate_rounding:
-            model = inline_and_type(model)
-            compute_in_float(model, ir.DataType(BY_TORCH[self.dtype].onnx), rounded=True)
-        promote(model, values)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _LOG_SEVERITY
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        folder = str(self.path.resolve().parent)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        options = session_options(self.path.resolve().parent, self.threads)
         with graph_errors(cannot_run(self.path)):
+            if self.emulate_rounding:
+                model = inline_and_type(model)
+                compute_in_float(model, ir.DataType(BY_TORCH[self.dtype].onnx), rounded=True)
+            promote(model, values)
             data = ir.to_proto(model).SerializeToString()
             return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 

@@ -158,7 +158,7 @@ class _CaseComparison:
         decode_ids = self.case.inputs.get("decode_ids")
         steps = 0
         if decode_ids is not None:
-            if decode_ids.ndim != 2 or decode_ids.shape[0] != batch:
+            if decode_ids.ndim != 2 or decode_ids.shape[0] != batch or not decode_ids.shape[1]:
                 raise self._error("decode_ids", decode_ids, f"[{batch}, steps]")
             steps = decode_ids.shape[1]
         elif "decode_logits" in self.case.expected:

@@ -19,7 +19,7 @@ from export.quantization.method import MethodOptions
 from export.quantization.schemes import QuantizeOptions
 from refmodels.checkpoints.load import resolve, with_directory
 from refmodels.command import JsonFlag
-from refmodels.options import fields_in
+from refmodels.options import check_device, fields_in
 
 _WHAT, _HOW, _DATA, _OUTPUT = "Format", "Method", "Calibration", "Output"
 _SCHEME_LIST = "; ".join(f"{name}: {scheme.describes}" for name, scheme in SCHEMES.items())
@@ -159,6 +159,7 @@ def quantize(
         method=MethodOptions(**fields_in(MethodOptions, given)),
         **fields_in(QuantizeOptions, given),
     )
+    check_device(device)
     source = resolve(model)
     target = output
     if target is None:

@@ -43,6 +43,19 @@ _SUFFIXES: Mapping[CheckpointFormat, tuple[str, ...]] = {
     "modelopt": ("weight", "weight_scale", "input_scale", "pre_quant_scale"),
 }  # fmt: skip
 
+_STORED: Mapping[str, tuple[tuple[int, ...], Literal["float", "integer", "any"]]] = {
+    **dict.fromkeys(("weight_packed", "qweight", "qzeros"), ((2,), "integer")),
+    "weight_zero_point": ((0, 1, 2), "integer"),
+    "weight": ((2,), "any"),
+    "scales": ((2,), "float"),
+    "weight_scale": ((0, 1, 2), "float"),
+    **dict.fromkeys(("weight_g_idx", "g_idx"), ((1,), "integer")),
+    "weight_shape": ((1,), "integer"),
+    **dict.fromkeys(("input_scale", "pre_quant_scale"), ((0, 1), "float")),
+    "input_zero_point": ((0, 1), "any"),
+}
+"""Numbers of axes and kind of numbers of every stored tensor, in all layouts."""
+
 _CACHE_SCALES: Mapping[str, str] = {"key_scale": "k_scale", "value_scale": "v_scale"}
 _CONSTANTS = ("input_scale", "pre_quant_scale")
 """Parameters of a layer that its input is quantized or multiplied with."""
@@ -108,6 +121,8 @@ class Storage:
                 scale is not finite.
         """
         out_features, in_features = shape
+        for suffix, tensor in tensors.items():
+            _check_kind(suffix, tensor, where)
         codes, zero = self._codes(tensors, linear, where)
         _expect(codes, (out_features, in_features), f"the quantized weights of {where}")
         scale = self._scale(tensors, where)
@@ -131,7 +146,7 @@ class Storage:
         constants = {}
         for name in _constants(linear):
             constant, wanted = _get(tensors, name, where), () if name == "input_scale" else (in_features,)
-            constants[name] = constant.reshape(wanted) if constant.numel() == 1 else constant
+            constants[name] = constant.reshape(()) if not wanted and constant.numel() == 1 else constant
             _expect(constants[name], wanted, f"{name} of {where}")
         if self.layout == "modelopt":
             for name in _CONSTANTS:
@@ -207,10 +222,14 @@ class Storage:
                 return tensors["weight"], None if zero is None else zero.to(torch.int8)
             bits = _packed_bits(linear, where)
             shape = tensors.get("weight_shape")
+            if shape is not None:
+                _expect(shape, (2,), f"the shapes of {where}")
             columns = None if shape is None else int(shape[1])
             codes = _unpack(_get(tensors, "weight_packed", where), bits)[:, :columns]
             zero = tensors.get("weight_zero_point")
             if zero is not None:
+                if zero.ndim != 2:
+                    raise LogitLockError(f"the packed zero points of {where} have shape {list(zero.shape)}")
                 zero = _signed(_unpack(zero.t().contiguous(), bits).t()[: len(codes)], bits)
             return _signed(codes, bits), zero
         bits = _packed_bits(linear, where)
@@ -241,8 +260,11 @@ class Storage:
                 raise LogitLockError(f"{where} lacks the group index that its reordered columns need")
             return torch.arange(in_features) if linear.reordered else None
         _expect(index, (in_features,), f"the group index of {where}")
-        index = index.to(torch.int64)
-        if not torch.equal(index.bincount(minlength=in_features // group), torch.full((in_features // group,), group)):
+        index, groups = index.to(torch.int64), in_features // group
+        # Before they are counted: that takes memory for as many groups as the largest number says.
+        if bool(((index < 0) | (index >= groups)).any()):
+            raise LogitLockError(f"the group index of {where} must be from 0 to {groups - 1}")
+        if not torch.equal(index.bincount(minlength=groups), torch.full((groups,), group)):
             raise LogitLockError(f"the group index of {where} does not put {group} columns into every group")
         if not linear.reordered:
             if not torch.equal(index, torch.arange(in_features) // group):
@@ -359,6 +381,22 @@ def _get(tensors: Mapping[str, Tensor], suffix: str, where: str) -> Tensor:
     if suffix not in tensors:
         raise LogitLockError(f"{where} lacks its tensor {suffix}")
     return tensors[suffix]
+
+
+def _check_kind(suffix: str, tensor: Tensor, where: str) -> None:
+    """Refuse a stored tensor whose rank or dtype no layout gives to this suffix."""
+    ranks, kind = _STORED[suffix]
+    fits = kind == "any" or (tensor.is_floating_point() if kind == "float" else _is_integer(tensor))
+    if tensor.ndim not in ranks or not fits or not tensor.numel():
+        wanted = " or ".join(map(str, ranks))
+        raise LogitLockError(
+            f"{where}.{suffix} is a {torch_name(tensor.dtype)} tensor of shape {list(tensor.shape)}; it must have "
+            f"{wanted} axes{'' if kind == 'any' else f' and {kind} numbers'}"
+        )
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int8, torch.uint8, torch.int32, torch.int64)
 
 
 def _expect(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:

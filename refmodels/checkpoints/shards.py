@@ -7,6 +7,7 @@ for every tensor (its header is small), a `.bin` file whenever `_REOPEN_BYTES` h
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -135,7 +136,10 @@ def _can_be_mapped(file: Path) -> bool:
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
+        with warnings.catch_warnings():
+            # What torch says of old formats is nothing that a user of the file can change.
+            warnings.simplefilter("ignore")
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
     except pickle.UnpicklingError as error:
         raise LogitLockError(
             f"{file} is damaged, or holds more than plain tensors, which LogitLock never executes"
@@ -143,11 +147,20 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise LogitLockError(f"{file} is damaged or cut short: torch cannot read it") from error
     if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-        for name, value in content.items()
+        isinstance(name, str) and _is_plain(value) for name, value in content.items()
     ):
         raise LogitLockError(f"{file} is not a checkpoint: it must hold one dictionary of dense tensors by name")
     return content
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor of numbers in memory: neither sparse, nor quantized by torch, nor without data."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
 
 
 def _read_index(file: Path) -> Mapping[str, str]:

@@ -243,6 +243,19 @@ def test_bad_bundles(spoil: Callable[[Path], str], verb: str, bundle: Path, tmp_
     logitlock(verb, *arguments).assert_bad_input(said)
 
 
+@pytest.mark.parametrize("device", ["cuda", "gpu", "-1", ""])
+@pytest.mark.parametrize("verb", ["generate", "quantize", "eval"])
+def test_devices(verb: str, device: str, tmp_path: Path) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    arguments = {
+        "generate": ["--model", CASE, "--prompt", "x"],
+        "quantize": ["--model", CASE, "--precision", "int8", "--output", tmp_path / "q"],
+        "eval": ["reference", "--model", "qwen"],
+    }[verb]
+    logitlock(verb, *arguments, "--device", device).assert_bad_input("--device is")
+
+
 def test_output_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     logitlock("export", "--model", CASE, "--output", tmp_path).assert_bad_input("not empty")

@@ -162,6 +162,14 @@ def test_manifest_that_is_no_json(tmp_path: Path) -> None:
         read_bundle(output)
 
 
+def test_a_loop_of_links_is_a_missing_file(tmp_path: Path) -> None:
+    output = write(tmp_path / "b")
+    (output / "model.onnx").unlink()
+    (output / "model.onnx").symlink_to("model.onnx")
+    with pytest.raises(LogitLockError, match=r"lacks its file model\.onnx"):
+        read_bundle(output)
+
+
 @pytest.mark.parametrize("name", ["../outside", "sub/../../outside", "/etc/hostname", "c:\\x", "link"])
 def test_no_file_leaves_the_directory(tmp_path: Path, name: str) -> None:
     output = write(tmp_path / "b")

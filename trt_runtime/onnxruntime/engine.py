@@ -29,7 +29,7 @@ from refmodels.taps import is_cache_tap, tap_names
 from trt_runtime.bundle import Bundle, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.onnxruntime.before_opset_24 import has_tensor_scatter, without_tensor_scatter
-from trt_runtime.onnxruntime.errors import cannot_run, graph_errors
+from trt_runtime.onnxruntime.errors import cannot_run, graph_errors, session_options
 from trt_runtime.onnxruntime.graph_edits import cut_at, inline_and_type, load_graph, promote
 from trt_runtime.onnxruntime.half_precision import HALF_TYPES, compute_in_float
 from trt_runtime.onnxruntime.integer_kernels import SESSION_OPTIONS, cache_as_bytes, use_integer_kernels
@@ -38,7 +38,6 @@ _FP8, _BYTES = DTYPE_TABLE["fp8"], DTYPE_TABLE["uint8"]
 """fp8 caches are bound as bytes: ONNX Runtime's kernels do not move fp8 (see `cache_as_bytes`)."""
 _BOTH_SESSIONS_BYTES = 2 << 30
 """Up to this size of weights the tapped and the untapped session stay loaded together."""
-_LOG_SEVERITY = 3
 _WRONG = {"MatMulIntegerToFloatFusion"}
 """Optimizations of ONNX Runtime 1.31 that change results: this one takes a scale for each token for one of all."""
 _FED = "fed."
@@ -205,13 +204,7 @@ class OnnxRuntimeEngine(Engine):
             passes.RemoveUnusedNodesPass()(model)
         if not has_tensor_scatter():
             model = without_tensor_scatter(model)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _LOG_SEVERITY
-        # Spinning threads gain 3 % on idle cores and lose half on shared ones (another process, or torch in this one).
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        options = session_options(path.parent, self.threads)
         for key, value in SESSION_OPTIONS.items() if quantized else ():
             options.add_session_config_entry(key, value)
         data = ir.to_proto(model).SerializeToString()

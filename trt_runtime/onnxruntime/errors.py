@@ -1,11 +1,15 @@
-"""What ONNX Runtime, onnx_ir and protobuf raise about a graph, as one sentence without paths of their sources."""
+"""What ONNX Runtime, onnx_ir and protobuf raise about a graph, as one sentence without paths of their sources; and the
+options of a session, which say what is raised and not printed."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import onnxruntime as ort
 
 from refmodels.errors import LogitLockError
 
@@ -18,13 +22,19 @@ def graph_errors(what: str) -> Iterator[None]:
     """Raise a `LogitLockError` that begins with `what` for whatever the libraries raise; of files, memory and bugs not.
 
     They raise what they like for a graph that is none, from TypeError to their own classes, so every Exception counts.
+    onnx_ir also logs what it meets, in many lines; only the sentence is shown.
     """
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except (LogitLockError, OSError, MemoryError, AssertionError):
         raise
     except Exception as error:
         raise LogitLockError(f"{what}: {said(error)}") from error
+    finally:
+        logger.setLevel(level)
 
 
 def said(error: Exception) -> str:
@@ -36,3 +46,21 @@ def said(error: Exception) -> str:
 def cannot_run(path: Path) -> str:
     """How a sentence about a graph that fails begins."""
     return f"ONNX Runtime cannot run {path}"
+
+
+def cannot_read(path: Path) -> str:
+    """How a sentence about a file that holds no graph begins."""
+    return f"{path} cannot be read as an ONNX model"
+
+
+def session_options(folder: Path, threads: int) -> ort.SessionOptions:
+    """What every session has: external weights are in `folder`, and errors are raised, not printed."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Fatal ones only: errors are exceptions too, and would be said twice.
+    options.log_severity_level = 4
+    # Spinning threads gain 3 % on idle cores and lose half on shared ones (another process, or torch in this one).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return options

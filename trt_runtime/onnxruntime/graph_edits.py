@@ -10,15 +10,17 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from refmodels.errors import LogitLockError
+from trt_runtime.onnxruntime.errors import cannot_read, graph_errors
 
 
 def load_graph(path: Path, *, files: Iterable[str]) -> ir.Model:
     """Read model.onnx; weights stay on disk.
 
     Raises:
-        LogitLockError: weights in a file that is not one of `files`, the bundle's own.
+        LogitLockError: not an ONNX model, or weights in a file that is not one of `files`, the bundle's own.
     """
-    model = ir.load(path)
+    with graph_errors(cannot_read(path)):
+        model = ir.load(path)
     allowed = set(files)
     for name, value in model.graph.initializers.items():
         tensor = value.const_value

@@ -74,7 +74,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_graphs(good: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_graphs(good: Path, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]) -> None:
     bundle = tmp_path / "b"
     shutil.copytree(good, bundle)
     DAMAGE[damage](bundle / MODEL_NAME)
@@ -87,6 +87,11 @@ def test_damaged_graphs(good: Path, tmp_path: Path, damage: str) -> None:
     logitlock("diff", bundle, "--model", case_source("qwen2_b1").directory, "--steps", "1").assert_bad_input(
         str(bundle)
     )
+    looked = logitlock("inspect", bundle)
+    if looked.code:
+        looked.assert_bad_input(str(bundle))
+    # Nor do the libraries print anything beside the sentence.
+    assert capfd.readouterr() == ("", "")
 
 
 @needs_opset_24
