@@ -26,11 +26,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from refmodels.dtypes import DTYPES
 from trt_runtime.kernels import attention
 from trt_runtime.kernels.launch import AttentionShape
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results") / "gpu_attention.json"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HALF = ("fp16", "bf16")
 DECODE = [(1, 32, 32, 2048), (64, 32, 32, 2048), (64, 32, 2, 2048), (256, 32, 2, 1024), (1, 32, 2, 32768)]
 PREFILL = [(1, 32, 32, 2048), (1, 32, 32, 8192), (1, 32, 2, 2048), (1, 32, 2, 8192)]
 HEAD_DIM = 128
@@ -208,7 +209,7 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = 2**32 / read_time(2**32) * 1e6
     rows = []
-    for dtype in DTYPES:
+    for dtype in HALF:
         for kind, shapes in (("decode", DECODE), ("prefill", PREFILL)):
             for batch, heads, kv_heads, slots in shapes:
                 tokens = 1 if kind == "decode" else slots

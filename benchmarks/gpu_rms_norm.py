@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from refmodels.dtypes import DTYPES
 from refmodels.ops import _rms_norm_body
 from trt_runtime.kernels import rms_norm, torch_host
 from trt_runtime.kernels.launch import NormShape
@@ -29,7 +30,7 @@ from trt_runtime.kernels.launch import NormShape
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results") / "gpu_rms_norm.json"
 WIDTH = 4096
 EPS = 1e-6
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HALF = ("fp16", "bf16")
 ROTATED_BYTES = 512 * 2**20
 Call = Callable[[], Any]
 
@@ -128,7 +129,7 @@ def main() -> None:
     warm = torch.randn(8192, 8192, device="cuda")
     for _ in range(30):
         warm = (warm @ warm).clamp(-1, 1)  # the clocks rise before anything is timed
-    results = [measure(2**k, dtype) for dtype in DTYPES for k in range(14)]
+    results = [measure(2**k, dtype) for dtype in HALF for k in range(14)]
     copies = copy_bandwidth()
     bandwidth = max(copies.values())
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")

@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from refmodels.dtypes import DTYPES
 from trt_runtime.kernels.launch import ElementType, Launch
 
 WARPS = 4
-
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @triton.jit
@@ -135,7 +134,7 @@ def gemv(
         constants={
             "ROWS": rows,
             "COLUMNS": columns,
-            "VECTOR": 16 // _BYTES[dtype],
+            "VECTOR": 16 // DTYPES[dtype].itemsize,
             "GATED": gated,
             "OVERLAP": True,
         },

@@ -12,17 +12,16 @@ has few tokens but always many weights.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from refmodels.errors import LogitLockError
+from refmodels.quantization.formats import LIMITS, EightBit
 from trt_runtime.kernels.launch import ElementType, Launch
-from trt_runtime.kernels.rms_norm import LIMITS, MAX_WIDTH, coded, magnitude
-
-EightBit = Literal["int8", "fp8"]
+from trt_runtime.kernels.rms_norm import MAX_WIDTH, coded, magnitude
 
 
 @triton.jit

@@ -23,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from refmodels.quantization.formats import EightBit
 from trt_runtime.kernels.launch import ElementType, Launch
-from trt_runtime.kernels.quantized_gemm import EightBit
 
 BLOCK_K = 128
 """Columns of a tile: what 128-byte swizzling of shared memory takes."""

@@ -22,12 +22,13 @@ the reference makes of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from refmodels.quantization.formats import Code
 from trt_runtime.kernels.coded_tiles import (
     centred,
     codes,
@@ -40,8 +41,6 @@ from trt_runtime.kernels.coded_tiles import (
     words_of,
 )
 from trt_runtime.kernels.launch import ElementType, Launch
-
-Code = Literal["int4", "int8", "fp8"]
 
 ROWS = 16
 """Rows of a tile."""

@@ -24,13 +24,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from refmodels.errors import LogitLockError
+from refmodels.quantization.formats import LIMITS
 from trt_runtime.kernels.launch import Launch, NormShape
 
 MAX_WIDTH = 32768
 """Widest row, in elements."""
-
-LIMITS = {"int8": 127.0, "fp8": 448.0}
-"""Largest code of each quantized output."""
 
 
 @triton.jit

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, get_args
 
+from refmodels.dtypes import DTYPE_TABLE
 from refmodels.errors import LogitLockError
+from refmodels.quantization.formats import LIMITS, EightBit
 from trt_runtime.kernels.launch import NormShape
-from trt_runtime.tensorrt.api import trt
+from trt_runtime.tensorrt.api import tensorrt_type, trt
 from trt_runtime.tensorrt.plugins.base import ELEMENTS, Plugin, reported
 
 
@@ -66,10 +68,8 @@ class QuantNormAttributes:
     limit: float
 
 
-_INT8, _FP8 = 3, 17
-_CODES: dict[int, tuple[Literal["int8", "fp8"], Any, float]] = {
-    _INT8: ("int8", trt.int8, 127.0),
-    _FP8: ("fp8", trt.fp8, 448.0),
+_CODES: dict[int, tuple[EightBit, Any, float]] = {
+    DTYPE_TABLE[code].onnx: (code, tensorrt_type(code), LIMITS[code]) for code in get_args(EightBit)
 }
 
 
