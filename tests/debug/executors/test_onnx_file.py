@@ -291,7 +291,7 @@ def test_name_maps_that_do_not_fit(exported: Callable[..., Path], tmp_path: Path
 
     some = opened({"blocks.0.attn.out": good["blocks.0.attn.out"]})
     assert "blocks.0.attn.out" in some.tap_names and "blocks.1.attn.out" not in some.tap_names
-    with pytest.raises(LogitLockError, match=r"'blocks\.9' is no tap of qwen2"):
+    with pytest.raises(LogitLockError, match=r"'blocks\.9' is not a tap of qwen2"):
         opened({"blocks.9": "x"})
     with pytest.raises(LogitLockError, match="no value 'nowhere', which the name map gives for embed"):
         opened({"embed": "nowhere"})
