@@ -63,15 +63,15 @@ def export_model(
 
     Args:
         model: as for `refmodels.checkpoints.load.resolve`, or its result.
-        options: what it is exported to.
-        progress: called with what is done, how much of it (bytes of weights, steps of TensorRT) and how much in all.
-        fields: those of `ExportOptions`, in the place of `options` or to change some of them:
+        options: of the export.
+        progress: called with the task, how much of it is done (bytes of weights, steps of TensorRT), and its total.
+        fields: those of `ExportOptions`, instead of `options` or to change some of them:
             `export_model("qwen", precision="fp16")`.
     Returns: the bundle's directory.
     Raises:
-        LogitLockError: as `ExportOptions`; an output that must not be written, a model or checkpoint that cannot be
-            read (see `resolve` and `stream_parameters`), or an engine that cannot be built.
-        TypeError: a name that is no field of `ExportOptions`.
+        LogitLockError: as `ExportOptions`; the output must not be written, the model or checkpoint cannot be read (see
+            `resolve` and `stream_parameters`), or the engine cannot be built.
+        TypeError: `ExportOptions` has no field of a given name.
     """
     options = with_fields(ExportOptions, options, fields)
     source = model if isinstance(model, ModelSource) else resolve(model)

@@ -1,4 +1,4 @@
-"""What a model is exported to: every option of `export_model`, once."""
+"""Every option of `export_model`, once."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ _BATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What a model is exported to, and where.
+    """Options of an export.
 
     Attributes:
         precision: fp32, fp16 or bf16: dtype of weights, activations and cache; or a scheme of
             `export.precision.SCHEMES`: the model is quantized first, and the quantized checkpoint is put into the
             bundle.
-        dtype: with a scheme, of all that is not quantized; None: fp16.
+        dtype: with a scheme, dtype of everything that is not quantized; None: fp16.
         kv_cache: int8 or fp8 keys and values; None: they have the dtype.
-        quantize: how, if not by these words; its `scheme` is `precision`, or None to quantize the cache only.
+        quantize: options of quantization beyond these words; its `scheme` is `precision`, or None to quantize the
+            cache only.
         attention, numerics: see `export.graph.trace.build_graph`.
-        backend: what else is built: nothing ("onnxruntime") or a TensorRT plan.
+        backend: "onnxruntime" writes the graph only; the others also build a TensorRT plan.
         output: the bundle's directory, missing or empty; None: `default_output`.
         max_batch, max_input, max_seq, workspace, optimization_level, compute_capabilities: see `BuildOptions`; None:
             what `build_options` chooses.
@@ -93,9 +94,9 @@ class ExportOptions:
         return QuantizeOptions(scheme=self.parsed.scheme, cache=self.kv_cache)
 
     def build_options(self, spec: ModelSpec) -> BuildOptions:
-        """What the engine is built for, with the model's defaults for what is None.
+        """The limits of the engine, with the model's defaults where an option is None.
 
-        An engine of TensorRT has caches of `max_seq` slots, always; its default is then at most 4096.
+        A TensorRT engine always has caches of `max_seq` slots; their default is then at most 4096.
 
         Raises:
             LogitLockError: as `BuildOptions`, or a cache that is longer than the model's learned positions.

@@ -11,11 +11,11 @@ from refmodels.errors import LogitLockError
 from trt_runtime.bundle import Precision as DTypeName
 
 Inputs = Literal["float", "tensor", "token", "group"]
-"""What a layer does with its input: nothing, or 8-bit codes with a scale of this extent."""
+"""Quantization of a layer's input: none, or 8 bits with one scale per tensor, token, or token and group."""
 
 DTYPES: Mapping[str, DTypeName] = {name: name for name in get_args(DTypeName)}
 DEFAULT_DTYPE: DTypeName = "fp16"
-"""Of all that a scheme does not quantize."""
+"""Dtype of everything that a scheme does not quantize."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ SCHEMES: Mapping[str, Scheme] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What a model is exported in.
+    """The precision of an exported model.
 
     Attributes:
-        dtype: of weights, activations and cache, as far as they are not quantized.
-        scheme: of quantization, one of `SCHEMES`; None: linear layers are not quantized.
+        dtype: dtype of the weights, activations and cache that are not quantized.
+        scheme: quantization scheme, one of `SCHEMES`; None: linear layers are not quantized.
     """
 
     dtype: DTypeName
@@ -59,7 +59,7 @@ class Precision:
         """Read `--precision`, a dtype or a scheme, and `--dtype`, which goes with a scheme; None: fp16.
 
         Raises:
-            LogitLockError: a word that is neither, a dtype that is none, or a second dtype.
+            LogitLockError: `precision` is neither, `dtype` is unknown, or both are dtypes.
         """
         if word in SCHEMES:
             return cls(dtype=_dtype("dtype", dtype or DEFAULT_DTYPE, DTYPES), scheme=word)

@@ -1,4 +1,4 @@
-"""Which modules have another precision than the rest: what `logitlock bisect` writes, `export` and `quantize` take.
+"""Precision plans: modules with another precision than the rest.  `bisect` writes them, `export` and `quantize` read.
 
     {"schema": 1, "precision": "fp16", "float32": ["blocks.3.mlp.out", "logits"]}
     {"schema": 1, "precision": "int4-awq", "schemes": {"blocks.0.*": "int8", "blocks.*.mlp.out": null}}
@@ -59,7 +59,8 @@ def read_plan(path: Path, spec: ModelSpec, precision: Precision) -> PrecisionPla
     """Read a plan and check it against the model and the precision of the export.
 
     Raises:
-        LogitLockError: no such file, no plan, another schema or precision, or a module that the model does not have.
+        LogitLockError: there is no such file, it is no plan, it has another schema or precision, or it names a module
+            that the model does not have.
     """
     plan = _read(path, precision)
     if plan.schemes:
@@ -77,7 +78,7 @@ def read_schemes(path: Path, spec: ModelSpec, scheme: str | None) -> dict[str, s
     """The layers, by their names in `Decoder`, that a plan gives another scheme than `scheme`; None: no quantization.
 
     Raises:
-        LogitLockError: as `read_plan`; layers that are to be in fp32; a pattern that matches no layer.
+        LogitLockError: as `read_plan`; the plan keeps layers in fp32; a pattern matches no layer.
     """
     plan = _read(path, scheme)
     if plan.float32:

@@ -1,4 +1,4 @@
-"""The progress bar of the verbs that take long."""
+"""The progress bar of the verbs that take a while."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.progress import Progress as Bars
 from refmodels.notices import LOGGER
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much it is in all."""
+"""Called with the name of the task, how much of it is done, and its total."""
 
 
 def silent(step: str, done: int, total: int) -> None:
-    """The progress that nobody watches."""
+    """No progress is shown."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The body of the custom node CachedAttention, made of standard operators; `refmodels/ops.py` in ONNX."""
+"""The function body of the custom node CachedAttention in standard operators: `refmodels/ops.py` in ONNX."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _rotation_in_working_dtype(spec: ModelSpec) -> list[str]:
 
 
 def _cache_write(spec: ModelSpec) -> list[str]:
-    """`key` and `value`: the caches with the new slots; a quantized one gets codes (`quantize_cache`)."""
+    """`key` and `value`: the caches with the new slots, quantized if the cache is (`quantize_cache`)."""
     lines = []
     for part in ("key", "value"):
         new = f"new_{part}"
@@ -150,17 +150,17 @@ def _cache_write(spec: ModelSpec) -> list[str]:
 
 
 def _cache_read(spec: ModelSpec, *, exact: bool) -> list[str]:
-    """`live_key`, `live_value` [B, kv_heads, T, D]: the slots that hold something, as numbers."""
+    """`live_key`, `live_value` [B, kv_heads, T, D]: the used slots, dequantized."""
     if spec.cache_code is None:
         return live_slots()
     scale = "scale_wide" if exact else "scale"
-    # Not in the other order, which would touch the live slots only: ONNX has no Slice of fp8.
+    # Slicing first would touch the used slots only, but ONNX has no Slice of fp8.
     numbers = [f"{part}_number = DequantizeLinear <axis = 1> ({part}, {part}_{scale})" for part in ("key", "value")]
     return [*numbers, *live_slots(suffix="_number")]
 
 
 def live_slots(*, suffix: str = "") -> list[str]:
-    """`live_key`, `live_value` [B, kv_heads, T, D]: the slots that hold something."""
+    """`live_key`, `live_value` [B, kv_heads, T, D]: the used slots."""
     return [
         "live = Shape <start = 1, end = 2> (visible)",
         ints("start", 0),
@@ -172,7 +172,7 @@ def live_slots(*, suffix: str = "") -> list[str]:
 
 def mask(spec: ModelSpec) -> list[str]:
     """`seen` [B, 1, S, T] bool; `sees_any` [B, 1, S, 1], 1.0 or 0.0: a query that sees no key has context 0."""
-    # Read off an input that all layers share, so that ONNX Runtime computes the mask once and not in every layer.
+    # The length is that of an input which all layers share: ONNX Runtime then computes the mask once, not per layer.
     by_token = "qkv" if spec.rope is None else "cos"
     lines = [
         "zero = Constant <value_int = 0> ()",

@@ -19,15 +19,15 @@ from refmodels.spec import ModelSpec
 DATA_NAME = "model.onnx.data"
 
 ByteLayout = Literal["plain", "transposed", "row", "int4"]
-"""How a tensor is stored: as it is; a matrix with its axes swapped; a matrix of one column as a vector; int8 codes of
-4 bits two a byte, the first in the low half, as INT4."""
+"""How a tensor is stored: as it is; a matrix with its axes swapped; a matrix of one column as a vector; 4-bit values
+held in int8, packed in pairs, the first in the low half of the byte, as INT4."""
 # Offsets on page boundaries let a runtime map tensors instead of copying them (ONNX specification, external data).
 _ALIGNMENT = 4096
 _BLOCK_BYTES = 32 << 20
 _RANDOM_SCALE = 0.02
 _RANDOM_STEP = 1 / 16
 RANDOM_HASH = "random weights, seed 0"
-"""Stands for the hash of a checkpoint in bundles of `random_parameters`."""
+"""Takes the place of the checkpoint's hash in bundles of `random_parameters`."""
 
 
 class WeightWriter:
@@ -70,7 +70,7 @@ class WeightWriter:
 def random_parameters(spec: ModelSpec, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the decoder in its order, as `refmodels.checkpoints.load.stream_parameters`, but random.
 
-    Always the same: normal with standard deviation 0.02, around 1 for the weights of norms and else around 0, so that
+    The values are always the same: normal with standard deviation 0.02, around 1 for norm weights and else 0, so that
     activations keep the size that a trained model's have.
     """
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +89,7 @@ def random_parameters(spec: ModelSpec, *, dtype: torch.dtype) -> Iterator[tuple[
 def _random_part(
     kind: str, parameter: Tensor, linear: LinearFormat, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
-    """A parameter of a quantized layer whose weight has the same standard deviation, in codes that are all used."""
+    """A parameter of a quantized layer whose weight has the same standard deviation and uses all quantized values."""
     shape, (low, high) = parameter.shape, code_range(linear.weight)
     if kind == "weight" and linear.weight == "fp8":
         return torch.empty(shape).normal_(0.0, high / 4, generator=generator).clamp(low, high).to(parameter.dtype)
@@ -116,7 +116,7 @@ def mapped_weights(model: onnx.ModelProto, directory: Path) -> dict[str, Tensor]
 
 
 def _packed(block: Tensor) -> Tensor:
-    """int4 codes two a byte; of an odd number of them the last has a byte of its own."""
+    """int4 values packed in pairs; if their number is odd, the last has a byte of its own."""
     codes = block.reshape(-1)
     return pack_int4(torch.nn.functional.pad(codes, (0, codes.numel() % 2)))
 
@@ -128,7 +128,7 @@ def _blocks(tensor: Tensor, *, transposed: bool) -> Iterator[Tensor]:
         return
     axis = 1 if transposed else 0
     length = tensor.shape[axis]
-    # An even number of rows, so that no byte of packed codes is shared by two blocks.
+    # An even number of rows, so that no packed byte belongs to two blocks.
     step = max(2, _BLOCK_BYTES * length // max(1, tensor.nbytes) & ~1)
     for start in range(0, length, step):
         block = tensor.narrow(axis, start, min(step, length - start)).contiguous()

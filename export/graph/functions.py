@@ -1,6 +1,6 @@
 """The bodies of the custom nodes, as ONNX functions made of standard operators.
 
-They restate `refmodels/ops.py` in ONNX: whoever has no kernel for a node (onnx.checker, the ONNX reference evaluator,
+They restate `refmodels/ops.py` in ONNX: a runtime without a kernel for a node (onnx.checker, the reference evaluator,
 ONNX Runtime, TensorRT without our plugin) runs its body.  A body is generated for one spec, precision and numerics;
 only what differs between layers (`scale`, `window`) is read from the node's attributes, the other attributes are for
 the plugin.
@@ -76,7 +76,7 @@ def _rms_norm(spec: ModelSpec, dtype: int) -> onnx.FunctionProto:
 
 
 def _rms_norm_quant(spec: ModelSpec, dtype: int) -> onnx.FunctionProto:
-    """The norm, and its result by token in codes, as `refmodels.quantization.arithmetic.quantize_tokens`."""
+    """The norm, and its result quantized per token, as by `refmodels.quantization.arithmetic.quantize_tokens`."""
     body = [
         *_norm_lines(spec, dtype),
         f"result = Cast <to = {WIDE}> (y)",
@@ -119,7 +119,7 @@ def _norm_lines(spec: ModelSpec, dtype: int) -> list[str]:
 
 
 def _stepwise(activation: Activation, dtype: int) -> onnx.FunctionProto:
-    """One of transformers' written-out activations, with a rounding after every step, as torch does it in half
+    """One of transformers' activations written out in single steps, each rounded, as torch does it in half
     precision."""
     number = 0
     body = []

@@ -1,4 +1,4 @@
-"""The graph in the making: names, nodes and initializers that the rules add, one call per node of the trace.
+"""The graph under construction: names, nodes and initializers that the rules add, one call per node of the trace.
 
 Values are named after taps, nodes after the value they make, initializers after parameters.
 """
@@ -38,7 +38,7 @@ _INPUT_SHAPES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """An ONNX model that still lacks its initializers, and what they must be.
+    """An ONNX model without its initializers, and a description of them.
 
     model: complete but for `graph.initializer`.  parameters: names of `Decoder` parameters, and how they are stored.
     tables: position tables, stored as they are.
@@ -57,7 +57,7 @@ Rule = Callable[["Lowering", fx.Node], None]
 class Lowering:
     """The trace on its way to a graph; rules add nodes to it.
 
-    coded: for values that a norm has quantized as well, the names of their codes and scales.
+    coded: for values that a norm also outputs quantized, the names of the quantized values and of their scales.
     """
 
     decoder: Decoder
@@ -181,7 +181,7 @@ class Lowering:
         return self.emit("Constant", [], name, **{"value_ints" if isinstance(value, list) else "value_int": value})
 
     def call(self, op: str, inputs: Iterable[str], outputs: list[str], *, name: str, **attributes: Any) -> None:
-        """A call of one of our functions, or the body in its place."""
+        """Emit a call of one of our functions, or the body instead."""
         node = helper.make_node(
             op,
             list(inputs),

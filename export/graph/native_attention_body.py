@@ -1,20 +1,20 @@
-"""`--attention native`: CachedAttention made of the operators that TensorRT has for it.
+"""`--attention native`: CachedAttention in the operators that TensorRT has for it.
 
 RotaryEmbedding, `TRT_KVCacheUpdate` (in place) and `TRT_Attention` (one fused kernel) are imported by TensorRT's
-parser by their names.  The two that are not of ONNX have bodies in the file as well, so that everybody else runs it.
+parser by their names.  The two that ONNX does not define have bodies in the file, which other runtimes execute.
 
-Against the exact body two roundings are added, both to the working type: of the query (rotated, scaled by logn and by
-the softmax scale in fp32 before it) and of the probabilities.  Scores, softmax and sums stay in fp32, as fused kernels
-have it.  ALiBi's bias is rounded as well, because the mask must have the type of the query: relatively to its size, so
-that it is exact to about 2**-12 (fp16; bf16: 2**-9) for the keys that get a noticeable weight.  `numerics="upstream"`
-has upstream's tables and rotation, but not the rounding inside its attention, which a fused kernel does not have.
+This body has two more roundings than the exact one, both to the working type: of the query (rotated, scaled by logn and
+by the softmax scale in fp32 before it) and of the probabilities.  Scores, softmax and sums stay in fp32, as in fused
+kernels.  ALiBi's bias is rounded too, because the mask must have the type of the query; the error is relative to its
+size, about 2**-12 (bf16: 2**-9), for the keys that get a noticeable weight.  `numerics="upstream"` has upstream's
+tables and rotation, but not the rounding inside its attention, which a fused kernel does not have.
 
-What TensorRT-RTX 1.7 does decides the form.  The mask is explicit: its causal kinds know no padding, and
-`key_value_lengths` is dropped without a word where there is a mask.  Nothing says that its kernels skip hidden keys,
-so they are given the live slots only, although it copies these first.  A query that sees no key must not reach a
-kernel: what that makes of one is not documented, and a NaN in the padding of one layer is a NaN in the cache of the
-next, which no mask hides (0 * NaN).  ALiBi's mask has an element for every head, query and key: at 8 x 2048 tokens on
-4096 slots 5.4 GB for the 40 heads of Baichuan-13B, so build such engines with a smaller --max-input.
+The form follows from the behaviour of TensorRT-RTX 1.7.  The mask is explicit: the causal modes know no padding, and
+TensorRT silently drops `key_value_lengths` if there is a mask.  Its documentation does not say that its kernels skip
+masked keys, so they get the used slots only, although TensorRT copies these first.  A query that sees no key must not
+reach a kernel: the result is not documented, and a NaN in the padding of one layer is a NaN in the cache of the next,
+which no mask hides (0 * NaN).  ALiBi's mask has one element per head, query and key: with 8 x 2048 tokens on 4096 slots
+it takes 5.4 GB for the 40 heads of Baichuan-13B, so build such engines with a smaller --max-input.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from refmodels.spec import ModelSpec, Numerics
 
 DOMAIN = "trt"
 HIDDEN = -65504.0
-"""What a hidden key gets from a float mask: finite in fp16, and far below every score."""
+"""Value of a float mask for a masked key: finite in fp16, and far below every score."""
 
 
 def native_attention_body(spec: ModelSpec, dtype: int, numerics: Numerics) -> list[str]:
@@ -81,7 +81,7 @@ def _attended(spec: ModelSpec, dtype: int, *, relative: bool) -> list[str]:
 
 
 def native_functions(spec: ModelSpec, dtype: int) -> list[onnx.FunctionProto]:
-    """What TensorRT's own operators do, for a model of this spec."""
+    """TensorRT's own operators as functions, for a model of this spec."""
     update = ["updated = TensorScatter <axis = 2> (cache, update, write_indices)"]
     if spec.position == "alibi":
         masked = [f"mask_wide = Cast <to = {WIDE}> (mask)", "masked = Add (scores, mask_wide)"]

@@ -1,18 +1,19 @@
 """Quantized linear layers in the graph: `refmodels.quantization.linear` as QuantizeLinear and DequantizeLinear.
 
-Weights are initializers of codes, as the model stores them: [out, in], int8, INT4 (two a byte) or FLOAT8E4M3FN.
+Weights are initializers of quantized values (codes), as the model stores them: [out, in], int8, INT4 (packed in pairs)
+or FLOAT8E4M3FN.
 
     no quantized input   y = MatMul(x, Transpose(DequantizeLinear(codes, scale, zero)))          in the working dtype
-    a constant scale, or one a token
+    a constant scale, or one per token
                          sums = MatMul(DequantizeLinear(codes of x, 1), Transpose(DequantizeLinear(codes, 1)))
                          y = sums * (scale of x * scale)                                          in fp32, then rounded
-    one a token and group
+    one per token and group
                          y = MatMul(codes of x * their scales, Transpose(DequantizeLinear(...)))  in fp32, then rounded
 
-The second form multiplies codes by codes, as the reference does, and scales afterwards.  With the scales in
-DequantizeLinear, the usual form, every dequantized number would be rounded to the working dtype, and wide ones cannot
-be had: DequantizeLinear from an fp16 scale to fp32 is refused by ONNX Runtime 1.31 (int8) and by TensorRT-RTX 1.7
-(fp8).  TensorRT makes the same int8 and fp8 products of both.
+The second form multiplies quantized values, as the reference does, and scales the sums.  With the scales in
+DequantizeLinear, the usual form, every dequantized number would be rounded to the working dtype; ONNX Runtime 1.31
+(int8) and TensorRT-RTX 1.7 (fp8) refuse a DequantizeLinear from an fp16 scale to fp32.  TensorRT runs both forms as the
+same int8 and fp8 GEMMs.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def lower(graph: Lowering, node: fx.Node) -> None:
 
 
 def norm_code(decoder: nn.Module, norm: fx.Node) -> EightBit | None:
-    """The codes that linear layers make of every token of this norm's result; None: none does, or they differ."""
+    """The type to which the linear layers quantize this norm's result per token; None: none does, or they differ."""
     codes: set[EightBit | None] = set()
     for user in (reader for tapped in norm.users if tapped.target is tap for reader in tapped.users):
         module = decoder.get_submodule(str(user.target)) if user.op == "call_module" else None
@@ -61,7 +62,7 @@ def _by_token(linear: LinearFormat) -> bool:
 
 
 class _Layer:
-    """One quantized layer, on its way from the value `x` to the value `y`."""
+    """One quantized layer that computes the value `y` from the value `x`."""
 
     def __init__(self, graph: Lowering, path: str, module: QuantizedLinear, y: str, x: str) -> None:
         self.graph, self.path, self.module, self.y, self.x = graph, path, module, y, x
@@ -105,7 +106,7 @@ class _Layer:
         self.with_bias(lambda y: self.graph.emit("MatMul", [x, self.dequantized(f"{self.path}.scale")], y))
 
     def coded(self, x: str, code: EightBit) -> None:
-        """Sums of codes, then scales."""
+        """Sums of products of quantized values, then scaled."""
         graph, y = self.graph, self.y
         one = graph.emit("Constant", [], f"{y}.one", value_float=1.0)
         if self.format.input_scale == "tensor":
@@ -126,7 +127,7 @@ class _Layer:
         self.from_wide(lambda output: graph.emit("Mul", [sums, scale], output))
 
     def grouped(self, x: str, code: EightBit) -> None:
-        """Inputs rounded to codes with a scale a token and group, as numbers again; a plain product of these."""
+        """Inputs quantized with one scale per token and group, and dequantized; then a plain product."""
         graph, y = self.graph, self.y
         columns, groups = self.module.in_features, self.module.scale.shape[1]
         shape = graph.constant(f"{y}.groups", [0, 0, groups, columns // groups])
@@ -154,7 +155,7 @@ class _Layer:
         return self.graph.emit("Cast", [parameter], f"{parameter}.wide", to=TensorProto.FLOAT)
 
     def steps(self, x: str, code: EightBit) -> tuple[str, str, str]:
-        """x (fp32) in units of its scale; amax over the last axis; the limit of the codes.  As `quantize_tokens`."""
+        """x (fp32) in units of its scale, amax over the last axis, the largest quantized value: `quantize_tokens`."""
         graph, y = self.graph, self.y
         size = graph.emit("Abs", [x], f"{y}.size")
         largest = graph.emit("ReduceMax", [size, graph.constant(f"{y}.last", [-1])], f"{y}.largest")
@@ -200,16 +201,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     _Emit = Callable[[str], str]
-    """Emits what makes the value of that name, and returns the name."""
+    """Emits the nodes that make the value of that name, and returns the name."""
 
 
 def check_quantization(spec: ModelSpec, capabilities: Iterable[int] = ()) -> None:
-    """Refuse what TensorRT cannot build, before the work.
+    """Refuse before the work a quantization that TensorRT cannot build.
 
     Args:
         capabilities: GPUs to build for, 89 for 8.9.
     Raises:
-        LogitLockError: zero points, a quantized cache, input scales by group, or codes that a GPU lacks.
+        LogitLockError: zero points, a quantized cache, input scales per group, or a type that a GPU lacks.
     """
     if spec.cache_code is not None:
         raise LogitLockError(
@@ -222,7 +223,7 @@ def check_quantization(spec: ModelSpec, capabilities: Iterable[int] = ()) -> Non
             continue
         if not linear.symmetric:
             raise LogitLockError(
-                f"{module} has {describe_format(linear)}; TensorRT takes symmetric codes only: use --backend "
+                f"{module} has {describe_format(linear)}; TensorRT takes symmetric quantization only: use --backend "
                 "onnxruntime, or quantize symmetrically"
             )
         if linear.input is not None and linear.input_scale == "group":

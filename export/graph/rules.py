@@ -1,4 +1,4 @@
-"""How each operation of the trace is written in ONNX: one rule per module class or function, in one table."""
+"""How the exporter writes each operation of the trace in ONNX: one rule per module class or function, in one table."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ def build_graph(
     Args:
         precision: dtype of weights, activations and cache.
         numerics: "exact" (fp32 tables and reductions) or "upstream" (Hugging Face's tables and rounding).
-        attention: "plugin" keeps `refmodels::*` nodes with their function bodies, "decomposed" puts the bodies in
-            their place, "native" bodies that use TensorRT's own operators for attention.
+        attention: "plugin" keeps `refmodels::*` nodes with their function bodies, "decomposed" inlines the bodies,
+            "native" inlines bodies that use TensorRT's own operators for attention.
         max_positions: the longest cache that the position tables serve; None: what the model allows.
         float32: taps of linear layers that compute in fp32, with weights (or their scales) in fp32 (see
             `export.precision_plan`).
@@ -65,7 +65,7 @@ def build_graph(
 
 
 def trace_decoder(decoder: Decoder) -> fx.Graph:
-    """`Decoder.forward` as a graph.  One node each: a linear layer, embedding or norm, a fused operation, and a tap.
+    """`Decoder.forward` as a graph with one node per linear layer, embedding, norm, fused operation and tap.
 
     The decoder needs no memory (`refmodels.empty_decoder`), but its position tables (`Decoder.prepare_tables`).
     """

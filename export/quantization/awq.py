@@ -1,10 +1,10 @@
-"""AWQ: weights that meet large activations are scaled up before rounding, and groups are clipped where that helps.
+"""AWQ: scale up the weights that meet large activations before rounding, and clip groups where that helps.
 
 Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv:2306.00978.
 Scaling: s = mean|x|^alpha, or mean|x|^alpha / mean|w|^(1 - alpha) as in the authors' later code, alpha from a grid, by
 the output error of all linears that read the input.  Clipping: the largest weight of a group shrinks, by the error of
-what the group adds to the output.  The authors measure the first error behind the attention or the MLP; here it is
-measured at the linears' outputs, which needs no forward pass.
+the group's share of the output.  The authors measure the first error behind the attention or the MLP; we measure it at
+the linears' outputs, which needs no forward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class AwqScale:
-    """What the search found.
+    """The result of a search.
 
     scale: [in]: quantize W * scale and x / scale.  alpha: its exponent.  by_weight: divided by mean|w|^(1 - alpha);
     otherwise, at alpha 0, it is 1: round to nearest.
@@ -55,12 +55,12 @@ def search_scale(
     Args:
         weights: each [out, in].
         x: a sample of inputs, [tokens, in], wide (fp32, or fp64).
-        formats: of the weights; None: not quantized, whose error is none.
+        formats: of the weights; None: not quantized, without error.
         magnitude: mean |x| of all inputs, [in], where more than the sample is known.
         share: makes statistics [in] equal where channels must share a scale (`fold.share`).
         grid: alpha is 0, 1 / grid, ..., 1.
     Raises:
-        LogitLockError: nothing to search for, shapes that do not fit, inputs that are quantized.
+        LogitLockError: no weight is quantized, shapes do not fit, or inputs are quantized.
     """
     _check(weights, x, formats)
     if grid < 1:
@@ -192,7 +192,7 @@ def _compact(x: Tensor) -> Tensor:
 
 
 def _energy(weight: Tensor, sample: Tensor) -> float:
-    """Sum of squares of the outputs [tokens, out] that a weight (or an error of it) makes."""
+    """Sum of squares of the outputs [tokens, out] of a weight (or of its error)."""
     return float((sample @ weight.t()).square().sum(dtype=torch.float64))
 
 

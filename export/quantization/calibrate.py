@@ -1,8 +1,8 @@
-"""Quantizing a model layer by layer: calibration data streams through one block at a time.
+"""Quantization of a model layer by layer: calibration data streams through one block at a time.
 
-In memory are the parameters of one block in fp32, what its observers keep, and the residual stream of all calibration
-tokens (tokens x hidden size x 4 bytes).  Blocks after a quantized one see its float output, or with GPTQ, as in its
-paper, what the quantized one makes.
+Memory holds the parameters of one block in fp32, the statistics of its observers, and the residual stream of all
+calibration tokens (tokens x hidden size x 4 bytes).  Blocks after a quantized one see its float output or, with GPTQ
+and as in its paper, the output of the quantized one.
 """
 
 from __future__ import annotations
@@ -64,21 +64,20 @@ def quantize_model(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Path:
-    """Write a quantized checkpoint; it appears whole or not at all.
+    """Write a quantized checkpoint, whole or not at all.
 
     Args:
         source: the model, not quantized.
         output: the directory to write, missing or empty.
-        options: what to quantize, and how.
-        data: for the methods and scales that need inputs; None: `calibration_data(source)`.
-        layout: how codes are stored.
+        options: options of quantization.
+        data: calibration data for methods and scales that need inputs; None: `calibration_data(source)`.
+        layout: how quantized weights are stored.
         device: where blocks run and methods compute.
-        progress: called with what is done, how much of it and how much in all.
+        progress: called with the task, how much of it is done, and its total.
     Returns: `output`.
     Raises:
-        LogitLockError: a model that is quantized already, an output that is not empty, a layout that is none or has no
-            place for the formats, options that do not fit the model, activations that are not finite, and as
-            `stream_parameters`.
+        LogitLockError: the model is quantized already, the output is not empty, the layout is unknown or has no place
+            for the formats, options do not fit the model, activations are not finite; and as `stream_parameters`.
     """
     spec = source.spec
     check_choice("layout", layout, CheckpointFormat)
@@ -112,7 +111,7 @@ def quantize_model(
 
 
 def _method(options: QuantizeOptions, spec: ModelSpec) -> Method:
-    """The method of the scheme and of those that a plan names: one, besides rounding to nearest."""
+    """The one method, besides rounding to nearest, of the scheme and of the schemes that a plan names."""
     names = {options.scheme, *plan_of(spec, options).values()}
     methods = {SCHEMES[name].method for name in names if name is not None} - {"rtn"}
     if len(methods) > 1:
@@ -224,7 +223,7 @@ class _BlockQuantizer:
             self._write("", parameters, result, writer, reports, {})
 
     def _forward(self, layer: int, observers: Mapping[Site, InputObserver], ranges: _CacheRanges) -> list[Tensor]:
-        """The block's outputs; its inputs go to the observers, and what it caches to `ranges`."""
+        """The block's outputs; its inputs go to the observers, its keys and values to `ranges`."""
         block, path = self.decoder.blocks[layer], f"blocks.{layer}"
         sites = {f"{path}.{input_tap(self.spec, site)}": observer for site, observer in observers.items()}
         outputs = []

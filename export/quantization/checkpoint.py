@@ -36,8 +36,8 @@ class CheckpointWriter:
     Args:
         source: the model that is being quantized, in floats.
         directory: an empty directory.
-        quantization: what is quantized and how.
-        storage: how codes are stored.
+        quantization: the format of every layer.
+        storage: how quantized weights are stored.
     """
 
     def __init__(self, source: ModelSource, directory: Path, quantization: QuantizationSpec, storage: Storage) -> None:
@@ -48,7 +48,7 @@ class CheckpointWriter:
         self.files = WeightFiles(source.directory)
         self.stored = match_names(self.files.tensors, self.table, source)
         self._check_shared()
-        # Before any work: the layout may have no way to say it.
+        # Before any work: the layout may be unable to describe the quantization.
         self.config = write_config(quantization, upstream_modules(source.spec, source.family), storage)
         self._shard: dict[str, Tensor] = {}
         self._shards: list[dict[str, Path]] = []
@@ -62,11 +62,11 @@ class CheckpointWriter:
         floats: Mapping[str, Tensor],
         cache_scales: Mapping[str, Tensor],
     ) -> None:
-        """Some layers; those that share a checkpoint module must come together.
+        """Add some layers; those that share a checkpoint module must come together.
 
         Args:
             weights, input_scales: by the layer's name in `Decoder`.
-            floats: parameters that are no longer what the source holds, by name.
+            floats: parameters that differ from the source's, by name.
             cache_scales: [kv_heads], by the parameter's name.
         """
         modules: dict[str, dict[str, Tensor]] = {}
@@ -91,7 +91,7 @@ class CheckpointWriter:
             self._put(name, tensor)
 
     def finish(self, provenance: Mapping[str, Any], copied: Iterable[Path]) -> None:
-        """Write what the source holds unchanged, the index, config.json, the provenance, and copies of other files."""
+        """Write the unchanged parameters, the index, config.json, the provenance, and copies of other files."""
         for name, tensor in self.stored.items():
             if name not in self._written and not self.reader.replaces(name):
                 self._put(name, self.files.read(tensor).clone())
@@ -170,7 +170,7 @@ class CheckpointWriter:
 
 
 def _rows_of(part: Part, tensor: Tensor) -> Part:
-    """The part of a tensor that has the rows of a weight and other columns."""
+    """The part of a tensor with the rows of a weight and other columns."""
     rows = part.shape[1] if part.transposed else part.shape[0]
     return replace(part, shape=(rows, *tensor.shape[1:]), transposed=False)
 
@@ -189,7 +189,7 @@ def write_folded(directory: Path, folded: Mapping[str, Tensor]) -> None:
 
 
 def read_folded(directory: Path) -> dict[str, Tensor]:
-    """What `write_folded` kept."""
+    """The scales that `write_folded` kept."""
     path = directory / FOLDED_NAME
     if not path.is_file():
         return {}
@@ -198,7 +198,7 @@ def read_folded(directory: Path) -> dict[str, Tensor]:
 
 
 def read_provenance(directory: Path) -> dict[str, Any] | None:
-    """What `logitlock quantize` wrote of how the checkpoint was made; None: another program made it."""
+    """The record of how `logitlock quantize` made the checkpoint; None: another program made it."""
     path = directory / PROVENANCE_NAME
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What calibration reads: texts from files, or the bundled tasks."""
+"""Calibration data: texts from files, or the bundled tasks."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def calibration_data(
     Args:
         files: .jsonl, whose lines have "text", or "prompt" and perhaps "answer"; any other is one long text, cut into
             pieces.  None: the bundled tasks (as the toys were trained on), or random ids where there is no tokenizer.
-        samples: at most so many rows.
-        tokens: at most so many ids a row.
-        seed: of the random choice among the rows there are.
+        samples: maximum number of rows.
+        tokens: maximum number of ids per row.
+        seed: seed of the random choice among all rows.
     Raises:
-        LogitLockError: a file that cannot be read or holds no text, or no tokenizer for it.
+        LogitLockError: a file cannot be read or holds no text, or there is no tokenizer for it.
     """
     if samples < 1 or tokens < 1:
         raise LogitLockError(f"calibration needs at least one sample of one token, not {samples} of {tokens}")

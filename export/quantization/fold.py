@@ -1,4 +1,4 @@
-"""Folding a scale of input channels into what produces the input: W x = (W s) (x / s), and nobody divides at run time.
+"""Folding a scale of input channels into the layer before: W x = (W s) (x / s), without a division at run time.
 
     site        read by            x / s comes from
     attn.qkv    attn.qkv           attn_norm: weight and bias / s
@@ -69,7 +69,7 @@ def _name(tap: Tap) -> str:
 
 
 def can_fold(spec: ModelSpec, site: Site) -> bool:
-    """Whether a scale of this input can be folded into what produces it."""
+    """Whether a scale of this input can be folded into the layer that produces it."""
     if site == "head":
         return not spec.tied_head
     return site != "mlp.out" or spec.mlp.gated
@@ -78,7 +78,7 @@ def can_fold(spec: ModelSpec, site: Site) -> bool:
 def share(spec: ModelSpec, site: Site, statistic: Tensor) -> Tensor:
     """A statistic of channels, [width], made equal where channels must share a scale: the largest of those.
 
-    They must at 'attn.out' with fewer kv heads than heads: channel d of all query heads that read one value head.
+    At 'attn.out' with fewer kv heads than heads, channel d of all query heads that read one value head shares it.
     """
     a = spec.attention
     if site != "attn.out" or a.heads == a.kv_heads:
@@ -95,7 +95,7 @@ def fold(spec: ModelSpec, site: Site, scale: Tensor, parameters: Mapping[str, Te
         parameters: those of the block (or of the head), any float dtype; biases may be absent.
     Returns: new tensors by name, in the dtypes of the old ones (products are wide, rounded once).
     Raises:
-        LogitLockError: a site that cannot be folded, or a scale that is not positive, finite, shared, or of this width.
+        LogitLockError: the site cannot be folded, or the scale is not positive, finite, shared, or of this width.
     """
     if not can_fold(spec, site):
         raise LogitLockError(
@@ -118,7 +118,8 @@ def fold(spec: ModelSpec, site: Site, scale: Tensor, parameters: Mapping[str, Te
 
 
 def divided(spec: ModelSpec, site: Site, scale: Tensor) -> tuple[str, Tensor]:
-    """What produces the input at `site`, and by what its rows (a norm's elements) are divided for a scale [width]."""
+    """The layer that produces the input at `site`, and the divisor of its rows (of a norm's elements) for a scale
+    [width]."""
     if site != "attn.out":
         return _producer(spec, site), scale
     # Queries and keys stay as they are; a value row is read by all query heads of its group, at equal scales.

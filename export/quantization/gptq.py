@@ -1,4 +1,4 @@
-"""GPTQ: round column by column and let the columns not yet rounded make up for the error.
+"""GPTQ: round column by column, and correct the columns not yet rounded for the error.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv:2210.17323.
 With H = 2/n X^T X of the inputs X [n, in], the output error of a layer is tr((W - Q) H (W - Q)^T).  Rounding column i
@@ -28,7 +28,7 @@ class Hessian:
 
     def __init__(self, name: str, width: int) -> None:
         self.name, self.width, self.tokens = name, width, 0
-        # The mean so far, not the sum: whoever wants it gets it without a copy.
+        # The mean so far, not the sum: `matrix` returns it without a copy.
         self._mean: Tensor | None = None
 
     def observe(self, x: Tensor) -> None:
@@ -85,7 +85,7 @@ def row_errors(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
 
 
 def damped_root(hessian: Tensor, damping: float) -> Tensor:
-    """X [in, in] in the dtype of H, with X^T X the damped H: stands for the inputs where inner products are all.
+    """X [in, in] in the dtype of H, with X^T X the damped H: replaces the inputs where only inner products matter.
 
     Raises:
         LogitLockError: not positive definite.
@@ -108,10 +108,10 @@ def gptq(
     scale: Tensor | None = None,
     zero: Tensor | None = None,
 ) -> GptqResult:
-    """Codes of a weight that minimize its output error on the inputs that made the Hessian.
+    """Quantize a weight so that its output error on the inputs that made the Hessian is small.
 
-    Scales of a group are those of its columns as they are when rounding reaches them, errors made up for included, as
-    in the paper.  With `act_order` columns are rounded by descending H_ii, and the scales of all groups come from the
+    The scale of a group comes from its columns as they are when rounding reaches them, corrections included, as in the
+    paper.  With `act_order` columns are rounded by descending H_ii, and the scales of all groups come from the
     original weight ("static groups"): each column keeps its place and its group, so that the checkpoint needs no order
     of columns and kernels need no gather.  Scales that follow the order would form groups of scattered columns.
 
@@ -123,11 +123,11 @@ def gptq(
         act_order: the activation order heuristic of the authors' code, with static groups.
         damping: multiple of the mean of diag(H) that is added to the diagonal.
         block: columns between updates of the rest of the weight ("lazy batch updates").
-        scale, zero: [out, groups], given instead of found (a clipped scale, for example).
+        scale, zero: [out, groups], given instead of computed (a clipped scale, for example).
     Returns: the weight; its error and the error relative to tr(W H W^T), with the undamped H.
     Raises:
-        LogitLockError: a Hessian of another shape, a format with stored order, a weight that is not finite, damping
-            that is not positive, or groups that do not divide the columns.
+        LogitLockError: the Hessian has another shape, the format is reordered, the weight is not finite, damping is
+            not positive, or groups do not divide the columns.
     """
     columns = weight.shape[1]
     if hessian.shape != (columns, columns):
@@ -187,7 +187,7 @@ def gptq(
 
 
 def _nearest(column: Tensor, scale: Tensor, zero: Tensor | None, code: Code) -> Tensor:
-    """As `quantize_weight`, which looks at every number for NaN first: a synchronization a column on a GPU."""
+    """As `quantize_weight`, but without its check for NaN, which costs one synchronization per column on a GPU."""
     steps = column / scale
     return to_codes(steps if zero is None else steps.round() + zero, code)
 

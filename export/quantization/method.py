@@ -1,11 +1,11 @@
-"""One method applied to the linear layers of a block, or to the head: floats and observed inputs in, codes out.
+"""One method applied to the linear layers of a block, or to the head: from floats and inputs to quantized weights.
 
     inputs = {site: InputObserver(f"blocks.3.{site}", ...) for site in observed_sites(...)}     # fed while data streams
     result = quantize_layers(spec, parameters, inputs, formats, options)
 
-First every site's scale is found and folded (AWQ, SmoothQuant), in the order of execution: folding at a site divides
-rows of the linear before it, whose errors are multiplied back at the site; the search before must not see them small.
-Then every weight is rounded, knowing its inputs as they are after folding.
+First each site's scale is searched and folded (AWQ, SmoothQuant), in the order of execution: folding at a site divides
+rows of the linear before it, whose errors are multiplied back at the site; its own search must not see them divided.
+Then every weight is rounded, for its inputs as they are after folding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Formats = Mapping[str, LinearFormat | None]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
-    """How codes are found.
+    """Options of the quantization algorithm.
 
     Attributes:
         method: "awq" concerns weights whose inputs stay floats, "smoothquant" those whose inputs are quantized; layers
@@ -45,12 +45,12 @@ class MethodOptions:
         grid: steps of AWQ's searches.
         clip: whether AWQ and GPTQ clip groups where it lowers the error; None: AWQ does.
         act_order, damping, block: of GPTQ.
-        sample: tokens kept for AWQ, a site.
+        sample: number of tokens kept per site for AWQ.
         percentile: of |x| that static input scales cover; 100: the largest.
-        per_tensor: fp8 weights have one scale in all where their input has one, and so have cached keys and values: all
-            that nvidia-modelopt's layout has a place for.
+        per_tensor: fp8 weights have a single scale where their input has one, and so have cached keys and values:
+            nvidia-modelopt's layout has no place for more.
     Raises:
-        LogitLockError: a value out of its range.
+        LogitLockError: a value is out of its range.
     """
 
     method: Method = "rtn"
@@ -81,8 +81,8 @@ class MethodOptions:
 class LayerReport:
     """Squared errors of a linear's output on the observed inputs, over the square of the output.
 
-    Of the chosen codes, with folded scales undone, and of rounding the weight to nearest as the float model has it.
-    None where no inputs were kept (rtn, smoothquant).
+    One is that of the chosen values, with folded scales undone, the other that of rounding the float model's weight to
+    nearest.  None where no inputs were kept (rtn, smoothquant).
     """
 
     error: float | None
@@ -93,7 +93,7 @@ class LayerReport:
 class QuantizedLayers:
     """A block (or the head) after quantization; names as in `Decoder`, relative to the block.
 
-    parameters: the floats that remain, changed by folding or not.  weights: codes of every quantized linear.
+    parameters: the floats that remain, changed by folding or not.  weights: those of every quantized linear.
     input_scales: [] wide, of linears with static input scales.  folded: scale [width] by site.
     """
 
@@ -113,7 +113,7 @@ def observed_sites(spec: ModelSpec, formats: Formats, options: MethodOptions) ->
 
 
 class InputObserver:
-    """What a method keeps of the input at a site: maxima, percentiles, a sample, a Hessian; only what it needs.
+    """The statistics of the input at a site that a method needs: maxima, percentiles, a sample, a Hessian.
 
     Args:
         name: of the site, for errors: 'blocks.3.mlp.up'.
@@ -146,7 +146,7 @@ class InputObserver:
 
 @dataclass(frozen=True, kw_only=True)
 class _Needs:
-    """What a method does with the inputs at a site; their maximum is cheap and always kept."""
+    """How a method uses the inputs at a site; their maximum is cheap and always kept."""
 
     static: bool
     smoothing: bool
@@ -186,7 +186,7 @@ def quantize_layers(
         inputs: observers of `observed_sites`, on any device.
         formats: of the linears to quantize.
     Raises:
-        LogitLockError: inputs that were not observed, and what the method raises, with the layer's name.
+        LogitLockError: inputs were not observed, or the method raises it; the message has the layer's name.
     """
     floats = dict(parameters)
     result = QuantizedLayers(parameters=floats, weights={})
@@ -249,7 +249,7 @@ def _round_site(
     options: MethodOptions,
     result: QuantizedLayers,
 ) -> None:
-    """Replace the weights at a site by codes; readers of one format are one weight, since rows are independent."""
+    """Quantize the weights at a site; readers of one format are one weight, since rows are independent."""
     by_format: dict[LinearFormat, list[str]] = {}
     for name in readers(spec, site):
         linear = formats.get(name)
@@ -312,7 +312,7 @@ def _report(
 
 
 def _gptq(weight: Tensor, hessian: Tensor, linear: LinearFormat, options: MethodOptions) -> QuantizedWeight:
-    """Codes by GPTQ; with `clip`, of every row those of clipped scales where their error is lower."""
+    """The weight by GPTQ; with `clip`, each row by clipped scales where their error is lower."""
     run = partial(
         gptq, weight, hessian, linear, act_order=options.act_order, damping=options.damping, block=options.block
     )
@@ -321,7 +321,7 @@ def _gptq(weight: Tensor, hessian: Tensor, linear: LinearFormat, options: Method
     plain = run().weight
     if not options.clip:
         return plain
-    # The search looks at inner products of inputs only.  What happens with inputs later is none of its business.
+    # The search uses inner products of the inputs only, however they are quantized later.
     sample = damped_root(hessian, options.damping)
     scale, zero = search_clip(weight, sample, replace(linear, input=None), grid=options.grid)
     clipped = run(scale=scale, zero=zero).weight
@@ -351,7 +351,7 @@ def _nearest(
 
 
 def _covering(weight: Tensor, linear: LinearFormat, options: MethodOptions) -> tuple[Tensor, Tensor | None]:
-    """The scales [out, groups] of `weight_scale`, all equal where there is to be one; and zero points."""
+    """The scales [out, groups] of `weight_scale`, all equal with `per_tensor`; and zero points."""
     scale, zero = weight_scale(weight, linear)
     return (scale.amax().expand_as(scale) if _per_tensor(linear, options) else scale), zero
 

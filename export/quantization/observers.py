@@ -1,4 +1,4 @@
-"""What calibration keeps of the activations that stream by: one pass, bounded memory, mergeable.
+"""Statistics of the activations that stream by in calibration: one pass, bounded memory, mergeable.
 
 An observer belongs to one linear layer's input (its `name` is in every error) and is fed `observe(x)`, x [..., width],
 with the real tokens only.  Two observers that saw different batches `merge` into one that saw both.
@@ -19,7 +19,7 @@ SKETCH_ERROR = 0.01
 
 _GAMMA = (1 + SKETCH_ERROR) / (1 - SKETCH_ERROR)
 _OCTAVES = 24
-"""Magnitudes from 2^-24 (the smallest fp16 number; what is below counts as it) to 2^24 have bins of their own; a
+"""Magnitudes from 2^-24 (the smallest fp16 number; smaller ones count as it) to 2^24 have bins of their own; a
 percentile above that is the maximum."""
 
 _BINS = 2 * math.ceil(_OCTAVES / math.log2(_GAMMA)) + 1
@@ -45,10 +45,10 @@ def tokens_of(x: Tensor, name: str, width: int) -> Tensor:
 
 
 class MaxObserver:
-    """Largest and mean magnitude of every channel; that of the tensor is the largest of them.
+    """Largest and mean magnitude of every channel; the tensor's largest is the maximum of these.
 
     Attributes:
-        tokens: how many were seen.
+        tokens: number of tokens observed.
     """
 
     def __init__(self, name: str, width: int) -> None:
@@ -93,7 +93,7 @@ class PercentileObserver:
 
     A histogram with bins of equal ratio (DDSketch; Masson et al., arXiv:1908.10693): it needs no range in advance, adds
     up when merged, and every percentile is within `SKETCH_ERROR` of the exact one (for magnitudes in 2^-24 .. 2^24).
-    Because bins are by channel and logarithmic, percentiles of x / s are known as well, for an s found later.
+    Because bins are logarithmic and per channel, percentiles of x / s are known as well, for an s found later.
 
     Memory: width * 1665 bins * 8 bytes.  per_channel=False counts the whole tensor in one row of bins.
     """
@@ -138,7 +138,7 @@ class PercentileObserver:
             groups: equal runs of channels that share a percentile: 1 for the tensor, `width` for each channel.
             divisor: [width]; percentiles of x / divisor.
         Raises:
-            LogitLockError: percent out of range, nothing observed, or groups or a divisor without counts by channel.
+            LogitLockError: percent is out of range, nothing was observed, groups or a divisor need counts per channel.
         """
         if not 0 < percent <= 100:
             raise LogitLockError(f"a percentile of {percent}: it must be above 0 and at most 100")
@@ -169,7 +169,7 @@ class PercentileObserver:
 class TokenSample:
     """At most `size` tokens, drawn uniformly from all that were seen, [size, width].
 
-    Every token gets a random number and those with the largest stay (bottom-k sampling), so that merged samples are
+    Every token gets a random number, and those with the largest stay (bottom-k sampling), so that merged samples are
     again uniform.  Which tokens stay depends on the seed and the order of observation only.
     """
 

@@ -1,4 +1,4 @@
-"""What a model is quantized to: the format that a scheme and its options give every layer."""
+"""The format that a quantization scheme and its options give every layer."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _LEAST_GROUP = 16
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """What to quantize, and how.
+    """Options of quantization.
 
     Attributes:
         scheme: one of `export.precision.SCHEMES`; None: only the cache is quantized.
-        group: columns that share a scale; 0: one scale a row; None: the scheme's default (128 for int4).  A layer whose
-            columns it does not divide takes the largest half, quarter, ... that does.
+        group: columns that share a scale; 0: one scale per row; None: the scheme's default (128 for int4).  A layer
+            whose columns it does not divide takes the largest half, quarter, ... that does.
         symmetric: False adds zero points.
-        inputs: None: the scheme's default.
-        head: also the head.
-        cache: of keys and values.
-        plan: a file that says which scheme other layers have; see `export.precision_plan`.
-        method: how codes are found; its `method` is the scheme's.
+        inputs: quantization of the layers' inputs; None: the scheme's default.
+        head: also quantize the head.
+        cache: quantize keys and values to this type.
+        plan: a file that gives layers other schemes; see `export.precision_plan`.
+        method: options of the algorithm; its `method` is the scheme's.
     """
 
     scheme: str | None
@@ -57,8 +57,8 @@ def quantization_of(spec: ModelSpec, options: QuantizeOptions) -> QuantizationSp
     """Every layer's format.
 
     Raises:
-        LogitLockError: a tied head that is to be quantized, a combination that nothing computes, a group that fits no
-            layer, a plan that does not fit the model.
+        LogitLockError: the head is tied and cannot be quantized, nothing computes the combination, the group fits no
+            layer, or the plan does not fit the model.
     """
     if options.head and spec.tied_head:
         raise LogitLockError(f"the head of {spec.variant} is its embedding, which is not quantized; leave --head out")
@@ -88,14 +88,14 @@ def plan_of(spec: ModelSpec, options: QuantizeOptions) -> dict[str, str | None]:
 
 
 def _format(scheme: Scheme, width: int, module: str, options: QuantizeOptions) -> LinearFormat:
-    # What the options say is meant for the scheme that they name, not for a plan's exceptions.
+    # The options are meant for the scheme that they name, not for a plan's exceptions.
     exception = scheme is not SCHEMES.get(options.scheme or "")
     inputs = scheme.inputs if exception else options.inputs or scheme.inputs
     wanted = options.group
     if wanted is None or (exception and inputs in ("token", "tensor")):
         wanted = DEFAULT_GROUP if scheme.grouped or inputs == "group" else 0
     if wanted < 0:
-        raise LogitLockError(f"--group is {wanted}; it must be at least {_LEAST_GROUP}, or 0 for one scale a row")
+        raise LogitLockError(f"--group is {wanted}; it must be at least {_LEAST_GROUP}, or 0 for one scale per row")
     code: EightBit | None = None
     if inputs != "float":
         code = "fp8" if scheme.weight == "fp8" else "int8"

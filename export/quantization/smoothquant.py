@@ -1,4 +1,4 @@
-"""SmoothQuant: outlier channels of activations are divided by a scale that their weights are multiplied by.
+"""SmoothQuant: divide outlier channels of activations by a scale, and multiply their weights by it.
 
 Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
 arXiv:2211.10438.  s_j = max|X_j|^alpha / max|W_j|^(1 - alpha): alpha 0 leaves all the range to the activations, 1 all
@@ -20,14 +20,14 @@ LEAST = 1e-5
 def smooth_scale(weights: Sequence[Tensor], channel_max: Tensor, *, alpha: float = 0.5) -> Tensor:
     """s [in] for the weights that share an input: quantize W * s and x / s.
 
-    Channels whose input was always zero keep scale 1: they may be alive in other data.
+    Channels whose input was always zero keep scale 1: they may be used in other data.
 
     Args:
         weights: each [out, in].
-        channel_max: max |x| of every channel, [in], as it is where scales are shared (`fold.share`).
+        channel_max: max |x| of every channel, [in], made equal where channels share a scale (`fold.share`).
         alpha: migration strength in [0, 1].
     Raises:
-        LogitLockError: alpha out of range, or no weights.
+        LogitLockError: alpha is out of range, or there are no weights.
     """
     if not 0 <= alpha <= 1:
         raise LogitLockError(f"SmoothQuant's alpha must be in [0, 1], not {alpha:g}")

@@ -1,4 +1,4 @@
-"""The engine of a bundle: which backend makes it, and everything that it adds to the bundle's files."""
+"""The engine of a bundle: which back end builds it, and the files that it adds to the bundle."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from export.tensorrt.build import BuildResult
 
 _PORTABLE = 80
-"""Kernels for compute capability 8.0 also run on later 8.x, and their PTX is compiled for everything newer."""
+"""Kernels for compute capability 8.0 also run on later 8.x, and the driver compiles their PTX for newer GPUs."""
 
 
 def default_backend(spec: ModelSpec, *, attention: AttentionMode, numerics: Numerics) -> tuple[Backend, str]:
-    """TensorRT where it can build here and has kernels for what the model is, else ONNX Runtime; and why."""
+    """The default back end and the reason: TensorRT if it can build the model here, else ONNX Runtime."""
     try:
         check_quantization(spec)
     except LogitLockError as error:
@@ -42,11 +42,11 @@ def default_backend(spec: ModelSpec, *, attention: AttentionMode, numerics: Nume
 
 
 def check_backend(spec: ModelSpec, options: ExportOptions) -> None:
-    """Refuse before the work what the backend cannot do with a model.
+    """Refuse before the work an export that the back end cannot do.
 
     Raises:
-        LogitLockError: an option for another backend, no TensorRT or none that can build here, or a combination of
-            attention, numerics and quantization that it has no kernels for.
+        LogitLockError: an option is for another back end, TensorRT is missing or cannot build here, or it has no
+            kernels for the combination of attention, numerics and quantization.
     """
     if options.backend == "onnxruntime":
         for value, option in (
@@ -91,8 +91,8 @@ def build_engine(
 
     Args:
         directory: the draft, with the graph and its weights.
-        spec: of the model in it.
-    Returns: what bundle.json says of it.
+        spec: the model's facts.
+    Returns: the engine's entry in bundle.json.
     Raises:
         LogitLockError: the engine cannot be built; see `export.tensorrt.build.build_plan`.
     """

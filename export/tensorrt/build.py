@@ -4,8 +4,8 @@ The graph on disk keeps its dynamic cache capacity, for the CPU; here it is give
 needs to update caches in place.  Weights are mapped from their file by the parser and the plan is streamed to its
 file, so that this process holds neither.
 
-TensorRT drops what it does not know with a warning, or with none.  So nodes are checked before they are parsed,
-warnings are read (`check_warnings`), and calls of plugins are counted afterwards.
+TensorRT drops parts of a graph that it does not know with a warning, or silently.  So we check nodes before they are
+parsed, read the warnings (`check_warnings`), and count the calls of plugins afterwards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _HARMLESS: Mapping[str, str] = {
     "says which call",
     r"is deprecated|\[DEPRECATED\]": "still works in this version",
 }
-"""Warnings that are met and mean nothing, by pattern, and why."""
+"""Warnings that occur and are harmless, by pattern, and why."""
 
 _FATAL = re.compile(
     r"Unused Input|not found in plugin node|ignor(?:ed|es|ing)\b|dropp(?:ed|ing)\b|has no effect|will not be used",
@@ -53,12 +53,12 @@ _BUILTIN_ATTRIBUTES: Mapping[str, frozenset[str]] = {
     "TRT_KVCacheUpdate": frozenset({"update_form"}),
     "TRT_Attention": frozenset({"causal_kind", "query_form", "kv_form", "TRT_decomposable", "TRT_normalization_op"}),
 }
-"""What TensorRT's own operators know; it drops other attributes without a word."""
+"""The attributes that TensorRT's own operators know; it drops others silently."""
 
 
 _CODES = frozenset({onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN})
 _SPARE_BYTES = 1 << 16
-"""What a plan may hold besides the graph's weights."""
+"""Bytes that a plan may hold besides the graph's weights."""
 
 _PROGRESS_STEPS = 1000
 _PATIENCE = 1.0
@@ -67,11 +67,11 @@ _PATIENCE = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """A plan that was written.
+    """A finished plan.
 
     Attributes:
         plan: its file.
-        layers: what the builder made of the graph.
+        layers: the plan's layers, as the builder listed them.
         plugins: version of each plugin it calls, by name.
         warnings: warnings of TensorRT that are not known to be harmless.
     """
@@ -87,18 +87,18 @@ def build_plan(
 ) -> BuildResult:
     """Build `directory`/model.onnx and write `directory`/engine.plan (with `taps`: engine.taps.plan).
 
-    An exception while it builds, such as KeyboardInterrupt, or one that `progress` raises, cancels it, and no plan is
-    left.
+    An exception during the build, such as KeyboardInterrupt, or one that `progress` raises, cancels it and leaves no
+    plan.
 
     Args:
         directory: a bundle, or one being written, with its weights.
-        spec: of the model in it.
+        spec: the model's facts.
         taps: every tap becomes an output of the plan.
         progress: called with the share of the builder's steps that are done, out of 1000; most of the time goes into
             a few of them.
     Raises:
-        LogitLockError: TensorRT refuses the graph or cannot build it; it would drop something of it; a plugin node
-            has no plugin; it does not keep quantized weights as codes.
+        LogitLockError: TensorRT refuses the graph, cannot build it or would drop a part of it; a plugin node has no
+            plugin; the plan does not keep quantized weights quantized.
     """
     model = onnx.load(directory / MODEL_NAME, load_external_data=False)
     fix_capacity(model, options.max_seq)
@@ -139,9 +139,9 @@ def build_network(
         builder: the `trt.Builder` of the network, with `LOGGER`.
         inputs: of the network; dynamic axes are named batch, tokens, slots and logit_tokens.
         options, progress: as for `build_plan`.
-        keep: whatever must live as long as the network: the owner of its weights.
+        keep: an object that must live as long as the network: the owner of its weights.
     Raises:
-        LogitLockError: TensorRT cannot build it, or drops something of it; the plan cannot be written.
+        LogitLockError: TensorRT cannot build it, or drops a part of it; the plan cannot be written.
     """
     monitor = _Monitor(path.name, progress)
     config = _configure(builder, inputs, options, monitor)
@@ -204,12 +204,12 @@ def mark_taps(model: onnx.ModelProto, taps: Iterable[str]) -> None:
 
 
 def check_weight_bytes(model: onnx.ModelProto, found: int) -> None:
-    """Check that an engine holds the codes of quantized weights and not what they stand for.
+    """Check that an engine holds the quantized weights and not dequantized ones.
 
     Args:
         found: bytes of its weights.
     Raises:
-        LogitLockError: it holds more than half of what the next wider type would add.
+        LogitLockError: it holds more than half of the bytes that the next wider type would add.
     """
     stored = widened = 0
     for weight in model.graph.initializer:
@@ -226,7 +226,7 @@ def check_warnings(warnings: Sequence[str]) -> list[str]:
     """The warnings that are not known to be harmless.
 
     Raises:
-        LogitLockError: one means that TensorRT drops a part of the graph.
+        LogitLockError: a warning means that TensorRT drops a part of the graph.
     """
     notable = [text for text in warnings if not any(re.search(pattern, text) for pattern in _HARMLESS)]
     fatal = [text for text in notable if _FATAL.search(text)]
@@ -279,7 +279,7 @@ def _configure(builder: Any, inputs: Iterable[onnx.ValueInfoProto], options: Bui
     config.progress_monitor = monitor
     # Names and source nodes of layers, in the log and in the plan.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # TF32 multiplies 11 bits of an fp32 matrix; an fp32 engine is there to be compared with fp32.
+    # TF32 multiplies 11 bits of an fp32 matrix; an fp32 engine is compared with fp32.
     config.clear_flag(trt.BuilderFlag.TF32)
     # Caches are input and output of the attention plugin in one.
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
@@ -314,10 +314,10 @@ def _shapes(value: onnx.ValueInfoProto, profile: Profile, options: BuildOptions)
 
 
 def _in_thread(build: Callable[[], bool], monitor: _Monitor, keep: object) -> bool:
-    """Build in another thread: in this one a signal would wait until TensorRT is done.
+    """Build in another thread: in this one a signal would wait until TensorRT returns.
 
-    TensorRT looks only between its steps whether it is cancelled, and one step may take minutes; so after a moment
-    nobody waits for it any more.  It then ends by itself, and has what it uses, and `keep`, until it does.
+    TensorRT checks only between its steps whether it is cancelled, and one step may take minutes; so this function
+    waits a moment and returns.  The build then ends by itself, and keeps its objects and `keep` alive until it does.
     """
     result: Future[bool] = Future()
 
@@ -339,7 +339,7 @@ def _in_thread(build: Callable[[], bool], monitor: _Monitor, keep: object) -> bo
 
 
 def _leave_at_once(thread: threading.Thread) -> None:
-    # An ordinary exit takes the interpreter away from under the builder, which ends in a crash.
+    # An ordinary exit would end the interpreter while the builder still uses it: a crash.
     if thread.is_alive():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -347,7 +347,7 @@ def _leave_at_once(thread: threading.Thread) -> None:
 
 
 class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-    """Hands the builder's progress on, and cancels the build: `cancelled`, or an exception in `progress`.
+    """Reports the builder's progress, and cancels the build if `cancelled` is set or `progress` raises.
 
     The builder's phases are nested: a step of one may be a phase with steps of its own, and counts as done as far as
     that phase is.

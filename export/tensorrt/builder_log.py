@@ -25,11 +25,11 @@ _REF = re.compile(r"\[(?:ONNX Layer|torch): (.*?)\]\s*(?:\x1f|$)")
 _PROFILE = re.compile(r" \[profile (\d+)\]")
 _SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _DTYPES = {str(d.tensorrt).lower(): torch_name(d.torch) for d in (DTYPE_TABLE["fp32"], DTYPE_TABLE["fp16"])}
-"""The two dtypes that the log spells otherwise than torch: "float" and "half"."""
+"""The two dtypes that the log and torch spell differently: "float" and "half"."""
 
 
 def parse_log(messages: Iterable[str], *, plan: str, taps: Mapping[str, Sequence[str]]) -> PlanLayers:
-    """What the builder's messages say of the engine they were logged for.
+    """The engine's layers, from the builder's messages.
 
     Args:
         messages: all of one build, in order.
@@ -51,7 +51,7 @@ def parse_log(messages: Iterable[str], *, plan: str, taps: Mapping[str, Sequence
 
 
 def node_taps(model: onnx.ModelProto, taps: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """By the name of a node in a graph: the taps that it computes, or else the next ones that depend on it.
+    """The taps that each node of a graph computes, or else the next taps that depend on it, by the node's name.
 
     Args:
         taps: names of values of the graph.
@@ -70,8 +70,8 @@ def node_taps(model: onnx.ModelProto, taps: Sequence[str]) -> dict[str, tuple[st
 def map_to_taps(layers: Sequence[Layer], taps: Mapping[str, Sequence[str]]) -> list[Layer]:
     """The layers with their taps filled in: those of their source nodes.
 
-    What TensorRT added has no source nodes: changes of layout, events, dimension arithmetic on the host.  It belongs
-    to the taps of the layers that read what it writes; where nobody in the list does, to those of the next layer.
+    Layers that TensorRT adds have no source nodes: changes of layout, events, dimension arithmetic on the host.  They
+    belong to the taps of the layers that read their outputs or, if none in the list does, to those of the next layer.
     """
     found = [list(dict.fromkeys(tap for node in layer.nodes for tap in taps.get(node, ()))) for layer in layers]
     for i in range(len(layers) - 1, -1, -1):
@@ -86,7 +86,7 @@ def map_to_taps(layers: Sequence[Layer], taps: Mapping[str, Sequence[str]]) -> l
 def _profiles(lines: Sequence[str]) -> list[int]:
     """The profile of each layer.
 
-    They are listed profile by profile, and names of later profiles say so; of a fused subgraph only some do.
+    The log lists layers profile by profile and marks the names in later profiles; in a fused subgraph only some.
     """
     subgraphs = [found[1] if (found := _SUBGRAPH.search(_name(line))) else None for line in lines]
     marks: dict[str | None, int] = {}

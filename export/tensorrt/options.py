@@ -1,4 +1,4 @@
-"""What an engine is built for."""
+"""The limits of an engine."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class BuildOptions:
     """Limits of an engine, and how TensorRT builds it.
 
     Attributes:
-        max_batch: most rows of a step.
-        max_input: most tokens of a row in a step; longer prompts are run in pieces.
-        max_seq: longest cache in tokens; TensorRT's caches always have so many slots.
+        max_batch: maximum number of rows per step.
+        max_input: maximum number of tokens per row and step; longer prompts take several steps.
+        max_seq: maximum length of the cache in tokens; TensorRT's caches always have `max_seq` slots.
         workspace: MiB of scratch memory that a kernel may use; None: TensorRT's default.
         optimization_level: TensorRT's builder optimization level, 0 to 5; None: its default.
         compute_capabilities: GPUs to build for, as '8.9' (TensorRT-RTX only); empty: the package's default.

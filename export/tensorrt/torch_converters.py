@@ -1,4 +1,4 @@
-"""What a TensorRT network gets for our two operators: layers of TensorRT's own, or our plugins.
+"""Our two operators in a TensorRT network: TensorRT's own layers, or our plugins.
 
 The layers are those that `export/graph/native_attention_body.py` asks for in ONNX, with its roundings; that file says
 which they are.
@@ -20,11 +20,11 @@ from trt_runtime.tensorrt.plugins import CREATORS
 
 
 class Layers:
-    """Adds layers to a network and gives back their outputs.
+    """Adds layers to a network and returns their outputs.
 
     Args:
         network: TensorRT's.
-        name: what the names of the layers begin with.
+        name: prefix of the layers' names.
     Attributes:
         constants: memory that must live until the network is built.
     """
@@ -56,7 +56,7 @@ class Layers:
         return self.output(self.network.add_unary(x, getattr(trt.UnaryOperation, operation)))
 
     def reduce(self, operation: str, x: Any) -> Any:
-        """Over the last axis, which stays with size 1."""
+        """Reduce over the last axis, which stays with size 1."""
         last = 1 << (len(x.shape) - 1)
         return self.output(self.network.add_reduce(x, getattr(trt.ReduceOperation, operation), last, True))
 
@@ -169,7 +169,7 @@ def attention_layers(
         seen = layers.binary("AND", seen, layers.binary("GREATER", key_slot, last_hidden))
     sees_any = layers.reduce("MAX", layers.cast(seen, trt.float32))
     if alibi_slopes is None:
-        # A query that sees no key attends to all: no kernel divides by a sum of zero; its context is set to 0 below.
+        # A query that sees no key attends to all, so no kernel divides by a sum of zero; its context becomes 0 below.
         mask = layers.binary("OR", seen, layers.unary("NOT", layers.cast(sees_any, trt.bool)))
     else:
         distance = layers.cast(layers.binary("SUB", key_slot, query_slot), trt.float32)
@@ -199,12 +199,12 @@ def plugin_layer(layers: Layers, plugin: str, inputs: Sequence[Any], **attribute
 
 
 def register_converters(conversion: Any, tap: Any, rms_norm: Any, attention: Any, *, plugins: bool) -> None:
-    """Tell Torch-TensorRT how our operators are converted from now on.
+    """Register the converters of our operators with Torch-TensorRT.
 
     Args:
         conversion: the module `torch_tensorrt.dynamo.conversion`.
         tap, rms_norm, attention: the operators, in their functional form.
-        plugins: as calls of our plugins.
+        plugins: convert to calls of our plugins.
     """
 
     def tensor(context: Any, value: Any, name: str) -> Any:

@@ -1,13 +1,13 @@
 """`--backend torch-tensorrt`: the reference through `torch.export` and Torch-TensorRT's converters to a plan.
 
-Torch-TensorRT makes a TensorRT network of the exported program; building a plan of a network is the business of
-`export.tensorrt.build`, so that plans of both routes have the same inputs and outputs, profiles, targets and layer
+Torch-TensorRT makes a TensorRT network of the exported program; `export.tensorrt.build` builds the plan of the network,
+so that plans of both routes have the same inputs and outputs, profiles, targets and layer
 lists.  (Torch-TensorRT's own last step, `convert_exported_program_to_serialized_trt_engine`, knows one profile and the
 GPU of this machine, names outputs output0, output1, .., and opens the plan it has made, which takes a GPU.)
 
 Two operators exist in exported programs only.  `refmodels::cached_attention_functional` returns the caches that
-`cached_attention` updates in place, so that a program has no side effects.  `refmodels::tap` keeps the taps: they name
-tensors of the network and say of its layers what they compute.
+`cached_attention` updates in place, so that a program has no side effects.  `refmodels::tap` keeps the taps, which name
+the network's tensors and, through them, its layers.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def build_plan(
         try:
             interpreter = _convert(program, model, attention=attention, taps=taps)
         except Exception as error:
-            # Torch-TensorRT hides what TensorRT says behind errors of its own.
+            # Torch-TensorRT hides TensorRT's messages behind errors of its own.
             text = " ".join((errors_of(messages) or [f"{type(error).__name__}: {error}"])[0].split())
             raise LogitLockError(f"Torch-TensorRT cannot convert {spec.variant}: {text[:400]}") from error
         builder, network = interpreter.builder, interpreter.ctx.net
@@ -143,7 +143,7 @@ def import_torch_tensorrt() -> ModuleType:
 
 
 def check_modes(attention: AttentionMode, numerics: Numerics) -> None:
-    """Refuse what this route cannot build.
+    """Refuse options that this route cannot build.
 
     Raises:
         LogitLockError: attention "decomposed", or "plugin" with TensorRT-RTX; numerics "upstream".

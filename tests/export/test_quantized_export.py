@@ -434,7 +434,7 @@ def test_the_plugin_with_codes_calls_its_kernel() -> None:
 @pytest.mark.parametrize(
     ("formats", "cache", "message"),
     [
-        ([BLOCKS[5]], None, r"head has int4 weights .* with zero points; TensorRT takes symmetric codes only"),
+        ([BLOCKS[5]], None, r"head has int4 weights .* with zero points; TensorRT takes symmetric quantization only"),
         ([BLOCKS[2]], None, r"the arithmetic of ONNX Runtime's CPU kernel, for which TensorRT has none"),
         ([PLAIN[0]], "int8", r"TensorRT has no int8 cache .*--backend onnxruntime"),
         ([PLAIN[3]], None, r"fp8 weights by channel, which needs compute capability 8\.9 or later, not 8\.6"),

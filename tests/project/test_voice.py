@@ -41,7 +41,7 @@ PAGES = [
     *(ROOT / "notebooks").glob("*.md"),
     *(ROOT / "notebooks").glob("*.ipynb"),
 ]
-SOURCES = [file for package in ("refmodels", "debug") for file in sorted((ROOT / package).rglob("*.py"))]
+SOURCES = [file for package in ("refmodels", "export", "debug") for file in sorted((ROOT / package).rglob("*.py"))]
 """Packages whose docstrings, comments and messages are checked as well."""
 
 
