@@ -35,7 +35,7 @@ from tests.support.kernel_cases import (
 pytest.importorskip("triton")
 from trt_runtime.kernels import attention, compiled, rms_norm, torch_host
 from trt_runtime.kernels.compiled import CompiledKernels, compile_kernels
-from trt_runtime.kernels.launch import AttentionShape
+from trt_runtime.kernels.launch import KERNEL_INPUTS, AttentionShape, unread_inputs
 
 # ---- torch ----
 
@@ -91,6 +91,16 @@ def test_only_inside_use_kernels_and_only_what_is_served(monkeypatch: pytest.Mon
         assert served.pop() == "attention"
     attend()
     assert served == []
+
+
+def test_inputs_that_no_kernel_reads_are_refused_by_name() -> None:
+    """A quantized cache's scales: the host of the op leaves them to the body, the kernels themselves refuse them."""
+    shape = attention_shape(SPEC)
+    given = tensors(shape, device="cpu")._replace(key_scale=torch.ones(2), value_scale=torch.ones(2))
+    read = [row.name for row in KERNEL_INPUTS]
+    assert unread_inputs([*read, "key_scale", "value_scale"]) == ["key_scale", "value_scale"]
+    with pytest.raises(LogitLockError, match="do not read key_scale, value_scale; use --attention decomposed"):
+        torch_host.attention_into_caches(given, facts_of(shape))
 
 
 def test_workspace_must_hold_the_shape() -> None:

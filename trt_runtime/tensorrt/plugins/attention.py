@@ -7,7 +7,7 @@ and a step writes only the slots of its own tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import make_dataclass
+from dataclasses import field, make_dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,12 @@ _ALIASES = {1: 1, 2: 2}
 """Output -> input of the same memory."""
 
 
-AttentionAttributes = make_dataclass("AttentionAttributes", NODE_ATTRIBUTES.items(), frozen=True, kw_only=True)
+AttentionAttributes = make_dataclass(
+    "AttentionAttributes",
+    [(name, kind, field(default=0) if name.startswith("has_") else field()) for name, kind in NODE_ATTRIBUTES.items()],
+    frozen=True,
+    kw_only=True,
+)
 """Values of the node's attributes.  `rotary_dim` 0: no cos and sin; flags are 0 or 1; `window` 0: none."""
 
 
