@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from refmodels.checkpoints.load import ModelSource, match_names, upstream_modules
-from refmodels.checkpoints.quantized_config import MODELOPT_NAME, modelopt_file, write_config
+from refmodels.checkpoints.quantized_config import modelopt_file, write_config
+from refmodels.checkpoints.quantized_files import MODELOPT_NAME
 from refmodels.checkpoints.quantized_layouts import Storage
 from refmodels.checkpoints.quantized_reader import QuantizedReader
 from refmodels.checkpoints.shards import WeightFiles

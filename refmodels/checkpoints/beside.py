@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from refmodels.checkpoints.shards import LAYOUTS, StoredTensor, WeightFiles
+from refmodels.checkpoints.shards import StoredTensor, WeightFiles, find_weights
 from refmodels.files import read_bytes, read_text
 from refmodels.json_records import read_json
 
@@ -44,17 +44,17 @@ class Beside:
         Raises:
             LogitLockError: as `WeightFiles`.
         """
-        if self.directory is None or not any(self.has(name) for name in LAYOUTS):
+        if self.directory is None or find_weights(self.directory) is None:
             return None
         return WeightFiles(self.directory)
 
     @cached_property
     def tensor_names(self) -> Collection[str]:
         """Names of the checkpoint's tensors, from its index if it has one; none where there are no weights."""
-        for name in LAYOUTS:
-            if self.has(name):
-                return self.json(name).get("weight_map") or {} if name.endswith(".json") else self.tensors
-        return ()
+        file = None if self.directory is None else find_weights(self.directory)
+        if file is not None and file.suffix == ".json":
+            return self.json(file.name).get("weight_map") or {}
+        return self.tensors
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from refmodels.errors import LogitLockError
 
 _TEXT = ["*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "vocab.txt", "merges.txt"]
+_SAFETENSORS = ["model*.safetensors", "gptq_model*.safetensors"]
 
 
 def download(repository: str) -> Path:
@@ -29,8 +30,8 @@ def download(repository: str) -> Path:
         raise LogitLockError(f"to fetch {repository} from the hub, install huggingface_hub") from error
     try:
         # Only the top folder: repositories keep ONNX, GGUF or original weights in folders below.
-        found = snapshot_download(repository, allow_patterns=[*_TEXT, "model*.safetensors"], ignore_patterns=["*/*"])
-        if not any(Path(found).glob("model*.safetensors")):
+        found = snapshot_download(repository, allow_patterns=[*_TEXT, *_SAFETENSORS], ignore_patterns=["*/*"])
+        if not any(file for pattern in _SAFETENSORS for file in Path(found).glob(pattern)):
             found = snapshot_download(
                 repository, allow_patterns=[*_TEXT, "pytorch_model*.bin"], ignore_patterns=["*/*"]
             )

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from refmodels.checkpoints.beside import Beside
-from refmodels.checkpoints.quantized_config import MODELOPT_NAME, read_config
+from refmodels.checkpoints.quantized_config import read_config
+from refmodels.checkpoints.quantized_files import MODELOPT_NAME, bitsandbytes, of_bitsandbytes, said_of_quantization
 from refmodels.checkpoints.quantized_layouts import Storage
 from refmodels.checkpoints.quantized_reader import QuantizedReader
 from refmodels.checkpoints.shards import StoredTensor, WeightFiles
@@ -59,6 +60,7 @@ _PREFIXES = ("transformer.", "model.")
 _TIED_HEAD = "lm_head.weight"
 _ROWS_AT_ONCE = 4096
 _SHOWN_KEYS = 8
+_QUANTIZED = ("qweight", "weight_packed", "weight_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +132,14 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
 
 
 def _stores_own_head(spec: ModelSpec, family: Family, beside: Beside) -> bool:
-    """Whether a head is stored that differs from the embedding, as after merging an adapter into one of the two."""
+    """Whether a head is stored that differs from the embedding, as after merging an adapter into one of the two, or
+    after quantizing the head alone."""
     if beside.weights is None:
         return False
     table = family.weights(replace(spec, tied_head=False))
+    module = table["head.weight"][0].name.removesuffix(".weight")
+    if any(s in (f"{module}.{part}" for part in _QUANTIZED) for name in beside.tensors for s in _spellings(name)):
+        return True
     pair = [
         next((t for name, t in beside.tensors.items() if table[parameter][0].name in _spellings(name)), None)
         for parameter in ("head.weight", "embed.weight")
@@ -157,15 +163,12 @@ def with_directory(source: ModelSource, directory: Path) -> ModelSource:
     """
     where = directory / "config.json"
     config = {**read_json(where), "model_type": source.config["model_type"]}
-    plain = replace(source.spec, quantization=None)
-    modelopt = directory / MODELOPT_NAME
-    found = read_config(
-        config,
-        upstream_modules(plain, source.family),
-        str(where),
-        modelopt=read_json(modelopt) if modelopt.is_file() else None,
-        tensors=lambda: WeightFiles(directory).tensors,
-    )
+    plain, beside = replace(source.spec, quantization=None), Beside(directory)
+    said = said_of_quantization(config, str(where), beside, lambda: beside.tensors)
+    found = None
+    if said is not None:
+        modules = upstream_modules(plain, source.family)
+        found = read_config(said[0], modules, said[1], tensors=lambda: beside.tensors)
     quantization, storage = found or (None, None)
     spec = replace(plain, quantization=quantization)
     return replace(source, directory=directory, config=config, spec=spec, storage=storage)
@@ -355,6 +358,8 @@ def match_names(
     embedding = table["embed.weight"][0].name
     if head is not None and embedding not in found:
         found[embedding] = head
+    if of_bitsandbytes(left_over):
+        raise bitsandbytes(str(source.directory))
     if left_over:
         raise LogitLockError(
             f"{source.directory} holds {_several(left_over)} that {source.spec.variant} has no place for"

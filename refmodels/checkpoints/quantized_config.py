@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from refmodels.checkpoints.quantized_files import MODELOPT_NAME, as_object
 from refmodels.checkpoints.quantized_layouts import (
     MODELOPT_ALGORITHMS,
     Storage,
@@ -22,10 +23,6 @@ from refmodels.checkpoints.quantized_layouts import (
 from refmodels.errors import LogitLockError
 from refmodels.quantization.formats import EightBit, LinearFormat, QuantizationSpec, group_formats
 
-MODELOPT_NAME = "hf_quant_config.json"
-"""nvidia-modelopt repeats its part of config.json in this file, and adds the group sizes, which config.json lacks."""
-
-_KEY = "quantization_config"
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 
 Modules = Mapping[str, tuple[str, ...]]
@@ -33,32 +30,18 @@ Modules = Mapping[str, tuple[str, ...]]
 
 
 def read_config(
-    config: Mapping[str, Any],
-    modules: Modules,
-    where: str,
-    *,
-    modelopt: Mapping[str, Any] | None = None,
-    tensors: Callable[[], Collection[str]] = tuple,
+    said: Mapping[str, Any], modules: Modules, where: str, *, tensors: Callable[[], Collection[str]] = tuple
 ) -> tuple[QuantizationSpec, Storage] | None:
-    """The quantization that a config.json declares, or None.
+    """The quantization that a checkpoint declares; None: nothing is quantized.
 
     Args:
-        config: the parsed config.json.
+        said: `quantization_config`, as `said_of_quantization` gives it.
         modules: upstream's modules by our linear layers.
-        where: how errors name the file.
-        modelopt: the parsed `MODELOPT_NAME`, if there is one.
+        where: how errors name the place.
         tensors: names of the checkpoint's tensors; called only if no config says which are stored.
     Raises:
         LogitLockError: a method or a format that is not supported, or fused modules of different formats.
     """
-    said, folder = config.get(_KEY) or config.get("compression_config"), where.removesuffix("config.json")
-    where = f"{where}: {_KEY}"
-    if modelopt is not None and (said is None or _object(said, where).get("quant_method") == "modelopt"):
-        where = f"{folder}{MODELOPT_NAME}: quantization"
-        said = {"quant_method": "modelopt", **_object(modelopt.get("quantization"), where)}
-    if said is None:
-        return None
-    said = _object(said, where)
     method = said.get("quant_method")
     if method == "compressed-tensors":
         formats, cache = _compressed(said, modules, where), _cache(said.get("kv_cache_scheme"), where)
@@ -279,7 +262,7 @@ def _modelopt(
     said: Mapping[str, Any], modules: Modules, where: str, tensors: Callable[[], Collection[str]]
 ) -> dict[str, LinearFormat]:
     default = said.get("quant_algo")
-    mixed = _object(said.get("quantized_layers") or {}, f"{where}.quantized_layers")
+    mixed = as_object(said.get("quantized_layers") or {}, f"{where}.quantized_layers")
     left_out = [str(pattern) for pattern in said.get("exclude_modules") or said.get("ignore") or ()]
     stored: Collection[str] | None = None
 
@@ -292,7 +275,7 @@ def _modelopt(
             return None
         # No config says which layers have one: "pre_quant_scale" is set for all of them, even if the scale was folded.
         stored = tensors() if stored is None else stored
-        layer = _object(layer, f"{where}.quantized_layers.{upstream}")
+        layer = as_object(layer, f"{where}.quantized_layers.{upstream}")
         return _modelopt_format(layer, where, smoothed=f"{upstream}.pre_quant_scale" in stored)
 
     return _per_module(modules, of, where)
@@ -359,12 +342,6 @@ def modelopt_file(config: Mapping[str, Any]) -> dict[str, Any]:
     other = {key: value for key, value in config.items() if key not in ("quant_method", "ignore", "kv_cache_scheme")}
     cache = None if config["kv_cache_scheme"] is None else "FP8"
     return {**other, "kv_cache_quant_algo": cache, "exclude_modules": config["ignore"]}
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise LogitLockError(f"{where} must be an object, got {type(value).__name__}")
-    return value
 
 
 def _per_module(modules: Modules, of: Any, where: str) -> dict[str, LinearFormat]:

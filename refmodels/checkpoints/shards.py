@@ -27,6 +27,9 @@ LAYOUTS = (
 )
 """Names that the weights of a model directory may have; the first one that exists is read."""
 
+_GPTQ = "gptq_model-*.safetensors"
+"""As AutoGPTQ named them, by bits and group size; with .index.json behind it where there are several."""
+
 _FLOATING = {DTYPE_TABLE[name].safetensors: dtype for name, dtype in DTYPES.items()}
 _REOPEN_BYTES = 64 * 2**20
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -43,6 +46,23 @@ class StoredTensor:
     dtype_name: str
 
 
+def find_weights(directory: Path) -> Path | None:
+    """The file that holds the weights of a model directory, or the index of such files; None: there is none.
+
+    Raises:
+        LogitLockError: several that may be meant.
+    """
+    for name in LAYOUTS:
+        if (directory / name).is_file():
+            return directory / name
+    found = sorted(directory.glob(f"{_GPTQ}.index.json")) or sorted(directory.glob(_GPTQ))
+    if len(found) > 1:
+        raise LogitLockError(
+            f"{directory} has several weights, {' and '.join(file.name for file in found)}: leave one of them there"
+        )
+    return found[0] if found else None
+
+
 class WeightFiles:
     """The tensors of a model directory, by their stored names.
 
@@ -56,7 +76,7 @@ class WeightFiles:
     """
 
     def __init__(self, directory: Path) -> None:
-        found = next((directory / name for name in LAYOUTS if (directory / name).is_file()), None)
+        found = find_weights(directory)
         if found is None:
             raise LogitLockError(f"{directory} has no weights: expected one of {', '.join(LAYOUTS)}")
         self._opened: tuple[Path, dict[str, Tensor]] | None = None

@@ -24,7 +24,8 @@ from export.quantization.data import CalibrationData
 from export.quantization.method import MethodOptions
 from export.quantization.schemes import QuantizeOptions
 from refmodels.checkpoints.load import upstream_modules
-from refmodels.checkpoints.quantized_config import MODELOPT_NAME, modelopt_file, write_config
+from refmodels.checkpoints.quantized_config import modelopt_file, write_config
+from refmodels.checkpoints.quantized_files import MODELOPT_NAME
 from refmodels.checkpoints.quantized_layouts import CheckpointFormat, Storage
 from refmodels.checkpoints.quantized_reader import QuantizedReader
 from refmodels.quantization.arithmetic import quantize_weight
