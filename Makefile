@@ -9,15 +9,20 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .PHONY: demo quick test lint docs notebooks clean
 
-# torch comes first and by itself: a later, wider range would otherwise choose a build with gigabytes of CUDA packages.
-$(VENV)/installed: pyproject.toml
+# What a user has: the package alone.  torch comes first and by itself: a later, wider range would otherwise choose a
+# build with gigabytes of CUDA packages.
+$(VENV)/package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+$(VENV)/installed: $(VENV)/package
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/package
 	rm -rf engines/qwen-fp16
 	$(BIN)/python -m export --model qwen --precision fp16
 	$(BIN)/logitlock generate --bundle engines/qwen-fp16 --prompt '世界上第二高的山峰是哪座？'

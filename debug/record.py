@@ -26,6 +26,7 @@ from export.progress import Progress, silent
 from refmodels.checkpoints.load import resolve
 from refmodels.errors import LogitLockError
 from refmodels.files import write_directory
+from refmodels.path_kinds import hint
 from refmodels.spec import ModelSpec
 
 _BLOCKS = ("model.layers", "transformer.h", "transformer.encoder.layers")
@@ -63,7 +64,7 @@ def record_case(
             code without permission, the output directory is not empty, or a prompt is too long for the model.
     """
     if not (hf / "config.json").is_file():
-        raise LogitLockError(f"{hf} has no config.json; --hf takes a local directory in Hugging Face layout")
+        raise LogitLockError(f"{hf} has no config.json; --hf takes a local directory in Hugging Face layout{hint(hf)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LogitLockError(f"the output {out} exists and is not an empty directory; choose another one")
     if steps < 1 or not lengths or min(lengths) < 1:

@@ -287,8 +287,7 @@ def _same_model(text: str, spec: ModelSpec, source: ModelSource) -> None:
             "checkpoint that it was made from"
         )
     differing = spec_difference(source.spec, spec)
-    kind = "an engine" if Path(text).suffix else "a bundle"
-    raise LogitLockError(f"{text} is not {kind} of {source.name}: the architecture differs in {differing}")
+    raise LogitLockError(f"{text} is of another model than {source.name}: the architecture differs in {differing}")
 
 
 def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:

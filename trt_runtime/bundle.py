@@ -21,6 +21,7 @@ from typing import Any, Literal
 from refmodels.errors import LogitLockError
 from refmodels.files import parse_json, read_text, sync, write_directory
 from refmodels.json_records import read_record
+from refmodels.path_kinds import hint
 from refmodels.spec import ModelSpec, Numerics, spec_from_dict
 
 SCHEMA = 1
@@ -224,10 +225,11 @@ def read_bundle(path: Path | str, *, verify_hashes: bool = True) -> Bundle:
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise LogitLockError(f"there is no bundle at {directory}: no such directory")
+        found = "not a directory" if directory.exists() else "no such directory"
+        raise LogitLockError(f"there is no bundle at {directory}: {found}{hint(directory)}")
     manifest = directory / INFO_NAME
     if not manifest.is_file():
-        raise LogitLockError(f"{directory} is not a bundle: it has no {INFO_NAME}")
+        raise LogitLockError(f"{directory} is not a bundle: it has no {INFO_NAME}{hint(directory)}")
     data = parse_json(read_text(manifest), manifest)
     if not isinstance(data, dict) or "schema" not in data:
         raise LogitLockError(f"{manifest} is not a bundle's manifest: it has no key 'schema'")

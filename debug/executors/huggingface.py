@@ -25,6 +25,7 @@ from refmodels.dtypes import DTYPES, torch_name
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.json_records import read_json
+from refmodels.path_kinds import hint
 from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap, tap_names
@@ -48,7 +49,9 @@ def load_model(directory: Path, dtype: str, *, trust_remote_code: bool = False) 
     transformers = transformers_package()
     settings: dict[str, Any] = {}
     if not (directory / "config.json").is_file():
-        raise LogitLockError(f"{directory} has no config.json; a model directory in Hugging Face layout has one")
+        raise LogitLockError(
+            f"{directory} has no config.json; a model directory in Hugging Face layout has one{hint(directory)}"
+        )
     config = read_json(directory / "config.json")
     remote = "auto_map" in config and config.get("model_type") not in transformers.CONFIG_MAPPING
     if remote and not trust_remote_code:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from refmodels.errors import LogitLockError
 from refmodels.json_records import read_json
+from refmodels.path_kinds import hint
 from refmodels.spec import ModelSpec
 
 _PAST = re.compile(r"past\.(\d+)\.(key|value)")
@@ -45,12 +46,12 @@ def read_case(directory: Path, dtype: str) -> GoldenCase:
     """Read the files of a case, and check that the required tensors exist."""
     if not directory.is_dir():
         raise LogitLockError(
-            f"{directory} is not a directory; a golden case is one with config.json and io.safetensors"
+            f"{directory} is not a directory; a golden case is one with config.json and io.safetensors{hint(directory)}"
         )
     for name in ("config.json", "meta.json", "io.safetensors"):
         if not (directory / name).is_file():
             raise LogitLockError(f"{directory} lacks {name}; a golden case holds config.json, meta.json, "
-                                 "model.safetensors and io.safetensors")  # fmt: skip
+                                 f"model.safetensors and io.safetensors{hint(directory)}")  # fmt: skip
     file = "io.safetensors" if dtype == "fp32" else f"io_{dtype}.safetensors"
     inputs = _tensors(directory / "io.safetensors")
     if "input_ids" not in inputs:

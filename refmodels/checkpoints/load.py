@@ -34,6 +34,7 @@ from refmodels.families.config_keys import ConfigKeys, sort_keys
 from refmodels.json_records import read_json
 from refmodels.model import Decoder
 from refmodels.notices import say_once
+from refmodels.path_kinds import hint
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.text.chat_template import TEMPLATE_FILE
 
@@ -96,7 +97,9 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     directory, name = _find(model)
     where = directory / "config.json"
     if not where.is_file():
-        raise LogitLockError(f"{directory} has no config.json; a model directory in Hugging Face layout has one")
+        raise LogitLockError(
+            f"{directory} has no config.json; a model directory in Hugging Face layout has one{hint(directory)}"
+        )
     data = read_json(where)
     typed = {**data, "model_type": model_type_of(data, str(where))}
     family = family_of(typed, str(where))
@@ -195,7 +198,7 @@ def _find(model: str | Path) -> tuple[Path, str]:
     if directory.is_dir():
         return directory, directory.resolve().name
     if directory.exists():
-        raise LogitLockError(f"{model} is a file; a model is a directory with config.json and the weights")
+        raise LogitLockError(f"{model} is a file; a model is a directory with config.json and the weights{hint(model)}")
     if isinstance(model, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
         raise LogitLockError(
             f"there is no directory {str(model)!r}; a model is one of {', '.join(FAMILIES)}, a directory, or a hub id "

@@ -18,6 +18,7 @@ from torch import Tensor
 from refmodels.dtypes import DTYPE_TABLE, DTYPES, torch_name
 from refmodels.errors import LogitLockError
 from refmodels.json_records import read_json
+from refmodels.path_kinds import MODEL, hint
 
 LAYOUTS = (
     "model.safetensors",
@@ -78,7 +79,9 @@ class WeightFiles:
     def __init__(self, directory: Path) -> None:
         found = find_weights(directory)
         if found is None:
-            raise LogitLockError(f"{directory} has no weights: expected one of {', '.join(LAYOUTS)}")
+            raise LogitLockError(
+                f"{directory} has no weights: expected one of {', '.join(LAYOUTS)}{hint(directory, but=MODEL)}"
+            )
         self._opened: tuple[Path, dict[str, Tensor]] | None = None
         self._handed_out = 0
         index = _read_index(found) if found.suffix == ".json" else None

@@ -344,4 +344,4 @@ def test_toy_with_text(bundles: Bundles, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     settings = json.loads(result.out)["settings"]
     assert settings["prompts"] == "text" and len(settings["prompt_lengths"]) == 2 and settings["model"] == "gpt"
-    logitlock("diff", "--model", "gpt", "--bundle", bundle).assert_bad_input("is not a bundle of gpt")
+    logitlock("diff", "--model", "gpt", "--bundle", bundle).assert_bad_input("is of another model than gpt")
