@@ -219,6 +219,13 @@ def _load_baichuan(folder: Path, path: Path) -> Tokenizer:
     return SentencePieceTokenizer(
         processor,
         special=_declared_ids(folder, special),
+        # Upstream's class, opened by from_pretrained, splits text at its special tokens (transformers 4.30.2, where
+        # single_word of the published tokenizer_config.json has no effect yet).
+        parsed={
+            str(processor.id_to_piece(i)): i
+            for i in (int(processor.unk_id()), int(processor.bos_id()), int(processor.eos_id()))
+            if i >= 0
+        },
         prefix=[int(processor.bos_id())] if settings.get("add_bos_token", True) else [],
         suffix=[int(processor.eos_id())] if settings.get("add_eos_token", False) else [],
     )

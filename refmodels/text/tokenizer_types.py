@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import codecs
+import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -214,7 +215,10 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """ChatGLM and Baichuan: a SentencePiece model, with `appended` control tokens numbered after its pieces."""
+    """ChatGLM and Baichuan: a SentencePiece model, with `appended` control tokens numbered after its pieces.
+
+    `parsed`: pieces that text can spell, by their surfaces; what stands between them is encoded by itself.
+    """
 
     def __init__(
         self,
@@ -222,10 +226,12 @@ class SentencePieceTokenizer(Tokenizer):
         *,
         special: SpecialIds,
         appended: Sequence[str] = (),
+        parsed: Mapping[str, int] | None = None,
         prefix: Sequence[int] = (),
         suffix: Sequence[int] = (),
     ) -> None:
         self._processor = processor
+        self._parsed = dict(parsed or {})
         self._pieces = int(processor.vocab_size())
         self._appended = {name: self._pieces + offset for offset, name in enumerate(appended)}
         named = (special.bos, special.eos, special.pad, special.unk)
@@ -233,7 +239,7 @@ class SentencePieceTokenizer(Tokenizer):
             vocab_size=self._pieces + len(appended),
             special=special,
             hidden_ids={*self._appended.values(), *(i for i in named if i is not None)},
-            parses_special=False,
+            parses_special=bool(self._parsed),
             prefix=prefix,
             suffix=suffix,
         )
@@ -262,11 +268,17 @@ class SentencePieceTokenizer(Tokenizer):
         return str(self._processor.decode(list(ids))).encode()
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
-        if parse_special:
-            raise LogitLockError(
-                "a SentencePiece tokenizer never reads control tokens from text: put their ids beside it"
-            )
-        return [int(i) for i in self._processor.encode(text)]
+        if not parse_special:
+            return [int(i) for i in self._processor.encode(text)]
+        if not self._parsed:
+            raise LogitLockError("ChatGLM's tokenizer never reads control tokens from text: put their ids beside it")
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, self._parsed))})", text):
+            if part in self._parsed:
+                ids.append(self._parsed[part])
+            elif part:
+                ids += map(int, self._processor.encode(part))
+        return ids
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         if skip_special:

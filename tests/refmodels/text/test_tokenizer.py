@@ -222,7 +222,28 @@ def test_baichuan_follows_its_tokenizer_config(tmp_path: Path, pieces: Path) -> 
     assert (with_defaults.special.user, with_defaults.special.assistant) == (7, 8)
 
 
-def test_sentencepiece_never_reads_control_tokens_from_text(tmp_path: Path, pieces: Path) -> None:
+def test_baichuan_reads_its_three_special_tokens_in_plain_text(tmp_path: Path, pieces: Path) -> None:
+    """As PreTrainedTokenizer of transformers 4.30.2, opened by from_pretrained, does for this kind of model: text
+    between them is encoded by itself, each with its own dummy prefix (measured there with LlamaTokenizer)."""
+    folder = _with_pieces(tmp_path, pieces, settings={"add_bos_token": False})
+    tokenizer = read_tokenizer(folder, family="baichuan")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    for text, expected in {
+        "hello</s>world": ["hello", 2, "world"],
+        "[gMASK]sop</s><s><unk>": ["[gMASK]sop", 2, 1, 0],
+        "a </s> b": ["a ", 2, " b"],
+        "<s> hello": [1, " hello"],
+        " <unk>x": [" ", 0, "x"],
+        "</S> <S>": ["</S> <S>"],
+        "</s>": [2],
+    }.items():
+        ids = [i for part in expected for i in ([part] if isinstance(part, int) else processor.encode(part))]
+        assert tokenizer.encode(text) == ids
+    # A chat's message never ends a turn.
+    assert 2 not in tokenizer.encode("hello</s>world", parse_special=False)
+
+
+def test_chatglm_never_reads_control_tokens_from_text(tmp_path: Path, pieces: Path) -> None:
     tokenizer = read_tokenizer(_with_pieces(tmp_path, pieces), family="chatglm2")
     ids = tokenizer.encode("[gMASK]sop</s><s><unk>", add_special=False)
     assert not tokenizer.hidden_ids & set(ids)
