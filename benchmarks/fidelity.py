@@ -133,7 +133,7 @@ def rounding_errors() -> dict[str, float]:
 
 
 def input_errors(toy: str, *, count: int = 4) -> dict[str, float]:
-    """Relative error of the inputs of a toy's linear layers, one scale a token: root of the mean square over tokens."""
+    """Relative error of a toy's linear inputs with one scale per token: root of the mean square over tokens."""
     source = refmodels.resolve(toy)
     tokenizer, engine = refmodels.load_tokenizer(source), TorchEngine(refmodels.load(source))
     squares: dict[EightBit, list[torch.Tensor]] = {"int8": [], "fp8": []}

@@ -3,7 +3,7 @@
     python benchmarks/gpu_linear.py
 
 The matrices of Qwen-7B and ChatGLM2-6B in fp16.  Times are medians of replays of a CUDA graph, per product; a graph
-multiplies with so many different matrices that the L2 cache does not matter.  Bandwidth is the matrix's bytes over that
+multiplies with enough different matrices that the L2 cache does not matter.  Bandwidth is the matrix's bytes over that
 time; the fraction is of a long read's, measured here.  "gate and up" includes silu and the product in ours, not in
 cuBLAS's.  Prints a table; writes gpu_linear.json to $OUT, or beside this file in results/.
 """

@@ -4,7 +4,7 @@ The shapes of Qwen-7B, random codes.  Baselines are this project's own fp16 modu
 token, cuBLAS for more.
 
 products   weight-only layers at 1 and 16 tokens: microseconds of a product that reads its weights from memory (a CUDA
-           graph over so many different ones that L2 does not matter).
+           graph over enough different ones that L2 does not matter).
 codes      layers whose inputs are quantized too (int8, fp8), at 64 tokens and more: the product alone, and with the
            quantization of its input; gate and up with silu and product, out and down with the residual.
 decode     whole decode steps of one row by `TorchEngine(kernels=True)`: `generate` of 128 tokens after 128 (as

@@ -48,10 +48,10 @@ def on_a_gpu(data: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Whole decode steps of one row by `TorchEngine(kernels=True)`, {_machine(decode)}: steps in a loop, and "
         "128 tokens after 128 by `generate`, with what it does beside them on a host that other machines share. int4 "
-        "in groups of 128; int8 one scale a row. The goal is 3 × at int4, on an H200."
+        "in groups of 128; int8 with one scale per row. The goal is 3 × at int4, on an H200."
     )
     yield table(_STEP_COLUMNS, _steps(decode["rows"]))
-    yield f"The same of 64 rows, {_machine(batches)}; int8 and fp8 one scale a row."
+    yield f"The same of 64 rows, {_machine(batches)}; int8 and fp8 with one scale per row."
     yield table(_STEP_COLUMNS, _steps(batches["rows"]))
     yield (
         "Products of int8 or fp8 inputs with int8 or fp8 weights, in microseconds, with silu and product in gate and "

@@ -250,7 +250,7 @@ def _put(temporary: Path, output: Path, what: str, *, overwrite: bool) -> None:
     old = None
     if overwrite and output.is_dir() and any(output.iterdir()):
         # A directory cannot be replaced in one step; the old one stays complete until the new one is in place.
-        # Not the name of a temporary: if this run is killed in between, nobody may remove the only bundle that is left.
+        # Not the name of a temporary: if this run is killed in between, no later one may remove the only bundle left.
         old = temporary_beside(output).with_suffix(".old")
         output.rename(old)
     try:

@@ -68,12 +68,12 @@ class EngineInfo:
     """What the TensorRT engine in a bundle was built with and for.
 
     Attributes:
-        backend: what made the plan.
+        backend: the back end that made the plan.
         package: TensorRT's name and version, 'tensorrt_rtx 1.7.1.116'; a plan runs only with these.
         compute_capabilities: GPUs that the plan was built for, such as '8.9'; empty: the package's default.
         plugins: version of each plugin that the plan calls, by name; their namespace is "refmodels".
-        max_batch: most rows of a step.
-        max_input: most tokens of a row in a step.
+        max_batch: maximum number of rows per step.
+        max_input: maximum number of tokens per row and step.
         max_seq: slots of every cache that the plan is bound to: its capacity is fixed.
         taps_plan: the bundle also holds the plan whose taps are outputs.
     """
@@ -90,19 +90,19 @@ class EngineInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleInfo:
-    """What bundle.json says.
+    """The content of bundle.json.
 
     Attributes:
-        model: what `--model` said, without directories.
+        model: the value of `--model`, without directories.
         spec: `ModelSpec.to_dict()`.
         precision, numerics, attention: how the graph was made.
         max_positions: the longest cache that the position tables in the graph serve.
         checkpoint_hash: identity of the weights (`refmodels.checkpoints.load.checkpoint_hash`).
-        tools: versions of what made the bundle.
+        tools: versions of the packages that made the bundle.
         taps: tap name -> name of the value in model.onnx.
         inputs, outputs: of the graph, in its order.
-        quantized: the bundle holds, in `quantized/`, the quantized checkpoint that its graph was made of: `export` has
-            quantized the model itself.  `checkpoint_hash` is then that checkpoint's.
+        quantized: `export` quantized the model, and `quantized/` in the bundle holds the checkpoint that the graph was
+            made from.  `checkpoint_hash` is then that checkpoint's.
         engine: the TensorRT engine beside the graph; None: the bundle runs on the CPU only.
         files: every other file of the bundle, by its path inside it; filled in by `BundleDraft.finish`.
     """
@@ -128,7 +128,7 @@ class BundleInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle on disk that has been checked."""
+    """A checked bundle on disk."""
 
     info: BundleInfo
     directory: Path
@@ -218,10 +218,10 @@ def read_bundle(path: Path | str, *, verify_hashes: bool = True) -> Bundle:
 
     Args:
         path: its directory.
-        verify_hashes: also read every file to compare its SHA-256 (about a second a gigabyte).
+        verify_hashes: also read every file to compare its SHA-256 (about a second per gigabyte).
     Raises:
-        LogitLockError: no bundle there, another schema version, an unknown or missing key, a file that is missing,
-            of another size, changed, or outside the directory.
+        LogitLockError: there is no bundle, it has another schema version or an unknown or missing key, or a file is
+            missing, of another size, changed, or outside the directory.
     """
     directory = Path(path)
     if not directory.is_dir():

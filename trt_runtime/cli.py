@@ -127,7 +127,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }
     config = GenerationConfig(max_new_tokens=max_new_tokens, stop_strings=tuple(stop or ()))
-    # Of what the user asks alone, before a model is opened.
+    # From the options alone, before a model is opened.
     Sampling(**{"temperature": 1.0, **{name: value for name, value in asked.items() if value is not None}})
     prompts = read_prompts(prompt, prompt_file)
     if not prompts:

@@ -1,4 +1,4 @@
-"""What every executor can do: run a step on a cache, prefill (in chunks), decode, and show its taps."""
+"""The interface of every executor: run a step on a cache, prefill (in chunks), decode, and record taps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Engine(ABC):
         Args:
             step: from `cache.next_step`.
             cache: from `new_cache` of this engine; updated in place.
-            recorder: receives every tap it asks for; None costs nothing.
+            recorder: receives the taps that it asks for; None costs nothing.
         Returns:
             logits [batch, N, vocab], N as in `step.logit_index`; a tensor that later steps do not overwrite.
         """
@@ -76,8 +76,8 @@ class Engine(ABC):
             input_ids: [batch, tokens] int64.
             attention_mask: [batch, tokens], nonzero for real tokens; None: all are.
             last_logits_only: logits of the last real token of each row only.
-            chunk: run at most so many tokens at a time (less memory, the same result); the first chunk is longer
-                where a row's left padding is.  The recorder then keeps the last chunk's tensors.
+            chunk: maximum number of tokens per chunk (less memory, the same result); left padding makes the first
+                chunk longer.  The recorder then keeps the last chunk's tensors.
         Returns:
             logits [batch, tokens, vocab], or [batch, 1, vocab].
         Raises:
@@ -120,7 +120,7 @@ class Engine(ABC):
         *,
         recorder: Recorder | None = None,
     ) -> Tensor:
-        """Run one new token a row.
+        """Run one new token per row.
 
         Args:
             input_ids: [batch, 1] (or [batch]) int64.

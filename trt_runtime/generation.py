@@ -22,14 +22,14 @@ TextCallback = Callable[[int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """What to generate.
+    """Options of generation.
 
     Attributes:
-        max_new_tokens: at most so many tokens a row; the model's positions may end a row earlier.
+        max_new_tokens: maximum number of new tokens per row; the model's positions may end a row earlier.
         sampling: how tokens are chosen; greedy by default.
         stop_ids: a row ends with any of these tokens.
         stop_strings: a row ends when its text holds any of these, which may span tokens; needs a tokenizer.
-        prefill_chunk: run prompts in pieces of so many tokens; None at once.
+        prefill_chunk: number of tokens per chunk of a prompt; None: the whole prompt at once.
     """
 
     max_new_tokens: int = 128
@@ -119,15 +119,15 @@ def generate(
     """Continue every prompt.
 
     Args:
-        engine: what runs the model.
+        engine: runs the model.
         tokenizer: turns tokens into text; None gives tokens only.
-        prompts: token ids, one list a row, of any lengths; they run as one batch.
-        config: see there.
+        prompts: token ids, one list per row, of any lengths; they run as one batch.
+        config: options of generation.
         on_text: gets text as soon as it is certain; never a part of a stop string.
-    Returns: one result a prompt, in their order.
+    Returns: one result per prompt, in their order.
     Raises:
-        LogitLockError: an empty prompt, one longer than the model's positions, an unknown token id, stop strings
-            without a tokenizer, or logits that are NaN or infinite (with row and step).
+        LogitLockError: a prompt is empty or longer than the model's positions, a token id is unknown, stop strings
+            come without a tokenizer, or logits are NaN or infinite (with row and step).
     """
     if config.stop_strings and tokenizer is None:
         raise LogitLockError("stop strings need a tokenizer, and there is none")
@@ -184,7 +184,7 @@ def _run_ahead(
 ) -> None:
     """The greedy loop on a device: its tokens are fed back there, and the next step starts before the host knows them.
 
-    A row that a stop ends has then run one token further, into a slot that it has but does not need.
+    A row that ends with a stop id has then run one token further, into a slot that it owns but does not need.
     """
     step = 0
     while True:
@@ -247,6 +247,6 @@ def _take(
 
 
 def _give_back(cache: KVCache, row: int) -> None:
-    """Free a finished row's slots but one: the others then attend only as far as they themselves reach."""
+    """Free a finished row's slots but one: the other rows then attend only as far as they themselves reach."""
     cache.lengths[row] = 1
     cache.mask[row, 1:] = False

@@ -1,4 +1,4 @@
-"""What is in a bundle, as plain data: for `logitlock inspect`."""
+"""The contents of a bundle as plain data, for `logitlock inspect`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from trt_runtime.plan_layers import PlanLayers, read_layers
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """Everything that bundle.json and the graph say; JSON values.
+    """The contents of bundle.json and of the graph, as JSON values.
 
     `nodes` counts the graph's own nodes by operator, `functions` gives the number of nodes in each function body,
-    `weights` has one entry a weight, the largest first, `spec` the architecture, `quantization` a phrase on its codes
-    (None: there are none), `engine` what bundle.json says of the TensorRT engine (None: there is none) and `plans` what
-    its builder said of each plan.
+    `weights` has one entry per weight, the largest first, `spec` the architecture, `quantization` a phrase on it (None:
+    not quantized), `engine` the entry of bundle.json on the TensorRT engine (None: there is none) and `plans` the
+    builder's summary of each plan.
     """
     info = bundle.info
     model = load_graph(bundle.model_path, files=info.files)

@@ -31,7 +31,7 @@ def open_engine(
             Runtime.
         emulate_rounding, threads: see `OnnxRuntimeEngine`; with "auto" they ask for it.
     Raises:
-        LogitLockError: as `OnnxRuntimeEngine` and `TensorRTEngine`; options of the one for the other.
+        LogitLockError: as `OnnxRuntimeEngine` and `TensorRTEngine`; an option is for the other engine.
     """
     check_choice("engine", engine, EngineChoice)
     of_the_cpu = emulate_rounding or threads is not None

@@ -1,7 +1,6 @@
 """The layers that TensorRT made of a graph, as `engine.layers.json` in a bundle records them.
 
-A plan can be opened only on a GPU that it was built for; this list is what the builder said of it and can be read
-anywhere.
+A plan can be opened only on a GPU that it was built for; this list comes from its builder and can be read anywhere.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Layer:
     Attributes:
         name, type: TensorRT's; a call of one of our plugins has type "custom_layer".
         profile: index of the optimization profile; every profile has its own layers.
-        inputs, outputs: what it reads and writes; -1 is a dynamic axis.
+        inputs, outputs: the tensors that it reads and writes; -1 is a dynamic axis.
         constants: weights it reads, in the layout that TensorRT gave them.
         refs: the nodes it was made of; a node inside a function comes with its calls, innermost first:
             'node_of_mean | blocks.0.attn_norm (FusedRmsNorm)'.
@@ -51,14 +50,14 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanLayers:
-    """What the builder said of one plan.
+    """The layers of one plan, as its builder listed them.
 
     Attributes:
         plan: the file in the bundle.
         weight_bytes: of all weights in the plan, once.
         activation_bytes: scratch memory that each profile needs at its largest shapes.
         layers: of all profiles, in order of execution.
-        warnings: what TensorRT warned of and is not known to be harmless.
+        warnings: TensorRT's warnings that are not known to be harmless.
     """
 
     plan: str

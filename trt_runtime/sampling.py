@@ -1,7 +1,7 @@
 """Choosing the next token from logits, with the order and meaning of Hugging Face `generate`.
 
-Repetition penalty, then temperature, then top-k, then top-p.  Everything is per row, so that what a row gets does not
-depend on the rows beside it.
+Repetition penalty, then temperature, then top-k, then top-p.  Everything is per row: a row's tokens do not depend on
+the other rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose.
+    """Options of sampling.
 
     Attributes:
         temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is drawn.
@@ -32,7 +32,7 @@ class Sampling:
             multiplied where negative (Keskar et al., arXiv:1909.05858); 1 does nothing.
         seed: of the random draws.
     Raises:
-        LogitLockError: a value out of range, or top_k or top_p without a temperature.
+        LogitLockError: a value is out of range, or top_k or top_p come without a temperature.
     """
 
     temperature: float = 0.0
@@ -150,7 +150,7 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def row_generators(seed: int, prompts: Sequence[Sequence[int]]) -> list[torch.Generator]:
-    """One random stream a row, made from the seed and the prompt itself.
+    """One random stream per row, made from the seed and the prompt itself.
 
     A row's stream is the same in any batch; equal prompts in one batch get different streams, in their order.
     """

@@ -85,7 +85,7 @@ SECTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
         "What `bisect` writes and `export --precision-plan` reads; `bisect --json` prints the result around it.",
         (precision_plan.PrecisionPlan, bisect.BisectResult),
     ),
-    "logitlock verify --json": ("A list, one entry a case.", (verify.CaseResult,)),
+    "logitlock verify --json": ("A list with one entry per case.", (verify.CaseResult,)),
 }
 
 

@@ -154,7 +154,7 @@ class CheckpointWriter:
     def _name(self, shard: Mapping[str, Path], name: str) -> None:
         path = self.directory / name
         next(iter(shard.values())).rename(path)
-        # safetensors lets nobody else read what it writes.
+        # safetensors makes files that only their owner can read.
         path.chmod(0o644)
 
     def _index(self) -> None:

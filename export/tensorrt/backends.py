@@ -68,7 +68,7 @@ def check_backend(spec: ModelSpec, options: ExportOptions) -> None:
         check_modes(options.attention, options.numerics)
         if spec.quantization is not None:
             raise LogitLockError(
-                f"--backend torch-tensorrt takes models of floats, and this one has {spec.quantization.describe()}; "
+                f"--backend torch-tensorrt takes float models, and this one has {spec.quantization.describe()}; "
                 "use --backend tensorrt"
             )
         import_torch_tensorrt()

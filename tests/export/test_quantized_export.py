@@ -426,7 +426,7 @@ def test_the_plugin_with_codes_calls_its_kernel() -> None:
     message = "code 17 with limit 127: it must be code 3 with limit 127 or code 17"
     with pytest.raises(LogitLockError, match=message):
         wrong.get_output_data_types([trt.float16, trt.float16])
-    # It is kept for whoever asked TensorRT; left there, it would be raised in another test.
+    # It is kept for the code that called TensorRT; left there, it would be raised in another test.
     with pytest.raises(LogitLockError, match=message):
         raise_failure()
 

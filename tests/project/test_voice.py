@@ -25,13 +25,17 @@ from debug.command import VERBS
 from tests.support.paths import ROOT
 
 _UNITS = "row|token|layer|block|step|prompt|family|case|verb|pair|node|head|group|task|channel|tensor|byte|bucket"
+_RATED = "scales?|lengths?|launch(?:es)?|files?|lists?|entr(?:y|ies)|results?|threads?|bytes?|blocks?"
 _LINKS = "(?:of|in|on|at|to|by|as|is|be|may|after|before|from|for|with|into|than|or|and|that)"
 ODD = {
     "a rate says per": re.compile(
-        rf"\b(?:an|one|two|four|[0-9.]+)(?: (?!{_LINKS}\b)[a-z-]+){{1,2}} an? (?:{_UNITS})\b(?! (?:of|that))"
+        rf"\b(?:(?:an|one|two|four|[0-9.]+)(?: (?!{_LINKS}\b)[a-z-]+){{1,2}}|{_RATED})"
+        rf" an? (?:{_UNITS})\b(?! (?:of|that))"
     ),
     "a quantity has a name": re.compile(r"\bso many\b"),
     "a verb has a subject": re.compile(r"\b(?:is|are|was|were) (?:led back|at hand)\b|\bthat (?:is|are) to be\b"),
+    "a sentence says who acts": re.compile(r"\b(?:whoever|nobody(?!/)|everybody|none of its business)\b", re.I),
+    "quantized values have their name": re.compile(r"\b(?:layers?|models?|products?|sums?) of (?:codes|floats)\b"),
 }
 
 PAGES = [
@@ -41,8 +45,9 @@ PAGES = [
     *(ROOT / "notebooks").glob("*.md"),
     *(ROOT / "notebooks").glob("*.ipynb"),
 ]
-SOURCES = [file for package in ("refmodels", "export", "debug") for file in sorted((ROOT / package).rglob("*.py"))]
-"""Packages whose docstrings, comments and messages are checked as well."""
+FOLDERS = ("refmodels", "trt_runtime", "export", "debug", "benchmarks", "docs", "examples", "notebooks", "tests")
+SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py")) if file != Path(__file__)]
+"""Files whose docstrings, comments and messages are checked as well."""
 
 
 def odd(text: str) -> list[str]:
@@ -117,6 +122,9 @@ def test_help(verb: str) -> None:
         "layers are led back to taps",
         "no GPU was at hand",
         "against what noise that is to be judged",
+        "a scale a row",
+        "whoever has no kernel runs the body",
+        "products of codes",
     ],
 )
 def test_the_check_sees(text: str) -> None:
@@ -132,6 +140,8 @@ def test_the_check_sees(text: str) -> None:
         "two halves of a batch",
         "the norm of a row",
         "one step after a block",
+        "a scale of a row",
+        "the hub id nobody/nothing-here",
     ],
 )
 def test_the_check_lets_pass(text: str) -> None:

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 
 def made_once(directory: Path, make: Callable[[Path], None]) -> Path:
-    """A directory that `make` fills.  Whoever comes first makes it, and it is there as a whole or not at all."""
+    """A directory that `make` fills.  The first caller makes it, whole or not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if not directory.is_dir():

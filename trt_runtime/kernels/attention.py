@@ -1,8 +1,8 @@
-"""Which attention kernels serve a `cached_attention`, with which block sizes, on which grid.
+"""The attention kernels that serve a `cached_attention`, their block sizes and grids.
 
-Decode (one token) is one kernel, rotation and cache write inside; where there are too few rows and heads to fill the
-GPU its slots are split and a second kernel (or, where blocks have one head, the last block) combines them.  Prefill is
-two: write keys and values, then flash attention over the caches.  `attention_tiles.py` says what all of them assume.
+Decode (one token) is one kernel with rotation and cache write inside; if rows and heads are too few to fill the GPU,
+the slots are split and a second kernel (or, where blocks have one head, the last block) combines them.  Prefill is
+two: write keys and values, then flash attention over the caches.  `attention_tiles.py` lists the common assumptions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trt_runtime.kernels import attention_decode, attention_prefill
 from trt_runtime.kernels.launch import KERNEL_INPUTS, AttentionShape, Launch
 
 MULTIPROCESSORS = 132
-"""Of the H200, which the tables below are measured on; what the GPU at hand has changes the speed, not the result."""
+"""Of the H200, on which the tables below were measured; on other GPUs it affects the speed, not the result."""
 
 NO_WINDOW = 2**30
 L2_BYTES = 32 * 2**20
@@ -24,7 +24,7 @@ L2_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeBlocks:
-    """`rows` heads of one kv head a block (1: products element by element, else matrix products), `slots` a tile.
+    """`rows` heads of one kv head per block (1: elementwise products, else matrix products), `slots` per tile.
 
     `resident` blocks fit on a multiprocessor at once.  `last_combines`: splits are combined by the block that comes
     last instead of by a second kernel; only where a block has one head.
@@ -40,7 +40,7 @@ class DecodeBlocks:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillBlocks:
-    """`queries` a block, `slots` a tile.  `staged`: rotated queries go through memory, so that wgmma can load them."""
+    """`queries` per block, `slots` per tile.  `staged`: rotated queries go through memory, for wgmma to load."""
 
     queries: int
     slots: int
@@ -96,10 +96,10 @@ def launches(
 
     Args:
         context: [batch, tokens, heads * head_dim], written.
-        workspace: `workspace_bytes(shape)` bytes, aligned to 16, contents of no matter.
+        workspace: `workspace_bytes(shape)` bytes, aligned to 16, with any contents.
         counters: int32 [`counter_count(shape)`], zero before the first launch ever; every launch leaves zeros.
         capability: of the device, 90 for 9.0: decides block sizes, and whether launches may overlap.
-        decode, prefill, splits: instead of the tables' (for measurements).
+        decode, prefill, splits: override those of the tables (for measurements).
         inputs: the op's tensors, or their addresses, by their names in `KERNEL_INPUTS`; those that `shape` says are
             absent may be None.
     """
@@ -220,7 +220,7 @@ def variants(limits: AttentionShape, *, capability: int = 90) -> list[Launch]:
 
 
 def _splits(shape: AttentionShape, blocks: DecodeBlocks) -> int:
-    """So many that all blocks are resident at once; with few rows and heads, one block on each multiprocessor."""
+    """The largest number at which all blocks are resident; with few rows and heads, one block per multiprocessor."""
     busy = shape.batch * shape.kv_heads * _cdiv(shape.heads // shape.kv_heads, blocks.rows)
     wanted = MULTIPROCESSORS * (blocks.resident if busy > MULTIPROCESSORS else 1)
     # Tiles that a split must have: where the last block combines at once and there is room, one is enough.

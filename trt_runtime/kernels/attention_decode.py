@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
-"""Triton kernels of `cached_attention` for one token a row; `attention.py` says how they serve a shape."""
+"""Triton kernels of `cached_attention` for one token per row; `attention.py` chooses them for a shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trt_runtime.kernels.attention_tiles import LOG2E, finite, load_cache, load_
 
 @triton.jit
 def _merge(maximum, total, acc, score, value):
-    """Adds rows of value with weight 2 ** score to the sums of a running softmax, one score a row."""
+    """Adds rows of value with weight 2 ** score to the sums of a running softmax, one score per row."""
     larger = tl.maximum(maximum, score)
     weight = tl.exp2(score - finite(larger))
     old = tl.exp2(maximum - finite(larger))
@@ -88,10 +88,10 @@ def decode(
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One token a row: rotation, cache write, and attention of ROWS heads that share a kv head to a part of the slots.
+    """One token per row: rotation, cache write, and attention of ROWS heads of one kv head to a part of the slots.
 
-    Grid: splits, kv_heads * row blocks, batch.  The slots below the row's live length are dealt out evenly, so that a
-    padded `slots` costs nothing but blocks that end at once.
+    Grid: splits, kv_heads * row blocks, batch.  The slots below the row's live length are distributed evenly, so that a
+    padded `slots` only adds blocks that end at once.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     BLOCKS: tl.constexpr = (GROUP + ROWS - 1) // ROWS
@@ -104,7 +104,7 @@ def decode(
         gdc_wait()
         gdc_launch_dependents()
 
-    # Before anything that needs the length, so that these loads and that one have their latency together.
+    # Before anything that needs the length, so that the latencies of these loads and of that one overlap.
     column = tl.arange(0, BLOCK_D)
     real = (column < HEAD_DIM)[None, :]
     token = qkv + batch.to(tl.int64) * WIDTH

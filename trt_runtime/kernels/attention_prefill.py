@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
-"""Triton kernels of `cached_attention` for many tokens a row; `attention.py` says how they serve a shape."""
+"""Triton kernels of `cached_attention` for many tokens per row; `attention.py` chooses them for a shape."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(
     PAIRS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Rotated keys and values of all tokens into the caches, and what `prefill` must know of each row's `visible`.
+    """Writes rotated keys and values of all tokens into the caches, and the extent of each row's `visible`.
 
     Grid: 1 + token blocks * kv_heads, batch.  The first block of a row leaves in workspace, int32 [batch, 2], the first
     visible slot and the first beyond the last visible; their difference is negated if there are hidden slots between.
@@ -167,7 +167,7 @@ def prefill(
         tl.debug_barrier()
         operand = tl.load(to_tile, mask=inside, other=0.0)
     if OVERLAP:
-        # `write` starts this kernel when all that came before itself is done: qkv is there, the caches are not.
+        # `write` starts this kernel when all kernels before it have finished: qkv is complete, the caches are not.
         gdc_wait()
         gdc_launch_dependents()
     if HAS_ALIBI:

@@ -1,9 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
-"""What the decode and prefill kernels of `cached_attention` share: loads of projections and of caches.
+"""Common functions of the decode and prefill kernels of `cached_attention`: loads of projections and of caches.
 
 The mathematics is `refmodels.ops.cached_attention`, arithmetic "exact".  Softmax runs in base 2: log2(e) and `scale`
-are factors of the query.  Cached slots below `cache_lengths` must be finite; what lies beyond, in slots that were never
-written, is never used.
+are factors of the query.  Cached slots below `cache_lengths` must be finite; the slots beyond are never used.
 
 OVERLAP in the kernels is programmatic dependent launch: a kernel's blocks may start when those of the kernel before
 have all passed their `gdc_launch_dependents`, and what that kernel writes is there after `gdc_wait`.  All kernels here
@@ -37,7 +36,7 @@ def load_rotated(source, offset, cos, sin, table_offset, column, inside, ROTARY:
             partner = tl.where(first, column + HALF, column - HALF)
             angle = tl.where(first, column, column - HALF)
             if HALF % 8 == 0:
-                # The compiler does not see through the selection that eight neighbours stay neighbours.
+                # The compiler cannot tell that eight neighbours stay neighbours under the selection.
                 partner = tl.max_contiguous(tl.multiple_of(partner, [1, 8]), [1, 8])
                 angle = tl.max_contiguous(tl.multiple_of(angle, [1, 8]), [1, 8])
         turned = inside & (column < ROTARY)
@@ -50,7 +49,7 @@ def load_rotated(source, offset, cos, sin, table_offset, column, inside, ROTARY:
 
 @triton.jit
 def load_cache(cache, offset, row, column, inside, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a cache as operands of a product; rows outside are 0, whatever memory holds.
+    """Rows of a cache as operands of a product; rows outside are 0, whatever the memory holds.
 
     The one place that knows how a cache is stored.
     """

@@ -1,4 +1,4 @@
-"""Triton functions on tiles of packed codes; `quantized_linear.py` says how they lie and why it is exact."""
+"""Triton functions on tiles of packed quantized weights (codes); `quantized_linear` explains layout and exactness."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, return"
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _two_words(text: tl.constexpr, words, kind: tl.constexpr):
 
 @triton.constexpr_function
 def middle_of(kind, code):
-    """What a code of zero looks like: see `packing.offsets`."""
+    """The converted value of a code of zero: see `packing.offsets`."""
     middle = 8.0 if code == "int4" else 128.0
     return middle + (1024.0 if kind == tl.float16 else 128.0 if code == "int4" else 0.0)
 
@@ -113,7 +113,7 @@ def centred(words, kind: tl.constexpr, CODE: tl.constexpr, PART: tl.constexpr, F
 
 @triton.jit
 def lifted(words, PART: tl.constexpr, FAST: tl.constexpr):
-    """u * 2^-24, or in odd parts u * 2^-20, of int4 codes: what their bits are where they lie, as fp16 subnormals."""
+    """u * 2^-24, or in odd parts u * 2^-20, of int4 codes: the fp16 subnormals of their bits in place."""
     if FAST:
         mask: tl.constexpr = "0x000f000f" if PART % 2 == 0 else "0x00f000f0"
         return _two_words(masked(8 * (PART // 2), mask, ""), words, tl.float16)
@@ -124,7 +124,7 @@ def lifted(words, PART: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def minus_8(words, FAST: tl.constexpr):
-    """Minus what `lifted` makes of u = 8, in the layout of the words."""
+    """Minus the result of `lifted` for u = 8, in the layout of the words."""
     if FAST:
         return _two_words(_MINUS_8, words, tl.float16)
     else:
@@ -141,8 +141,8 @@ def words_of(both, BLOCK: tl.constexpr):
 def matrix(a, BLOCK: tl.constexpr, QUADS: tl.constexpr):
     """Codes of one part, as `words_of` orders them, as the left operand [BLOCK, row, column] of a product.
 
-    The order of the columns is free, if that of the inputs is the same.  A thread's are four in a row (`QUADS`) or two
-    pairs: whichever Triton then leaves where they are.
+    The order of the columns is free, if that of the inputs is the same.  A thread has four in a row (`QUADS`) or two
+    pairs, so that Triton need not move them.
     """
     if QUADS:
         return tl.reshape(tl.permute(a, (0, 4, 1, 2, 3, 5)), (BLOCK, 16, 16))
@@ -152,7 +152,7 @@ def matrix(a, BLOCK: tl.constexpr, QUADS: tl.constexpr):
 
 @triton.jit
 def scales_of(scale, tile, unit, some, COLUMNS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """[units, 64] of scales or offsets, for every thread those of its two rows."""
+    """[units, 64] of scales or offsets: those of each thread's two rows."""
     lane = tl.arange(0, 64)
     rows = tl.max_contiguous(tl.multiple_of(lane // 8 * 2 + lane % 2, 2), 2)[None, :]
     if GROUPS == 1:
@@ -166,7 +166,7 @@ def scales_of(scale, tile, unit, some, COLUMNS: tl.constexpr, GROUP: tl.constexp
 
 @triton.jit
 def fetch_share(memory, size, share):
-    """Have this block's share of `size` bytes (multiples of 16) brought into L2, without waiting for it."""
+    """Prefetch this block's share of `size` bytes (multiples of 16) into L2, without waiting for it."""
     start = tl.program_id(0).to(tl.int64) * share
     mine = tl.minimum(size - start, share).to(tl.int32)
     if mine > 0:

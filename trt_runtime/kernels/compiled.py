@@ -2,8 +2,8 @@
 
 `compile_kernels` needs Triton but no GPU.  The file (`kernels.bin` in a bundle) is a zip archive: `kernels.json`, a
 `Manifest`, and the cubins it names, one set for each compute capability, with PTX beside those of the lowest so that
-GPUs newer than all of them can compile it when it is loaded.  Which kernel serves a shape is asked of `rms_norm` and
-`attention` on both sides, so what is launched is what was compiled.
+GPUs newer than all of them can compile it when it is loaded.  Compilation and launch both ask `rms_norm` and
+`attention` which kernel serves a shape, so that every launched kernel was compiled.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ _SHARED_LIMITS = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227,
 class CompiledKernel:
     """One compiled kernel.
 
-    `key` is its `kernel_key`, `entry` its symbol, `cubin` and `ptx` names in the archive; `threads` a block, `shared`
-    bytes of dynamic shared memory; `scratch` pointers follow the arguments (Triton's, always null here); `overlap`: to
-    be launched so that it may start before the kernel ahead has finished.
+    `key` is its `kernel_key`, `entry` its symbol, `cubin` and `ptx` names in the archive, `threads` the threads per
+    block, `shared` the bytes of dynamic shared memory; `scratch` pointers follow the arguments (Triton's, always null
+    here); `overlap`: the launch lets it start before the kernel ahead has finished.
     """
 
     key: str
@@ -82,7 +82,7 @@ class Manifest:
 
 
 def kernel_key(launch: Launch) -> str:
-    """What a launch must find compiled: the kernel, its constants, types of its arguments, warps, stages, options."""
+    """The identity of a compiled kernel: its function, constants, types of its arguments, warps, stages, options."""
     parameters = (
         f"{name}={launch.constants[name]!r}" if name in launch.constants else f"{name}:{kind}"
         for name, kind in _argument_types(launch).items()
@@ -110,7 +110,7 @@ def _argument_types(launch: Launch) -> dict[str, str]:
 
 
 def needed_launches(spec: ModelSpec, dtype: ElementType, capability: int) -> list[Launch]:
-    """One launch for every kernel that the two operations of a model can ask for, at any shape, on `capability`."""
+    """One launch per kernel that the two operations of a model can need, at any shape, on `capability`."""
     found: list[Launch] = []
     if spec.norm.kind == "rms":
         plain = NormShape(
@@ -222,7 +222,7 @@ def _compile(launch: Launch, capability: int, index: int, files: dict[str, bytes
     entry = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)", built.asm["ptx"], re.DOTALL)
     assert entry is not None and entry[1] == meta.name, "a kernel has one entry"
     arguments = sum(kind != "constexpr" for kind in types.values())
-    # The host has no memory to give for these.
+    # The launcher allocates no memory for these.
     assert meta.global_scratch_size == meta.profile_scratch_size == 0 and meta.num_ctas == 1, name
     if meta.shared > _SHARED_LIMITS[capability] * 1024:
         raise LogitLockError(
@@ -255,7 +255,7 @@ def _pack(files: Mapping[str, bytes]) -> bytes:
 
 @functools.cache
 def _sources() -> str:
-    """Hash of the files that define and choose kernels: a kernel of other code must not meet this code's grid."""
+    """Hash of the files that define and choose kernels: a kernel of other code must not run with this code's grid."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for file in sorted([*here.glob("attention*.py"), here / "launch.py", here / "rms_norm.py"]):

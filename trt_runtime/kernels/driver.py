@@ -1,4 +1,4 @@
-"""Loading and launching machine code through the CUDA driver, by cuda.bindings."""
+"""Loading and launching machine code through the CUDA driver, with cuda.bindings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(
     Args:
         name: for errors.
         arguments: as cuda.bindings takes them: values and their ctypes, or the address of an array of pointers.
-        threads, shared: of a block; shared memory in bytes.
+        threads, shared: threads and bytes of shared memory per block.
         stream: a CUstream's address.
         overlap: it may start before the kernel ahead has finished.
         cooperative: all blocks are on the GPU at once, or none.

@@ -1,9 +1,9 @@
-"""What a host must know to launch a kernel, independent of who launches it.
+"""The description of a kernel launch, independent of the host that executes it.
 
 A kernel family (`rms_norm.py`, `attention.py`) turns shapes and addresses into a list of `Launch`; a host executes it.
 There are two hosts: `torch_host.py` (Triton's own launcher, on torch tensors) and `compiled.py` (kernels compiled
 ahead of time for named compute capabilities, launched through the CUDA driver on raw addresses, as a TensorRT plugin
-has them).  Which kernel, block sizes and grid serve a shape is therefore said once, for all hosts.
+has them).  The kernel, block sizes and grid for a shape are therefore chosen in one place, for all hosts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Launch:
         warps, stages: Triton's num_warps and num_stages.
         options: further compile options of Triton.  "launch_pdl" (programmatic dependent launch) lets the kernel start
             before the one ahead has finished; it then has a constant OVERLAP and, where that is true, calls gdc_wait()
-            before it touches what others write.
+            before it touches data that other kernels write.
     """
 
     kernel: Any
@@ -54,7 +54,7 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class NormShape:
-    """`fused_rms_norm` on x [rows, width].  `quantized`: also int8 or fp8 output with one fp32 scale a row."""
+    """`fused_rms_norm` on x [rows, width].  `quantized`: also int8 or fp8 output with one fp32 scale per row."""
 
     rows: int
     width: int

@@ -1,10 +1,9 @@
-"""What a decode step does between attention and the norms, in as few kernels as it takes.
+"""The GEMVs of a decode step, with bias, activation and residual in the same kernel.
 
-For one token a product with a weight matrix is nothing but reading the weights.  `gemv` reads those of 7B models at 77
-to 95 % of the bandwidth of a long read on an H200, where cuBLAS reaches 54 to 91 % (benchmarks/gpu_linear.py), and what
-follows the product (bias, activation of a gated MLP, residual) happens in its registers.  Everything is rounded where
-the separate operations round.  For several tokens cuBLAS is as fast; there `gate` remains, the activation of a gated
-MLP.
+For one token, the time of a product with a weight matrix is that of reading the weights.  `gemv` reads those of 7B
+models at 77 to 95 % of the bandwidth of a long read on an H200, where cuBLAS reaches 54 to 91 %
+(benchmarks/gpu_linear.py), and computes bias, activation of a gated MLP and residual in registers.  It rounds where the
+separate operations round.  For several tokens cuBLAS is as fast; `gate`, the activation of a gated MLP, follows it.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -40,7 +39,7 @@ def gemv_kernel(
     kind: tl.constexpr = out.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < n
-    # A thread adds up its own 16 bytes before anything is exchanged or kept: few registers, so many blocks at a time.
+    # A thread adds up its own 16 bytes before anything is exchanged or kept: few registers, thus many resident blocks.
     column = (tl.arange(0, COLUMNS // VECTOR) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
     tile = weight + row.to(tl.int64)[:, None, None] * k + column[None, :, :]
     tile_up = weight + (row + n).to(tl.int64)[:, None, None] * k + column[None, :, :]
@@ -49,7 +48,7 @@ def gemv_kernel(
     if GATED:
         up = tl.load(tile_up, mask=there, other=0.0, eviction_policy="evict_first")
     if OVERLAP:
-        # Nobody writes weights: the first tile is under way before the kernel ahead has written x.
+        # No kernel writes weights: the load of the first tile starts before the kernel ahead has written x.
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros((ROWS, COLUMNS // VECTOR), tl.float32)
@@ -57,7 +56,7 @@ def gemv_kernel(
     for start in range(0, k, COLUMNS):
         here = start + column
         a = tl.load(x + here, mask=here < k, other=0.0).to(tl.float32)[None, :, :]
-        # The next tile is asked for before this one is used.
+        # The load of the next tile starts before this one is used.
         there = live[:, None, None] & (here + COLUMNS < k)[None, :, :]
         following = tl.load(tile + start + COLUMNS, mask=there, other=0.0, eviction_policy="evict_first")
         total += tl.sum(a * w.to(tl.float32), 2)
@@ -124,7 +123,7 @@ def gemv(
         n, k: elements of out and of x; a row of k elements is a multiple of 16 bytes.
         x [k], weight [n, k], out [n], bias [n], residual [n]: of `dtype`; weight [2 * n, k] and bias [2 * n] if gated.
             Products are added in fp32.  out may be residual.
-        block: rows and columns of a tile, and warps, instead of `block_of` (for measurements).
+        block: rows and columns of a tile, and warps; overrides `block_of` (for measurements).
     """
     rows, columns, warps = block or (*block_of(k, gated=gated), WARPS)
     return Launch(

@@ -1,4 +1,4 @@
-"""Codes and scales in the order in which `quantized_linear`'s kernels read them, and back."""
+"""Packing of quantized weights (codes) and scales in the order in which `quantized_linear` reads them, and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pack(codes: Tensor, code: Code) -> Tensor:
     """int32 [row tiles, column units, 128] of codes [out, in]; rows and columns are padded to whole tiles."""
     parts, rows = _PARTS[code], len(codes)
     u = codes.view(torch.uint8) if code == "fp8" else codes
-    # Some rows at a time: the words are made in 32 bits.
+    # A few rows at a time, because the words are computed in 32 bits.
     return torch.cat([_pack_rows(u[i : i + 4096], parts, _MIDDLE[code]) for i in range(0, rows, 4096)])
 
 
@@ -32,7 +32,7 @@ def _pack_rows(u: Tensor, parts: int, middle: int) -> Tensor:
     shifts = torch.arange(parts, device=u.device, dtype=torch.int32) * (16 // parts)
     words = (u << shifts[:, None]).sum(3, dtype=torch.int32)
     words = torch.where(words >= 2**15, words - 2**16, words).to(torch.int16)
-    # [tile, row // 8, row % 8, unit, run, word // 2, word % 2], as a matrix instruction deals them out.
+    # [tile, row // 8, row % 8, unit, run, word // 2, word % 2], as a matrix instruction distributes them.
     words = words.unflatten(0, (-1, 2, 8)).unflatten(-1, (2, 2))
     packed: Tensor = words.permute(0, 3, 2, 4, 5, 1, 6).flatten(2).contiguous().view(torch.int32)
     return packed
@@ -60,6 +60,6 @@ def by_tile(values: Tensor) -> Tensor:
 
 
 def offsets(zero: Tensor, code: Code, dtype: torch.dtype) -> Tensor:
-    """What a code of value `zero` [out, groups] looks like in the kernels, by tile: exact in `dtype`."""
+    """The kernels' converted value of a code `zero` [out, groups], by tile: exact in `dtype`."""
     start = 1024 if dtype == torch.float16 else 128 if code == "int4" else 0
     return by_tile(zero.to(torch.float32) + (start + _MIDDLE[code])).to(dtype)

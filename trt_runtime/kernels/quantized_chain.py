@@ -1,16 +1,15 @@
-"""Products with int4 weights that follow one another, for one token, as one launch; the kernel is quantized_chain.cu.
+"""Consecutive GEMVs with int4 weights, for one token, in one launch; the kernel is quantized_chain.cu.
 
-Of a decoder block: the attention's output projection, gate and up, down, and the next block's query, key and value,
-with the norms between and the residuals.  As launches of their own each of them begins with an empty pipeline and ends
-with a drained one, which at int4 takes as long as reading the weights does.  Here one block on every multiprocessor
-stays from the first product to the last, and weights keep coming in while the results of a product go round.
+In a decoder block these are the attention's output projection, gate and up, down, and the next block's query, key and
+value, with the norms between and the residuals.  As separate launches each starts with an empty pipeline and ends with
+a drained one, which at int4 takes as long as reading the weights.  Here one block per multiprocessor stays from the
+first product to the last, and keeps loading weights while the blocks exchange the results of a product.
 
-CUDA C++, because Triton has no way to say what it rests on: a warp of its own that brings in memory, barriers of some
-of the warps, and words that are read until their tag is right.  NVRTC, which comes with torch, compiles it when it is
-first used.  It is launched with programmatic dependent launch: it asks for its first weights before the kernel ahead
-has ended.
+It is CUDA C++, because Triton cannot express what it needs: a warp that only loads memory, barriers of some of the
+warps, and spin-waiting on tagged words.  NVRTC, which comes with torch, compiles it at first use.  The launch is a
+programmatic dependent one: the kernel requests its first weights before the kernel ahead has ended.
 
-All blocks must be on the GPU at once, or they would wait for each other for ever: the launch is cooperative.
+All blocks must be on the GPU at once, or they would wait for each other forever: the launch is cooperative.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _TILE = 16
 _THREADS = 32 * (16 + 3 + 1)
 _SHARED = 215_296
 DEFINES = (f"-DBLOCK_THREADS={_THREADS}", f"-DSHARED_BYTES={_SHARED}")
-"""With which quantized_chain.cu is compiled; it checks them."""
+"""Constants with which quantized_chain.cu is compiled; it checks them."""
 _SOURCE = Path(__file__).with_suffix(".cu")
 _ENTRY = "quantized_chain"
 
@@ -96,7 +95,7 @@ class _Chain(ctypes.Structure):
 
 
 def on(device: torch.device) -> bool:
-    """Whether the kernel runs on a device: compute capability 9.0, and cuda.bindings, as beside torch for CUDA 13."""
+    """Whether the kernel runs on a device: compute capability 9.0, with cuda.bindings, as beside torch for CUDA 13."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
@@ -124,7 +123,7 @@ class ChainRunner:
         Args:
             products: one after another, at most `MAX_PRODUCTS`.
             prefetch: contiguous weights that later launches read first, at most `MAX_PREFETCH`: they are brought into
-                L2 once the last of this chain's are there, while whatever lies between the launches runs.
+                L2 once the last of this chain's are loaded, while the kernels between the launches run.
         """
         chain = described(products, prefetch, self._results, self._counters, self._blocks)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(chain))
@@ -150,7 +149,7 @@ def scratch(rows: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
 def described(
     products: Sequence[Product], prefetch: Sequence[Tensor], results: Tensor, counters: Tensor, blocks: int
 ) -> _Chain:
-    """The kernel's argument, for launches of so many blocks; `ChainRunner` says what the others are.
+    """The kernel's argument, for launches of `blocks` blocks; `ChainRunner` describes the others.
 
     Args:
         results, counters: from `scratch`, the same for launches that follow one another.
@@ -176,7 +175,7 @@ def described(
             weight_in_float=product.weight_in_float,
             eps=product.eps,
         )
-        # Dealt out in turn, so that every multiprocessor has as much to read as any other.
+        # Distributed in turn, so that every multiprocessor reads the same amount.
         first = (first + product.rows // _TILE) % blocks
     for j, memory in enumerate(prefetch):
         share = -(-memory.nbytes // (16 * blocks)) * 16
@@ -190,7 +189,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 @functools.cache
 def _function(device: int) -> Any:
-    """The CUfunction, for the device that is current."""
+    """The CUfunction for the current device."""
     return load_function(compiled(), _ENTRY, _SHARED)
 
 

@@ -1,9 +1,9 @@
-"""Products of quantized inputs with quantized weights (SmoothQuant's W8A8, arXiv:2211.10438, and fp8), and the inputs.
+"""int8 and fp8 GEMMs of quantized inputs and weights (SmoothQuant's W8A8, arXiv:2211.10438), and input quantization.
 
-The product is that of `refmodels.quantization.arithmetic.coded_product`: the sum of the codes' products, times the
-scales of token and output channel, rounded once; what follows (bias, activation of a gated MLP, residual) happens in
-registers.  int8 sums are exact.  fp8 sums are made by Hopper's matrix units, which keep 14 bits of a sum in flight
-(DeepSeek-V3, arXiv:2412.19437, 3.3.2): every `BLOCK_K` columns they are added to one in fp32.
+The product is that of `refmodels.quantization.arithmetic.coded_product`: the sum of products of quantized values, times
+the scales of token and output channel, rounded once; bias, activation of a gated MLP and residual follow in registers.
+int8 sums are exact.  Hopper's matrix units keep 14 bits of an fp8 sum in flight (DeepSeek-V3, arXiv:2412.19437, 3.3.2):
+every `BLOCK_K` columns the kernel adds it to one in fp32.
 
 Weights stand on the left and tokens on the right, because matrix instructions have at least 64 rows, and a decode step
 has few tokens but always many weights.
@@ -28,7 +28,7 @@ from trt_runtime.kernels.rms_norm import MAX_WIDTH, coded, magnitude
 def quantize_kernel(
     x, static, quantized, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr
 ):
-    """A row of x as codes: with a scale of its own, or with the one number `static`."""
+    """A row of x, quantized with a scale of its own or with the one number `static`."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -42,7 +42,7 @@ def quantize_kernel(
         amax = magnitude(wide)
         scaled = wide * tl.div_rn(LIMIT, amax)
         tl.store(scales + row, tl.div_rn(amax, LIMIT))
-    # A constant int8 scale may find a code below -127.
+    # With a constant int8 scale a value may be below -127.
     lowest: tl.constexpr = -128.0 if static is not None and LIMIT == 127.0 else -LIMIT
     tl.store(quantized + row * WIDTH + column, coded(scaled, lowest, LIMIT), mask=inside)
 
@@ -78,7 +78,7 @@ def coded_gemm_kernel(
 ):
     kind: tl.constexpr = out.dtype.element_ty
     integer: tl.constexpr = weight.dtype.element_ty == tl.int8
-    # Blocks that run at a time share rows and tokens: GROUP blocks of rows, then the next tokens.
+    # Blocks that run at the same time share rows and tokens: GROUP blocks of rows, then the next tokens.
     across = tl.cdiv(tokens, TOKENS)
     down = tl.num_programs(0) // across
     per: tl.constexpr = GROUP
@@ -148,13 +148,13 @@ def quantize(
     *, rows: int, width: int, dtype: ElementType, code: EightBit, x: Any, quantized: Any, scales: Any = None,
     static: Any = None,
 ) -> list[Launch]:  # fmt: skip
-    """Codes of x [rows, width]: `quantize_tokens` or `quantize_static` of `refmodels.quantization.arithmetic`.
+    """Quantize x [rows, width] as `quantize_tokens` or `quantize_static` of `refmodels.quantization.arithmetic`.
 
     Args:
         quantized: [rows, width], one byte each.
         scales: [rows] fp32, written; or static: one number of `dtype`, read.
     Raises:
-        LogitLockError: a row wider than the RMSNorm kernel's widest.
+        LogitLockError: a row is wider than the RMSNorm kernel's widest.
     """
     if not 0 < width <= MAX_WIDTH:
         raise LogitLockError(f"rows of {width} elements: the kernel that quantizes takes 1 to {MAX_WIDTH}")
@@ -208,9 +208,10 @@ def gemm(
 
     Args:
         n, k, tokens: out is [tokens, n]; k is a multiple of 16.
-        x: codes [tokens, k], int8 or float8_e4m3fn; input_scale: [tokens] fp32, or one number of `dtype` if `static`.
-        weight: codes [n, k], scale [n], bias [n] of `dtype`; each twice as long if gated.
-        tile: instead of `tile_of` (for measurements).
+        x: quantized [tokens, k], int8 or float8_e4m3fn; input_scale: [tokens] fp32, or one number of `dtype` if
+            `static`.
+        weight: quantized [n, k]; scale [n], bias [n] of `dtype`; each twice as long if gated.
+        tile: overrides `tile_of` (for measurements).
     """
     rows, columns, depth, warps, stages = tile or tile_of(n, tokens, code=code, gated=gated)
     element = "i8" if code == "int8" else "fp8e4nv"

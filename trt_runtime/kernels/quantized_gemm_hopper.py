@@ -5,8 +5,8 @@ groups of four multiply, each its half of the tokens, without ever waiting for e
 because Triton's own pipeline waits for every int8 product before it starts the next: with the same TMA loads
 `triton.jit` reached 1.6 to 1.8 times the speed of fp16 where this reaches 2.0 (benchmarks/results/gpu_quantized.log).
 
-Sums are as exact as there: int8 in int32; fp8 in fp32 after every `BLOCK_K` columns.  Tokens stand on the left, because
-nothing then has to be transposed on its way to memory.
+Sums are as exact as there: int8 in int32; fp8 in fp32 after every `BLOCK_K` columns.  Tokens are the left operand, so
+that no result has to be transposed on its way to memory.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -27,7 +27,7 @@ from refmodels.quantization.formats import EightBit
 from trt_runtime.kernels.launch import ElementType, Launch
 
 BLOCK_K = 128
-"""Columns of a tile: what 128-byte swizzling of shared memory takes."""
+"""Columns of a tile: the width that 128-byte swizzling of shared memory takes."""
 
 # Renamed between Triton 3.6 and 3.9.
 _fetch_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -48,7 +48,7 @@ def _place(
     """Which part of k, first token, first row, first and last step along k of a unit of work."""
     split = unit % SPLITS
     tile = unit // SPLITS
-    # Blocks that run at a time share tokens and rows: GROUP blocks of tokens, then the next rows.
+    # Blocks that run at the same time share tokens and rows: GROUP blocks of tokens, then the next rows.
     across = gl.cdiv(tokens, TOKENS)
     down = gl.cdiv(n, ROWS)
     first = tile // (GROUP * down) * GROUP
@@ -85,10 +85,10 @@ def _fetch(
         _split, token, row, begin, end = _place(unit, n, k, tokens, TOKENS, ROWS, COLUMNS, GROUP, SPLITS)
         for step in range(begin, end):
             slot = i % STAGES
-            # The first time round nobody has to leave: a new barrier counts the phase before its first as over.
+            # In the first round all buffers are free: a new barrier counts the phase before its first as over.
             mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
             ready = full.index(slot)
-            # What lies outside an operand arrives as zeros, and counts.
+            # TMA fills the part of a tile outside the operand with zeros, and the barrier counts those bytes too.
             mbarrier.expect(ready, (TOKENS + ROWS * (1 + GATED)) * COLUMNS)
             _fetch_tile(x, [token, step * COLUMNS], ready, xs.index(slot))
             _fetch_tile(weight, [row, step * COLUMNS], ready, ws.index(slot))
@@ -236,7 +236,7 @@ def hopper_gemm_kernel(
     INTEGER: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """One block a multiprocessor, each for as many units of work as come to it."""
+    """One block per multiprocessor, each for its share of the units of work."""
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, TOKENS, COLUMNS], x.layout)
     ws = gl.allocate_shared_memory(weight.dtype, [STAGES, ROWS, COLUMNS], weight.layout)
     us = ws
@@ -296,7 +296,7 @@ def finish_kernel(
     STATIC: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """What follows the sums, for products whose parts of k were summed apart; they are added in their order."""
+    """Adds the sums of the parts of k in their order, and applies scales, bias, activation and residual."""
     kind: tl.constexpr = out.dtype.element_ty
     if OVERLAP:
         gdc_launch_dependents()
@@ -324,7 +324,7 @@ class Tile:
     Attributes:
         tokens, rows: of out; of a gated product, twice as many rows of the weight.
         stages: buffers of the ring, as many as fit.
-        splits: parts of k that are summed apart.
+        splits: number of parts of k with separate sums.
     """
 
     tokens: int
@@ -347,7 +347,7 @@ _LARGEST_SUMS = 128 * 128
 
 
 def tile_of(n: int, k: int, tokens: int, *, code: EightBit, gated: bool, processors: int) -> Tile:
-    """The tile that should take the least time: whole rounds of all multiprocessors count, and the last costs as much.
+    """The tile with the least estimated time, in whole rounds of all multiprocessors: a partial round costs as much.
 
     Args: as of `gemm`.
     """

@@ -1,9 +1,9 @@
-"""Products with weights that are int4, int8 or fp8 codes, for up to `MAX_TOKENS` tokens.
+"""GEMV with int4, int8 or fp8 weights, for up to `MAX_TOKENS` tokens.
 
-The codes stay packed.  A tile is 16 rows by 16 words of 16 bits, laid out so that the 16 bytes that a thread loads are
-its part of a matrix instruction's operand: two of mma.m16n8k16's rows, four of its columns; nothing is exchanged.  A
-word holds codes of columns four apart, one in each nibble or byte, as unsigned numbers u.  They become floats two at a
-time, without a conversion:
+The quantized weights (codes) stay packed.  A tile is 16 rows by 16 words of 16 bits, laid out so that the 16 bytes that
+a thread loads are its part of a matrix instruction's operand: two of mma.m16n8k16's rows, four of its columns; threads
+exchange nothing.  A word holds codes of columns four apart, one in each nibble or byte, as unsigned numbers u.  They
+become floats two at a time, without a conversion:
 
     int4 in fp16    the bits where they are: fp16 subnormals u * 2^-24 (and u * 2^-20), which matrix units take as any
                     other number; 8 * 2^-24 times the sum of the inputs, made by the same units, is taken off the sum
@@ -11,10 +11,10 @@ time, without a conversion:
                     (Kim et al., arXiv:2211.10017)
     fp8             its bits in their place in fp16 or bf16, times a power of two
 
-All of that is exact.  Products are exact and are added in fp32 by the matrix units; the scale of a group multiplies the
+All of that is exact.  Products are exact, and the matrix units add them in fp32; the scale of a group multiplies the
 group's sum, in fp32, where `refmodels.quantization.arithmetic` rounds every code * scale to the working dtype: this is
-nearer to the product of the codes.  Groups that end within a run of columns are the exception: there the weight is what
-the reference makes of it.
+nearer to the exact product.  Groups that end within a run of columns are the exception: there the weight is rounded as
+in the reference.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, assignment, var-annotated"
@@ -45,7 +45,7 @@ from trt_runtime.kernels.launch import ElementType, Launch
 ROWS = 16
 """Rows of a tile."""
 WORDS = 16
-"""Words of 16 bits in a row of a tile; also how far apart the columns in one word are."""
+"""Words of 16 bits in a row of a tile; also the distance of the columns in one word."""
 CODES = {"int4": 4, "int8": 2, "fp8": 2}
 """Codes in a word."""
 MAX_TOKENS = 16
@@ -127,12 +127,12 @@ def coded_gemv_kernel(
             o = (block if GATED else block * TILES + m) * 16 + row
             biases = biases + (tl.load(bias + (m * n if GATED else 0) + o, mask=o < n, other=0.0),)
     if OVERLAP:
-        # Nobody writes weights: these are under way before the kernel ahead has written x.
+        # No kernel writes weights: these loads start before the kernel ahead has written x.
         gdc_launch_dependents()
         gdc_wait()
     onto = ()
     if residual is not None:
-        # Not when it is needed: at the end nothing hides the latency.
+        # Loaded early: at the end nothing would hide the latency.
         for m in tl.static_range(1 if GATED else TILES):
             for r in tl.static_range(SUMS):
                 o = (block if GATED else block * TILES + m) * 16 + row
@@ -231,7 +231,7 @@ def coded_gemv_kernel(
                         else:
                             whole_run = totals[r] * s
                         sums = sums + (acc[m * SUMS + r] + whole_run,)
-                # Asked for into the registers that have just been used: nothing has to be moved, and so waited for.
+                # Loaded into the registers that have just been used, so that nothing has to be moved and waited for.
                 if STEPS > DEPTH:
                     for u in tl.static_range(RUN):
                         next = ((start + DEPTH + d) * WARPS + warp) * RUN + u
@@ -320,7 +320,7 @@ def dequantize_kernel(
     else:
         zero = tl.full((1, 1, 1, 1, 1, 1), MIDDLE, kind)
     if OVERLAP:
-        # Whoever reads out starts after this has ended; whoever read what lay there before has ended too.
+        # The kernel that reads out starts after this has ended, and the readers of its old contents have ended too.
         gdc_launch_dependents()
         gdc_wait()
     # The parts of a thread's words are next to each other in a row: 16 columns of int4, 8 of the others.
@@ -340,7 +340,7 @@ def dequantize_kernel(
 
 
 def units_of(k: int, code: Code) -> int:
-    """How many tiles there are side by side."""
+    """The number of tiles side by side."""
     return -(-k // (WORDS * CODES[code]))
 
 
@@ -350,7 +350,7 @@ def serves(*, k: int, group: int | None, dtype: ElementType) -> bool:
 
 
 def _fast() -> bool:
-    """Inline assembly, which Triton's interpreter does not know."""
+    """Inline assembly, which Triton's interpreter does not support."""
     return not triton.knobs.runtime.interpret
 
 
@@ -358,8 +358,8 @@ def block_of(n: int, k: int, *, tokens: int, gated: bool) -> tuple[int, ...]:
     """Warps of a block, runs that each holds in advance, tiles of rows, and the most registers of a thread if there is
     such a limit, for a product [n, k].
 
-    What made whole decode steps of Qwen-7B in int4 fastest on an H200 (benchmarks/gpu_quantized.py).  More registers,
-    for more tiles or runs, are no gain: blocks that do not fit at once wait for the others to finish.
+    These made whole decode steps of Qwen-7B in int4 fastest on an H200 (benchmarks/gpu_quantized.py).  More registers,
+    for more tiles or runs, bring nothing: blocks that do not fit at once wait for the others to finish.
     """
     if gated:
         return 4, 1, 1
@@ -396,15 +396,15 @@ def gemv(
 
     Args:
         n, k, tokens: out is [tokens, n], x [tokens, k], tokens <= `MAX_TOKENS`; out may be residual.
-        dtype: fp16 or bf16, of everything that is not said to be something else.
+        dtype: fp16 or bf16, of everything without another dtype here.
         code, group: of the weight; columns that share a scale, None for all.
         weight: int32, from `packing.pack`; [2 * n, k] of which each half is padded to whole tiles, if gated.
         scale: [tiles, groups, 16], from `packing.by_tile`; offset: likewise from `packing.offsets`, or None.
         bias: [n], or [2 * n] if gated.
-        prefetch: up to two pieces of memory (and their bytes, multiples of 16) that later kernels will read: they are
-            brought into the L2 cache from GPUs of compute capability 9.0 on.  Between two products the memory would
-            stand still.
-        block: instead of `block_of` (for measurements).
+        prefetch: up to two pieces of memory (and their bytes, multiples of 16) that later kernels will read: from
+            compute capability 9.0 on they are brought into the L2 cache, while the memory would be idle between two
+            products.
+        block: overrides `block_of` (for measurements).
     """
     warps, depth, rows, *registers = block or block_of(n, k, tokens=tokens, gated=gated)
     rows = 2 if gated else rows

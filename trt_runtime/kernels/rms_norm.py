@@ -10,7 +10,7 @@ The quantized copy (SmoothQuant, arXiv:2211.10438, per-token) is that of y, the 
     scale = amax / limit                             fp32, IEEE division; limit 127 (int8) or 448 (fp8 e4m3)
     code  = round(clamp(y * (limit / amax), -limit, limit))        fp32 product and quotient; half to even
 
-A NaN in a row makes its scale NaN; the codes of such a row mean nothing.
+A NaN in a row makes its scale NaN; the quantized values of such a row mean nothing.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -109,16 +109,16 @@ def rms_norm_kernel(
 def launches(
     shape: NormShape, *, x: Any, weight: Any, y: Any, quantized: Any = None, scales: Any = None
 ) -> list[Launch]:
-    """What computes `fused_rms_norm` on contiguous rows: one launch, none for no rows.
+    """The launches of `fused_rms_norm` on contiguous rows: one, or none for no rows.
 
     Args:
         shape: rows, width <= `MAX_WIDTH`, dtype and so on.
         x, y: [rows, width] of `shape.dtype`, tensors or addresses; y may be x.  16-byte aligned, as all others.
         weight: [width] of `shape.dtype`.
-        quantized: [rows, width], one byte an element (int8 or fp8 e4m3 bits); exactly if `shape.quantized`.
+        quantized: [rows, width], one byte per element (int8 or fp8 e4m3 bits); exactly if `shape.quantized`.
         scales: [rows] fp32; likewise.
     Raises:
-        LogitLockError: a row wider than `MAX_WIDTH`.
+        LogitLockError: a row is wider than `MAX_WIDTH`.
     """
     if not 0 < shape.width <= MAX_WIDTH:
         raise LogitLockError(f"rows of {shape.width} elements: the RMSNorm kernel takes 1 to {MAX_WIDTH}")

@@ -1,9 +1,9 @@
 """The kernels on torch tensors, and as the CUDA implementation of the two custom ops.
 
 Importing this module registers that implementation; it serves calls inside `with use_kernels():` only.  Everywhere
-else, and for what the kernels do not serve (fp64, an upstream arithmetic), the op's own body runs, so that the
-reference on CUDA stays the reference.  Nothing here waits for the device or reads its data: all of it can be captured
-in a CUDA graph.
+else, and for calls that the kernels do not serve (fp64, an upstream arithmetic), the op's own body runs, so that the
+reference on CUDA stays the reference.  Nothing here waits for the device or reads its data: a CUDA graph can capture
+all of it.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def use_kernels(workspace: Workspace | None = None) -> Iterator[None]:
     """Serve the custom ops on CUDA tensors by the kernels, in this context.
 
     Args:
-        workspace: scratch memory for attention.  Without it, one is kept for each device and stream, except while a
-            CUDA graph is captured: a graph must own its memory, so every attention in it then allocates and zeroes its
-            own.  Give one (and keep it as long as the graph) to spare the graph that.
+        workspace: scratch memory for attention.  Without it, one is kept per device and stream, except while a CUDA
+            graph is captured: a graph must own its memory, so every attention in it then allocates and zeroes its own.
+            Give one (and keep it as long as the graph) to avoid that.
     """
     token = _ACTIVE.set(_Use(workspace=workspace))
     try:
@@ -113,7 +113,7 @@ def quantized_rms_norm(
 
     Args:
         x: [..., hidden] fp16, bf16 or fp32; weight: [hidden], dtype of x.
-    Returns: y like x; codes like x in int8 or float8_e4m3fn; scales [..., 1] fp32, with y ~ codes * scales.
+    Returns: y like x; y quantized to int8 or float8_e4m3fn; scales [..., 1] fp32, with y ~ quantized * scales.
     """
     y, codes, scales = _norm(x, weight, eps, weight_in_float, kind)
     assert codes is not None and scales is not None
@@ -145,7 +145,7 @@ def _norm(
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """The tensor as kernels read it: contiguous from a multiple of 16 bytes.  A copy if it is not so already."""
+    """The tensor as kernels read it: contiguous from a multiple of 16 bytes; a copy only if it is not so already."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 

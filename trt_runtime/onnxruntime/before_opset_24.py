@@ -1,7 +1,7 @@
 """Running bundles on ONNX Runtime releases without opset 24 (the last one for Python 3.10 is 1.23).
 
-The only op of a bundle that needs opset 24 is TensorScatter, the cache write.  ScatterElements says the same with
-explicit indices, and is done in place as well when its input and output are bound to one buffer.
+The only op of a bundle that needs opset 24 is TensorScatter, the cache write.  ScatterElements does the same with
+explicit indices, also in place when its input and output are bound to one buffer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _IR_VERSION = 11
 
 
 def has_tensor_scatter() -> bool:
-    """Whether the ONNX Runtime that is installed can run the graph as it is."""
+    """Whether the installed ONNX Runtime can run the graph as it is."""
     return any(kernel.op_name == "TensorScatter" for kernel in ort_state.get_all_opkernel_def())
 
 

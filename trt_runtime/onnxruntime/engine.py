@@ -37,7 +37,7 @@ from trt_runtime.onnxruntime.integer_kernels import SESSION_OPTIONS, cache_as_by
 _FP8, _BYTES = DTYPE_TABLE["fp8"], DTYPE_TABLE["uint8"]
 """fp8 caches are bound as bytes: ONNX Runtime's kernels do not move fp8 (see `cache_as_bytes`)."""
 _BOTH_SESSIONS_BYTES = 2 << 30
-"""Up to this size of weights the tapped and the untapped session stay loaded together."""
+"""Maximum size of the weights, in bytes, at which the tapped and the untapped session stay loaded together."""
 _WRONG = {"MatMulIntegerToFloatFusion"}
 """Optimizations of ONNX Runtime 1.31 that change results: this one takes a scale for each token for one of all."""
 _FED = "fed."
@@ -46,14 +46,14 @@ _Mode = Literal["plain", "tapped", "cut"]
 
 @dataclass(frozen=True, eq=False)
 class _Binding:
-    """What a session has bound for one cache."""
+    """The buffers that a session has bound for one cache."""
 
     io: Any
     pointers: tuple[int, ...]
 
 
 class _Session:
-    """One ONNX Runtime session and its bindings, one for each cache."""
+    """One ONNX Runtime session and its bindings, one per cache."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self.session = session
@@ -94,11 +94,11 @@ class OnnxRuntimeEngine(Engine):
     Args:
         bundle: a bundle or its directory.
         emulate_rounding: for fp16 and bf16 bundles: round every node's result to the half type, so that rounding and
-            overflow are those of an engine that really computes in it.  Without it nothing is rounded between nodes
-            but what is stored in the caches; faster.  fp32 bundles are the same in both.
+            overflow are those of an engine that really computes in it.  Without it only the caches are rounded, which
+            is faster.  fp32 bundles are the same in both.
         threads: of ONNX Runtime; default: torch's.
     Raises:
-        LogitLockError: as `read_bundle`; a graph that does not fit its bundle.json.
+        LogitLockError: as `read_bundle`; the graph does not fit its bundle.json.
     """
 
     def __init__(
@@ -126,12 +126,12 @@ class OnnxRuntimeEngine(Engine):
         return outputs["logits"]
 
     def run_cut(self, step: StepInputs, cache: KVCache, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run every module by itself: the graph is cut at every tap but the cache's and goes on with what is fed there.
+        """Run every module by itself: the graph is cut at every tap but the cache's, and `fed` is its input there.
 
         Args:
             step, cache: as for `run`; the cache is updated.
             fed: for every tap that is not a cache tensor, [batch, tokens, width].
-        Returns: what the modules made of it, by tap.
+        Returns: the results of the modules, by tap.
         """
         cut = {f"{_FED}{self.bundle.info.taps[tap]}": fed[tap] for tap in self.tap_names if not is_cache_tap(tap)}
         outputs = self._run("cut", step, cache, cut)
@@ -200,7 +200,7 @@ class OnnxRuntimeEngine(Engine):
         promote(model, taps)
         if quantized:
             cache_as_bytes(model)
-            # Or ONNX Runtime dequantizes weights that nobody reads any more, all of them, before it drops them.
+            # Or ONNX Runtime dequantizes all weights that no node reads any more before it drops them.
             passes.RemoveUnusedNodesPass()(model)
         if not has_tensor_scatter():
             model = without_tensor_scatter(model)

@@ -1,5 +1,5 @@
-"""What ONNX Runtime, onnx_ir and protobuf raise about a graph, as one sentence without paths of their sources; and the
-options of a session, which say what is raised and not printed."""
+"""Errors of ONNX Runtime, onnx_ir and protobuf about a graph, as one sentence without paths of their sources; and the
+options of a session that raises them instead of printing them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from refmodels.errors import LogitLockError
 
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _SOURCE = re.compile(r"\S+\.(?:cc|cpp|hpp|h):\d+ (?:[\w:~<>]+\([^)]*\)(?: const)?|[\w:~]+) ?")
+# Fatal errors only: others are exceptions too, and would be reported twice.
+_LOG_SEVERITY = 4
 
 
 @contextmanager
 def graph_errors(what: str) -> Iterator[None]:
-    """Raise a `LogitLockError` that begins with `what` for whatever the libraries raise; of files, memory and bugs not.
+    """Raise a `LogitLockError` that begins with `what` for any error of the libraries except files, memory and bugs.
 
-    They raise what they like for a graph that is none, from TypeError to their own classes, so every Exception counts.
+    For a broken graph they raise anything from TypeError to their own classes, so every Exception counts.
     onnx_ir also logs what it meets, in many lines; only the sentence is shown.
     """
     logger = logging.getLogger("onnx_ir")
@@ -44,7 +46,7 @@ def said(error: Exception) -> str:
 
 
 def cannot_run(path: Path) -> str:
-    """How a sentence about a graph that fails begins."""
+    """The start of a sentence about a graph that fails."""
     return f"ONNX Runtime cannot run {path}"
 
 
@@ -58,8 +60,7 @@ def session_options(folder: Path, threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Fatal ones only: errors are exceptions too, and would be said twice.
-    options.log_severity_level = 4
+    options.log_severity_level = _LOG_SEVERITY
     # Spinning threads gain 3 % on idle cores and lose half on shared ones (another process, or torch in this one).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))

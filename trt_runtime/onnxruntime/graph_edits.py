@@ -1,5 +1,5 @@
-"""Edits of a bundle's ONNX graph before ONNX Runtime gets it: load, inline, promote taps to outputs, cut at taps, and
-put nodes in and in the place of others."""
+"""Edits of a bundle's ONNX graph before ONNX Runtime loads it: load, inline, promote taps to outputs, cut at taps, and
+insert or replace nodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_graph(path: Path, *, files: Iterable[str]) -> ir.Model:
     """Read model.onnx; weights stay on disk.
 
     Raises:
-        LogitLockError: not an ONNX model, or weights in a file that is not one of `files`, the bundle's own.
+        LogitLockError: it is no ONNX model, or its weights are in a file that is not one of `files`, the bundle's own.
     """
     with graph_errors(cannot_read(path)):
         model = ir.load(path)
@@ -32,10 +32,10 @@ def load_graph(path: Path, *, files: Iterable[str]) -> ir.Model:
 
 
 def promote(model: ir.Model, names: Iterable[str]) -> None:
-    """Make values of the graph outputs of it, after the ones that there are.
+    """Make values of the graph outputs of it, after its own outputs.
 
     Raises:
-        LogitLockError: a name that is no value of the graph.
+        LogitLockError: the graph has no value of a given name.
     """
     graph = model.graph
     wanted = dict.fromkeys(names)
@@ -63,7 +63,7 @@ def cut_at(model: ir.Model, names: Iterable[str], *, prefix: str) -> None:
 
 
 def inline_and_type(model: ir.Model) -> ir.Model:
-    """Put function bodies in place of their calls and infer the dtype of every value."""
+    """Inline function bodies and infer the dtype of every value."""
     model = passes.InlinePass()(model).model
     return passes.ShapeInferencePass()(model).model
 
@@ -92,7 +92,7 @@ def emit(
 
 
 def initializer(beside: ir.Node, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """The initializer of that name of a node's graph, made of `tensor` if there is none yet."""
+    """The initializer of that name in a node's graph, created from `tensor` if there is none yet."""
     assert beside.graph is not None
     known = beside.graph.initializers
     if name not in known:

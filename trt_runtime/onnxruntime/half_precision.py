@@ -1,7 +1,7 @@
-"""Imitating half precision on a CPU, and other rewrites of a bundle's graph that leave its weights where they are.
+"""Emulation of half precision on a CPU: a rewrite of a bundle's graph that leaves its weights where they are.
 
-ONNX Runtime has no bf16 arithmetic on the CPU and computes fp16 graphs in fp32, so overflow and rounding of the real
-engine would not show.  `compute_in_float` rewrites the graph so that every node computes in fp32 and, if asked, rounds
+ONNX Runtime has no bf16 arithmetic on the CPU and computes fp16 graphs in fp32, which hides overflow and rounding of
+the real engine.  `compute_in_float` rewrites the graph so that every node computes in fp32 and, if asked, rounds
 each result to the half type by an explicit Cast; ONNX Runtime never removes such a pair of casts.
 """
 
@@ -20,7 +20,7 @@ _MOVES = frozenset((
     "ScatterElements", "ScatterND", "Shape", "Size", "Slice", "Split", "Squeeze", "TensorScatter", "Tile", "Transpose",
     "Unsqueeze",
 ))  # fmt: skip
-"""Ops that copy elements and never compute with them: they round nothing, so they may stay in the half type."""
+"""Ops that only copy elements: they round nothing, so they may stay in the half type."""
 
 
 def compute_in_float(model: ir.Model, half: ir.DataType, *, rounded: bool) -> None:
@@ -30,14 +30,14 @@ def compute_in_float(model: ir.Model, half: ir.DataType, *, rounded: bool) -> No
         model: without functions, with dtypes (`inline_and_type`); changed in place.
         half: FLOAT16 or BFLOAT16.
         rounded: round every result to `half`, as an engine does that stores each tensor in `half`; values then keep
-            their name and dtype.  Otherwise results stay fp32, also under their names, and only what is written to the
-            caches is rounded.
+            their name and dtype.  Otherwise results stay fp32 under their names, and only the values written to the
+            caches are rounded.
     """
     _Widening(model.graph, half, rounded=rounded).run()
 
 
 class _Widening:
-    """Nodes that compute in half precision made to compute in fp32, one after the other."""
+    """Makes nodes that compute in half precision compute in fp32, one after the other."""
 
     def __init__(self, graph: ir.Graph, half: ir.DataType, *, rounded: bool) -> None:
         self.graph, self.half, self.rounded = graph, half, rounded

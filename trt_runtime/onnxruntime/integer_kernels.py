@@ -1,16 +1,16 @@
 """Quantized layers and caches on ONNX Runtime's CPU kernels: rewrites of a bundle's graph when it is loaded.
 
-A bundle says what is computed in QuantizeLinear and DequantizeLinear (`export.graph.quantized_rules`), which ONNX
-Runtime runs as they stand: dequantized weights in fp32.  Where it has a kernel for the whole, that takes their place:
+A bundle's quantized layers are QuantizeLinear and DequantizeLinear (`export.graph.quantized_rules`), which ONNX Runtime
+runs one by one, on dequantized weights in fp32.  Where it has a kernel for the whole, the kernel replaces them:
 
-    int4 weights                         MatMulNBits, which dequantizes inside the product, in fp32
-    int4, int8; int8 inputs by group     MatMulNBits at accuracy level 4, which rounds its input in just that way
-                                         (`rounds_by_group` tries it)
-    int8; int8 inputs by tensor, token   MatMulInteger: the exact sums of the codes, of uint8 inputs (code + 128),
-                                         because x86 has no product of two signed bytes
+    int4 weights                          MatMulNBits, which dequantizes inside the GEMM, in fp32
+    int4, int8; int8 inputs per group     MatMulNBits at accuracy level 4, which rounds its input in the same way
+                                          (`rounds_by_group` tries it)
+    int8; int8 inputs per tensor, token   MatMulInteger: exact integer sums, of uint8 inputs (value + 128), because x86
+                                          has no product of two signed bytes
 
-A form is recognized by its nodes, all of them, so that a graph that differs in anything is run as it stands.  Weights
-stay in their file: their bytes are declared again as what the kernel wants, less one XOR that ONNX Runtime folds.
+All nodes of a form must match, so that a graph that differs in any of them runs unchanged.  Weights stay in their file:
+the kernel's input declares the same bytes with another type, plus one XOR that ONNX Runtime folds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SESSION_OPTIONS = {
     # On ARM its kernels round whole rows.
     "mlas.disable_kleidiai": "1",
 }
-"""What sessions of quantized bundles need."""
+"""Session options that quantized bundles need."""
 
 _CONTRIB = "com.microsoft"
 _BLOCKS = (256, 128, 64, 32, 16)
@@ -68,12 +68,12 @@ class _Weight:
 
 
 def use_integer_kernels(model: ir.Model, *, weights_rounded: bool) -> None:
-    """Put ONNX Runtime's own kernels in the place of quantized products; changed in place.  What only these read stays.
+    """Replace quantized products by ONNX Runtime's own kernels, in place.  Nodes that only these read stay.
 
     Args:
         model: without functions, with dtypes (`trt_runtime.onnxruntime.graph_edits.inline_and_type`).
         weights_rounded: dequantized weights are rounded to the working dtype (an emulated half bundle), which
-            MatMulNBits does not do: leave products with unquantized inputs as they stand.
+            MatMulNBits does not do: leave products with unquantized inputs as they are.
     """
     unsigned: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
@@ -133,7 +133,7 @@ def _block_product(node: ir.Node, x: ir.Value, weight: _Weight, block: int, *, a
 
 
 def _offset_binary(before: ir.Node, codes: ir.Value, shape: Sequence[int]) -> ir.Value:
-    """The bytes of an initializer of codes as unsigned ones."""
+    """The bytes of an initializer of quantized values as unsigned ones."""
     tensor = codes.const_value
     name = f"{codes.name}.bytes"
     if isinstance(tensor, ir.ExternalTensor):
@@ -166,8 +166,8 @@ def _zeros(before: ir.Node, zero: ir.Value, rows: int, groups: int, repeats: int
 def rounds_by_group() -> bool:
     """Whether MatMulNBits at accuracy level 4 rounds its input as `quantize_groups` does, in groups of the weight.
 
-    ONNX Runtime's kernels for x86 do; what they must do is not documented, and some for ARM round whole rows.  So a
-    small product is tried, with one large number in a row, against which a group of small ones would vanish.
+    ONNX Runtime's kernels for x86 do; its documentation does not say, and some for ARM round whole rows.  So we try a
+    small product, with one large number in a row, against which a group of small ones would vanish.
     """
     rows, groups, size = 8, 4, 32
     draw = np.random.default_rng(0)
@@ -235,7 +235,7 @@ def _weight(value: ir.Value | None) -> _Weight | None:
 
 
 def _signed_codes(x: ir.Value) -> ir.Node | None:
-    """The QuantizeLinear to int8 of one scale whose codes `x` is, as numbers."""
+    """The QuantizeLinear to int8 with one scale whose dequantized result is `x`."""
     number = _made_by(x, "DequantizeLinear")
     if number is None or len(number.inputs) != 2 or _number(number.inputs[1]) != 1.0:
         return None
@@ -248,7 +248,7 @@ def _signed_codes(x: ir.Value) -> ir.Node | None:
 
 
 def _rounded_by_group(x: ir.Value, weight: _Weight) -> ir.Value | None:
-    """The fp32 value that `x` is after rounding to int8 with a scale for every token and group of the weight."""
+    """The fp32 value of which `x` is the rounding to int8 with one scale per token and group of the weight."""
     columns = weight.shape[1]
     size = columns // weight.groups
     outer = _made_by(x, "Reshape")
@@ -275,7 +275,7 @@ def _rounded_by_group(x: ir.Value, weight: _Weight) -> ir.Value | None:
     shapes = grouped is not None and _list(grouped.inputs[1]) == [0, 0, weight.groups, size]
     if not (same and shapes and limits == (127.0, 127.0) and _list(largest.inputs[1]) == [-1]):
         return None
-    # What the kernel does with a group of zeros is the same for every tiny bound.
+    # The kernel treats a group of zeros alike for every tiny bound.
     if least is None or not 0 < least < 2.0**-64:
         return None
     assert grouped is not None
@@ -335,10 +335,9 @@ def _type(value: ir.Value) -> ir.DataType:
 def cache_as_bytes(model: ir.Model) -> None:
     """Turn fp8 caches into uint8 ones of the same bytes: ONNX Runtime's CPU kernels do not move fp8; changed in place.
 
-    Codes are written as the top half of an fp16 number: fp16 has e4m3's layout with one bit more of exponent, so that
-    value * 2**-8 has the code in its bits 7 to 13.  They are read through a table of the 256 values.
-
-    Only live slots are dequantized.
+    The write makes an fp16 number and takes its top half: fp16 has e4m3's layout with one more exponent bit, so that
+    bits 7 to 13 of value * 2**-8 are the fp8 value.  The read looks bytes up in a table of the 256 values, and
+    dequantizes the used slots only.
 
     Args:
         model: without functions, with dtypes, after every other rewrite.
@@ -365,7 +364,7 @@ def cache_as_bytes(model: ir.Model) -> None:
 
 
 def _bits(before: ir.Node, codes: ir.Value) -> ir.Value:
-    """The bytes of fp8 codes."""
+    """The bytes of fp8 values."""
     name, put, constant = codes.name, partial(emit, before=before), partial(_constant, before)
     number = put("Cast", [codes], f"{name}.number", to=int(ir.DataType.FLOAT))
     shift = constant("fp8.exponent_shift", np.array(2.0**-8, np.float32))
@@ -382,7 +381,7 @@ def _bits(before: ir.Node, codes: ir.Value) -> ir.Value:
 
 
 def _read(number: ir.Node, live: ir.Node) -> None:
-    """code * scale of the live slots of bytes [batch, kv_heads, capacity, head_dim]; scale [kv_heads]."""
+    """The used slots of fp8 bytes [batch, kv_heads, capacity, head_dim], dequantized; scale [kv_heads]."""
     codes, scale = number.inputs
     assert codes is not None and scale is not None
     name, put, constant = live.name, partial(emit, before=live), partial(_constant, live)

@@ -2,7 +2,7 @@
 
     from trt_runtime.tensorrt.api import trt
 
-Importing this module without either installed raises a `LogitLockError` that names the install command, so import it
+If neither is installed, importing this module raises a `LogitLockError` that names the install command, so import it
 where TensorRT is needed, not at the top of a module that also serves the CPU.  `LOGITLOCK_TENSORRT=tensorrt_rtx` (or
 `tensorrt`) chooses where both are installed; otherwise full TensorRT wins.  Neither import needs a GPU, and
 TensorRT-RTX builds without one.
@@ -26,7 +26,7 @@ from refmodels.errors import LogitLockError
 _MINIMUM = {"tensorrt": (11, 0), "tensorrt_rtx": (1, 5)}
 _INSTALL = "pip install 'logitlock[tensorrt-rtx]' (RTX GPUs; builds without a GPU) or 'logitlock[tensorrt]'"
 _NOISE = ("catchCudaError", "cudaErrorInsufficientDriver")
-"""Follows every API error, and some successes, on a machine without a driver; says nothing."""
+"""Follows every API error, and some successes, on a machine without a driver; it has no meaning."""
 
 
 def _load() -> ModuleType:
@@ -88,7 +88,7 @@ if IS_RTX:
 
 
 class Logger(trt.ILogger):  # type: ignore[misc]
-    """Keeps messages while someone collects them.
+    """Keeps messages while `collect` is active.
 
     TensorRT has one logger in a process: the first one registered serves every builder and runtime that lives.  So
     there is one, `LOGGER`.

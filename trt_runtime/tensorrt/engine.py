@@ -28,9 +28,9 @@ from trt_runtime.engine import Engine
 from trt_runtime.tensorrt.plan import CudaStream, TensorRTPlan, join_messages
 
 BUCKET = 256
-"""Slots; masks are padded to a multiple of it."""
+"""Masks are padded to a multiple of this number of slots."""
 _BOTH_PLANS_BYTES = 2 << 30
-"""Up to this size the tapped and the untapped plan stay loaded together."""
+"""Maximum size, in bytes, at which the tapped and the untapped plan stay loaded together."""
 _HINT = "`--engine onnxruntime` runs the bundle on the CPU"
 
 
@@ -92,7 +92,7 @@ class TensorRTEngine(Engine):
         chunk: int | None = None,
         recorder: Recorder | None = None,
     ) -> Tensor:
-        """As `Engine.prefill`; what is longer than the engine's `--max-input` runs in chunks."""
+        """As `Engine.prefill`; a prompt longer than the engine's `--max-input` runs in chunks."""
         longest = self.built.max_input
         return super().prefill(
             input_ids,
@@ -172,7 +172,7 @@ def check_package(built: str, installed: str) -> None:
     """Compare the TensorRT that built a plan with the one here, each as 'tensorrt_rtx 1.7.1.116'.
 
     Raises:
-        LogitLockError: another package, or another version: a plan serves one version.
+        LogitLockError: the package or its version differs: a plan serves one version.
     """
     if built == installed:
         return
@@ -188,7 +188,8 @@ def check_device(built: EngineInfo, capability: tuple[int, int], supported: Mapp
 
     Args:
         capability: of the device, as (8, 9).
-        supported: names such as 'SM89' of all that the package serves; None: it does not say (full TensorRT).
+        supported: names, such as 'SM89', of all GPUs that the package serves; None: it does not list them (full
+            TensorRT).
     Raises:
         LogitLockError: this GPU is not among them.
     """
@@ -207,10 +208,10 @@ def check_device(built: EngineInfo, capability: tuple[int, int], supported: Mapp
 
 
 def choose_profile(profiles: Sequence[Profile], *, batch: int, tokens: int) -> int:
-    """Index of the narrowest profile that serves a step of `batch` rows and `tokens` tokens a row.
+    """Index of the narrowest profile that serves a step of `batch` rows and `tokens` tokens per row.
 
     Raises:
-        LogitLockError: none does.
+        LogitLockError: no profile does.
     """
     serving = [
         (profile.tokens[1], index)

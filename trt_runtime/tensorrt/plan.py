@@ -1,4 +1,4 @@
-"""What runs a deserialized TensorRT plan: contexts, bindings, and CUDA graphs of steps that repeat."""
+"""Running a deserialized TensorRT plan: contexts, bindings, and CUDA graphs of steps that repeat."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from refmodels.dtypes import DTYPE_TABLE
 from refmodels.errors import LogitLockError
 
 KEPT_STEPS = 16
-"""Steps of different shapes or caches that a plan remembers; each captured one has a context of its own."""
+"""Number of steps of different shapes or caches that a plan remembers; each captured one has its own context."""
 _TYPES = ("fp32", "fp16", "bf16", "int32", "int64", "bool")
 """Of a plan's inputs and outputs."""
 
@@ -29,14 +29,14 @@ class CudaStream:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Work of the block follows what the caller's stream has done, and the caller's next work follows it."""
+        """The block's work waits for the caller's stream, and the caller's next work waits for the block's."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What replays the CUDA graph of `work`."""
+        """A function that replays the CUDA graph of `work`."""
         graph = torch.cuda.CUDAGraph()
         # TensorRT-RTX may compile kernels in other threads meanwhile.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -55,7 +55,7 @@ class _BoundStep:
 
 
 class TensorRTPlan:
-    """A deserialized plan and what runs it.
+    """A deserialized plan with its contexts and bindings.
 
     Contexts share one block of scratch memory: they run one after the other on one stream.
 
@@ -105,9 +105,9 @@ class TensorRTPlan:
 
         Args:
             profile: index of the optimization profile.
-            inputs: step inputs on the CPU; others than the plan's are left out.
+            inputs: step inputs on the CPU; those that the plan lacks are ignored.
             caches: by name, on the device; updated in place.
-            repeats: keep what the step needs, and capture it when it comes again.
+            repeats: keep the step's context and buffers, and capture the step when it comes again.
         Returns: outputs by name; those of a step that repeats are overwritten by its next run.
         Raises:
             LogitLockError: TensorRT or a plugin fails.
@@ -118,8 +118,8 @@ class TensorRTPlan:
         with self._stream.working():
             if not repeats:
                 return self._execute(self._bind(self._context(profile), given, caches), given)
-            # The first time nothing says that the step will come again; the second time it gets a context of its own,
-            # which a graph needs, and is captured after it has run; from then on it is replayed.
+            # The first time, the step may never come again; the second time it gets its own context, which a graph
+            # needs, and is captured after it has run; from then on it is replayed.
             seen = key in self._steps
             step = self._steps.pop(key, None)
             if step is None:

@@ -1,7 +1,6 @@
-"""A decode step of one row in two launches per block, where `kernels.quantized_chain` serves the model.
+"""A decode step of one row in two launches per block, if `kernels.quantized_chain` serves the model.
 
-One launch is the attention; the other is all that lies between it and the next block's attention, or the end of the
-step.
+One launch is the attention; the other computes everything up to the next block's attention, or to the end of the step.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from trt_runtime.torch_gpu.weight_storage import PackedLinear, mergeable
 
 
 class Carry(NamedTuple):
-    """What a chain hands on to the next block, or to the end of the step.
+    """The results that a chain passes to the next block, or to the end of the step.
 
     Attributes:
         x: the block's output [1, 1, hidden].
-        next_linear: what the next linear layer makes of it, after its norm: the next block's query, key and value, or
-            the logits; None if the head is not in the chain.
+        next_linear: output of the next norm and linear layer: the next block's query, key and value, or the logits;
+            None if the head is not in the chain.
     """
 
     x: Tensor
@@ -54,13 +53,13 @@ class ChainedLayers(NamedTuple):
 
 
 class BlockChain:
-    """What follows the attention of a block, up to the query, key and value of the next block, or to the logits.
+    """The layers after a block's attention, up to the next block's query, key and value, or to the logits.
 
     Args:
         runner: shared by the chains of a model.
         layers: the block's.
-        following: what reads the block's output, if the chain serves it.
-        prefetch: contiguous weights to be brought into L2 meanwhile.
+        following: the layer that reads the block's output, if the chain serves it.
+        prefetch: contiguous weights to bring into L2 meanwhile.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class BlockChain:
         self._runner, self._layers, self._following, self._prefetch = runner, layers, following, prefetch
 
     def run(self, context: Tensor, x: Tensor) -> Carry:
-        """The block's output, and what comes after it.
+        """The block's output and the next linear layer's.
 
         Args:
             context: the attention's result [1, 1, heads * head_dim] fp16.
@@ -94,7 +93,7 @@ def block_chains(
 ) -> Iterator[BlockChain]:
     """The chains of a model's blocks; `head` is the final norm and the head, if the chain serves them."""
     for layers, next_layers in zip_longest(blocks, blocks[1:]):
-        # While the next attention runs, or one step ends and the next begins: what the launch after it reads first.
+        # The weights that the launch after the next attention (or after the step's end) reads first.
         if next_layers is not None:
             yield BlockChain(runner, layers, next_layers.qkv, [_packed(next_layers.out)])
         else:
@@ -107,9 +106,9 @@ def _packed(linear: FusedQuantizedLinear) -> Tensor:
 
 
 def chain_runner(decoder: Decoder) -> ChainRunner | None:
-    """What runs the chains of a decoder whose weights are arranged; None if not all of its blocks can be chained.
+    """The runner of a decoder's chains, whose weights are arranged; None if not all of its blocks can be chained.
 
-    Where the kernel cannot be made, a warning says so, and each linear layer stays a launch of its own.
+    If the kernel cannot be compiled, a warning says so, and each linear layer stays a launch of its own.
     """
     blocks = [block for block in decoder.blocks if isinstance(block, Block)]
     if not blocks or not all(_block_chainable(block) for block in blocks):
@@ -141,7 +140,7 @@ def _norm_chainable(norm: nn.Module) -> bool:
 
 
 def chainable(linear: nn.Module) -> bool:
-    """Whether `kernels.quantized_chain` serves a layer, where it is."""
+    """Whether `kernels.quantized_chain` serves a layer on its device."""
     return (
         isinstance(linear, PackedLinear)
         and chain_serves(

@@ -1,4 +1,4 @@
-"""From the reference decoder to the one of fused layers, on the same weights."""
+"""Conversion of the reference decoder to fused layers, on the same weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Decode steps on memory that does not move, so that a CUDA graph can repeat them.
+"""CUDA-graph decode with static buffers.
 
-A step runs one token per row.  All that changes from step to step is copied into one block of device memory by one
-transfer from pinned memory; the caches stay where they are, and the mask is as wide as a whole number of `BUCKET`s, so
-that a graph lasts for many steps.  On the CPU the same steps run without a graph.
+A step runs one token per row.  One transfer from pinned memory copies all inputs that change from step to step into one
+block of device memory; the caches stay where they are, and the mask's width is a multiple of `BUCKET`, so that a graph
+serves many steps.  On the CPU the same steps run without a graph.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trt_runtime.kernels.launch import AttentionShape
 from trt_runtime.kernels.torch_host import ELEMENT_TYPES, Workspace, use_kernels
 
 BUCKET = 256
-"""Slots: a mask is a multiple of it wide, or as wide as the cache."""
+"""The width of a mask is a multiple of this number of slots, or that of the cache."""
 
 _ALIGNMENT = 16
 _NAMES = ("input_ids", "cache_lengths", "position_ids", "ntk_table", "logit_index")
@@ -37,7 +37,7 @@ def bucket(slots: int, capacity: int) -> int:
 class Inputs:
     """The inputs of a step in one block of memory: each of `_NAMES` [batch, 1] or [batch] int64, the mask bool.
 
-    Every one of them starts at a multiple of 16 bytes, as the kernels want it.
+    Each starts at a multiple of 16 bytes, as the kernels need it.
     """
 
     def __init__(self, batch: int, slots: int, device: torch.device | str, *, pinned: bool = False) -> None:
@@ -68,7 +68,7 @@ class _Step:
         self.model, self.key, self.value = model, cache.key, cache.value
         cuda = model.device.type == "cuda"
         self.inputs = Inputs(cache.batch, slots, model.device)
-        # Two to send from, so that one can be written while the other is on its way.
+        # Two buffers to send from, so that one can be written while the other is being sent.
         self.pinned = [Inputs(cache.batch, slots, "cpu", pinned=cuda) for _ in range(2)]
         self.sent = [torch.cuda.Event() for _ in range(2)] if cuda else []
         self.tables = (model.rope_cos, model.rope_sin, model.logn, model.alibi_slopes)
@@ -82,7 +82,7 @@ class _Step:
         return all(a is b for a, b in zip(ours, theirs, strict=True))
 
     def send(self, step: StepInputs, ids: Tensor | None) -> None:
-        """Make these the inputs of the next run; `ids` [batch, 1] on the device takes the place of the step's."""
+        """Set the inputs of the next run; `ids` [batch, 1] on the device replaces the step's."""
         self.pinned.reverse()
         self.sent.reverse()
         if self.sent:
@@ -118,7 +118,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Spare:
-    """What is left of a cache that nobody has any more: its memory, and the steps that work on it."""
+    """The memory of a discarded cache, and the steps that work on it."""
 
     batch: int
     capacity: int
@@ -128,10 +128,10 @@ class _Spare:
 
 
 class StaticDecode:
-    """Runs a decoder by the kernels: steps of one token per row by CUDA graphs, all others without.
+    """Runs a decoder with the kernels: steps of one token per row as CUDA graphs, all others without.
 
-    The memory and the graphs of the last cache that was given up serve the next one of its size: making graphs takes
-    as long as several steps.
+    The memory and the graphs of the last discarded cache serve the next one of its size: making graphs takes as long as
+    several steps.
 
     Args:
         model: the decoder; its position tables must be prepared for every cache that comes.
@@ -163,7 +163,7 @@ class StaticDecode:
         return cache
 
     def run_without_graph(self, step: StepInputs, cache: KVCache, recorder: Recorder | None) -> Tensor:
-        """Run any step, seen by a recorder or not, and advance the cache: logits [batch, N, vocab]."""
+        """Run any step, with or without a recorder, and advance the cache: logits [batch, N, vocab]."""
         with recording(recorder), use_kernels():
             return self.model.run(step, cache)
 
@@ -204,7 +204,7 @@ class StaticDecode:
 def _blas_for(batch: int) -> Iterator[None]:
     """cuBLASLt where it beats cuBLAS: at a batch of 64, by up to a fifth in GEMMs with few outputs.
 
-    Up to 16 there is no telling them apart; at 256 either is the faster sometimes (benchmarks/gpu_linear.py).
+    Up to 16 rows they are equally fast; at 256 either is faster sometimes (benchmarks/gpu_linear.py).
     """
     if not 16 < batch <= 128:
         yield

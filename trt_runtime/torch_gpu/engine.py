@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def kernels_serve(decoder: Decoder) -> bool:
-    """Whether `TorchEngine` can run this model with kernels, here."""
+    """Whether the CUDA kernels support this model on this machine."""
     exact = decoder.numerics == "exact" and decoder.dtype != torch.float64
     return exact and decoder.device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
@@ -36,7 +36,7 @@ class TorchEngine(Engine):
             steps by a CUDA graph for each cache and width of its mask.  The decoder's weights are then rearranged in
             place, and it must not be moved or cast any more; as a reference it serves as before.
     Raises:
-        LogitLockError: kernels for a model that they do not serve.
+        LogitLockError: the kernels do not serve the model.
     """
 
     def __init__(self, decoder: Decoder, *, max_positions: int | None = None, kernels: bool = False) -> None:

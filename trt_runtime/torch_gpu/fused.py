@@ -1,7 +1,7 @@
-"""The decoder with its weights where they are, in fewer kernels: what `TorchEngine` runs with kernels on.
+"""Decoder with fused layers, sharing weights with the reference: `TorchEngine` runs it with `kernels=True`.
 
-Nothing is described a second time except the order of a block's parts.  While a recorder is active, the reference's own
-`forward` runs, with fused layers in place of its linear ones, so that every tap of it can be seen.
+It repeats nothing of the reference but the order of a block's parts.  While a recorder is active, the reference's own
+`forward` runs, with fused layers instead of its linear ones, so that every tap can be recorded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FusedBlock(nn.Module):
 
     Attributes:
         gate_up: the MLP's gate and up merged, if they can be.
-        chain: does what follows the attention, for one row.
+        chain: runs the layers after the attention, for one row.
     """
 
     def __init__(self, block: Block) -> None:
@@ -51,7 +51,7 @@ class FusedBlock(nn.Module):
         self.chain: BlockChain | None = None
 
     def forward(self, x: Tensor | Carry, past: Past, positions: Positions) -> tuple[Tensor | Carry, Past]:
-        """As `Block.forward`, but takes and gives a `Carry` instead of x where chains run."""
+        """As `Block.forward`, but takes and returns a `Carry` instead of x where chains run."""
         block = self.block
         if active_recorder() is not None:
             watched: tuple[Tensor, Past] = block(x, past, positions)
@@ -66,7 +66,7 @@ class FusedBlock(nn.Module):
         return self.down(self._activated(hidden), residual=hidden), (key, value)
 
     def _activated(self, x: Tensor) -> Tensor:
-        """What the MLP's last linear layer reads."""
+        """The input of the MLP's last linear layer."""
         block, mlp = self.block, self.block.mlp
         if self.gate_up is not None:
             return self.gate_up.forward_normed(block.mlp_norm, x)

@@ -1,4 +1,4 @@
-"""Which kernel runs a linear layer on how many rows: one pure function, and the facts that it goes by.
+"""The choice of the kernel that runs a linear layer on a number of rows: one pure function, and the facts it uses.
 
 A row is one token of one sequence.  The numbers were measured on an H200 with the shapes of Qwen-7B
 (benchmarks/gpu_quantized.py), unless their docstring says otherwise.
@@ -18,7 +18,7 @@ from trt_runtime.kernels.rms_norm import MAX_WIDTH
 from trt_runtime.kernels.torch_host import ELEMENT_TYPES
 
 SLICED_ROWS = 64
-"""The most rows that `kernels.quantized_linear.gemv` multiplies, `MAX_TOKENS` of them per launch; for more, the weight
+"""Maximum number of rows for `kernels.quantized_linear.gemv`, `MAX_TOKENS` of them per launch; for more, the weight
 is dequantized once and cuBLAS multiplies.  By estimate: reading the quantized weights four times moves 2 bytes per
 weight, dequantizing and reading the result 4.5.  Four launches were measured (a step of Qwen-7B in int4 at 64 rows:
 11 ms), dequantizing at 64 rows was not."""
@@ -34,12 +34,12 @@ HOPPER = 90
 """The compute capability that `kernels.quantized_gemm_hopper` is written for."""
 
 Storage = Literal["float", "packed", "quantized", "reference"]
-"""What a layer's kernels read: floats; int4, int8 or fp8 weights that `kernels.packing` has packed; int8 or fp8 weights
-as the checkpoint has them, for inputs that are quantized too; or nothing: only the reference's arithmetic serves."""
+"""The weights that a layer's kernels read: floats; int4, int8 or fp8 weights packed by `kernels.packing`; int8 or fp8
+weights as in the checkpoint, for inputs that are quantized too; or none: only the reference's arithmetic serves."""
 
 
 class Kernel(Enum):
-    """What multiplies.  Those of `trt_runtime.kernels` go on with the bias, silu(gate) * up and the residual."""
+    """The implementation of a GEMM.  Those of `trt_runtime.kernels` also apply bias, silu(gate) * up and residual."""
 
     REFERENCE = "the module of the reference model, by torch"
     CUBLAS = "cuBLAS (on the CPU: torch's GEMM)"
@@ -58,14 +58,14 @@ class Kernel(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearFacts:
-    """What of a linear layer decides which kernel runs it.
+    """The facts of a linear layer that decide which kernel runs it.
 
     Attributes:
-        storage: what its kernels read.
+        storage: the weights that its kernels read.
         in_features, out_features: of the layer; of gate and up as one layer, `out_features` of either.
-        dtype: of what comes in and goes out.
+        dtype: dtype of input and output.
         capability: compute capability of the GPU, 90 for 9.0; None: on the CPU.
-        input: what a "quantized" layer quantizes its input to.
+        input: type to which a "quantized" layer quantizes its input.
         has_chain_runner: whether `kernels.quantized_chain` is set up for the layer.
     """
 
@@ -96,7 +96,7 @@ def choose(rows: int, layer: LinearFacts) -> Kernel:
 
 
 def storage_for(linear: LinearFormat, *, in_features: int, dtype: torch.dtype) -> Storage:
-    """What the kernels read of a quantized layer on a GPU.
+    """The storage that the kernels read for a quantized layer on a GPU.
 
     Args:
         dtype: the working dtype, which the layer's scales have.

@@ -16,15 +16,15 @@ from trt_runtime.torch_gpu.kernel_choice import Kernel, LinearFacts, capability_
 from trt_runtime.torch_gpu.weight_storage import adjacent_view
 
 PREFETCH_BYTES = 8 * 2**20
-"""How much one layer prefetches into L2 for the next two: by measurement, on an H200."""
+"""Bytes that one layer prefetches into L2 for the next two: by measurement, on an H200."""
 
 
 class FusedLinear(nn.Module, ABC):
     """A linear layer, or an MLP's gate and up merged into one, with what comes before and after its GEMM.
 
     Attributes:
-        merged: it is gate and up: silu(gate(x)) * up(x) takes the place of linear(x).
-        prefetch: pieces of later layers' weights, contiguous, that a step of one row has the GPU bring into L2.
+        merged: it is gate and up: silu(gate(x)) * up(x) instead of linear(x).
+        prefetch: contiguous pieces of later layers' weights that a step of one row brings into L2.
     """
 
     merged: bool
@@ -43,16 +43,16 @@ class FusedLinear(nn.Module, ABC):
     @property
     @abstractmethod
     def decode_weight(self) -> Tensor | None:
-        """What a step of one row reads; None: nothing that another layer could prefetch."""
+        """The weights that a step of one row reads; None: nothing that another layer could prefetch."""
 
     @property
     def can_prefetch(self) -> bool:
-        """Whether its kernel for one row heeds `prefetch`."""
+        """Whether its kernel for one row uses `prefetch`."""
         return False
 
 
 class FusedFloatLinear(FusedLinear):
-    """Of float weights.
+    """A layer with float weights.
 
     Args:
         weight: [out, in], or [2 * out, in] of gate and up.
@@ -122,8 +122,8 @@ def silu_and_multiply(x: Tensor) -> Tensor:
 def plan_prefetch(layers: Sequence[FusedLinear]) -> None:
     """Tell the layers, in the order of execution, what to prefetch of the next ones' weights.
 
-    In a decode step of one row the memory stands still between two GEMVs and during attention; weights that are asked
-    for before come from L2 after.
+    In a decode step of one row the memory is idle between two GEMVs and during attention; weights requested by then
+    come from L2 afterwards.
     """
     asked = [0] * len(layers)
     for i, layer in enumerate(layers):

@@ -1,5 +1,5 @@
-"""Linear layers of the fused decoder with quantized weights: by the kernels on a GPU, by the reference's arithmetic
-elsewhere.  `kernel_choice.choose` says which kernel runs; here is how each is called."""
+"""Linear layers of the fused decoder with quantized weights: kernels on a GPU, the reference's arithmetic elsewhere.
+`kernel_choice.choose` chooses the kernel; this module calls it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trt_runtime.torch_gpu.weight_storage import PackedLinear, adjacent_view
 
 
 class FusedQuantizedLinear(FusedLinear):
-    """Of a `QuantizedLinear`, or of gate and up, whose weights and scales are adjacent (`weight_storage.arranged`).
+    """A `QuantizedLinear`, or gate and up with adjacent weights and scales (`weight_storage.arranged`), fused.
 
     Args:
         linear: the layer, or gate.
@@ -92,7 +92,7 @@ class FusedQuantizedLinear(FusedLinear):
         by_token = linear.input_scale == "token" and not linear.pre_quant_scale
         if not isinstance(norm, RmsNorm) or not kernel.reads_quantized_input or not by_token:
             return super().forward_normed(norm, x)
-        # The norm's kernel quantizes what it makes.
+        # The norm's kernel quantizes its result.
         assert linear.input is not None
         normed, quantized, scales = quantized_rms_norm(
             x, norm.weight, eps=norm.norm.eps, weight_in_float=norm.norm.weight_in_float, kind=linear.input
@@ -165,7 +165,7 @@ class FusedQuantizedLinear(FusedLinear):
         return x if self.linear.order is None else x[..., self.linear.order]
 
     def _separate(self, linear: QuantizedLinear, x: Tensor, kernel: Kernel) -> Tensor:
-        """linear(x) by kernels of its own for each step."""
+        """linear(x) with one kernel per operation."""
         if kernel is Kernel.REFERENCE or not isinstance(linear, PackedLinear):
             y: Tensor = linear(x)
             return y
@@ -247,7 +247,7 @@ class FusedQuantizedLinear(FusedLinear):
 
 
 def _sizes(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Any]:
-    """What `kernels.quantized_linear` asks about a weight."""
+    """The layout facts that `kernels.quantized_linear` needs of a weight."""
     return {
         "n": linear.out_features,
         "k": linear.in_features,

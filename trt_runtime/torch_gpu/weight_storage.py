@@ -1,9 +1,9 @@
-"""The weights of a reference decoder in the memory layout that the kernels read; there is still one copy of them.
+"""The weights of a reference decoder in the memory layout that the kernels read, still in one copy.
 
 Gate and up of an MLP become adjacent, so that one kernel reads both.  Quantized layers whose input is not quantized are
-packed: a `PackedLinear` takes the module's place and unpacks the weight when the reference arithmetic asks for it, so
-that a model has its weights once, at four or eight bits each.  Layers whose inputs are quantized too keep their weights
-as they are.
+packed: a `PackedLinear` replaces the module and unpacks the weight when the reference arithmetic needs it, so that a
+model has its weights once, at four or eight bits each.  Layers whose inputs are quantized too keep their weights as
+they are.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     expected = theirs(ids).logits
     error = float((found - expected).norm() / expected.norm())
     if name == "smoothquant":
-        # int8 inputs by token: compressed-tensors divides by amax / 127.5, the kernels of everybody else by amax / 127.
+        # int8 inputs per token: compressed-tensors divides by amax / 127.5, all other kernels by amax / 127.
         assert error < 0.05
     elif "inputs" in OPTIONS[name] or name == "fp8":
         # A number next to a boundary may get the neighbouring code: 2^-4 of one of 64 inputs, for e4m3.

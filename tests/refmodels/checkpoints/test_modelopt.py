@@ -190,7 +190,7 @@ def test_our_checkpoints_have_its_tensors(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", LIKE)
 def test_our_checkpoints_are_read_back(name: str, tmp_path: Path) -> None:
-    """The same parameters and logits as from the native layout; one fp8 scale a tensor has no counterpart there."""
+    """The same parameters and logits as from the native layout; one fp8 scale per tensor has no counterpart there."""
     made = refmodels.load(ours(tmp_path / "q", **LIKE[name]))
     ids = torch.arange(12)[None]
     logits = made.step(ids, made.new_cache(batch=1, capacity=12))
@@ -333,7 +333,7 @@ SHORT = "layers.0.mlp.down_proj.pre_quant_scale"
         ("int4_awq", lambda t: t.update({f"{MLP}.weight": t[f"{MLP}.weight"][:8].clone()}), r"shape \[16, 32\]"),
         ("int4_awq", lambda t: t.update({f"{MLP}.pre_quant_scale": torch.ones(31)}), r"pre_quant_scale of .* \[31\]"),
         ("int4_awq", lambda t: t[f"{MLP}.pre_quant_scale"].fill_(float("nan")), "does not fit"),
-        # Under another name than the config's nobody has seen it.
+        # No known checkpoint has it under another name than the config's.
         ("int4_awq", lambda t: t.update({SHORT: t.pop(f"{MLP}.pre_quant_scale")}), "has a tensor pre_quant_scale, but"),
     ],
 )  # fmt: skip

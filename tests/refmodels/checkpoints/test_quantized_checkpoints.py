@@ -136,7 +136,7 @@ def test_products_of_codes_are_exact_sums() -> None:
     sums = codes.long() @ weight.codes.long().T
     expected = sums.double() * scale.double() * weight.scale.double().flatten()
     found = coded_product(codes, scale, weight.codes, weight.scale, torch.float32)
-    # Two products of floats and one rounding of the sum, in fp32.
+    # Two float products and one rounding of the sum, in fp32.
     assert float(((found - expected) / expected.abs().clamp(min=1e-6)).abs().max()) <= 4 * 2**-24
 
 

@@ -197,7 +197,7 @@ def empty(count: int) -> Tensor:
 
 
 class KernelOnCpu:
-    """A `ChainRunner` that runs the kernel as C++, in so many blocks, in another order at every launch."""
+    """A `ChainRunner` that runs the kernel as C++, in `blocks` blocks, in another order at every launch."""
 
     def __init__(self, library: Path, *, rows: int, blocks: int) -> None:
         self.function, self.blocks, self.seed = ctypes.CDLL(str(library)).run, blocks, 0

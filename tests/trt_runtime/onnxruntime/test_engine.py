@@ -21,6 +21,7 @@ from tests.support.goldens import CASES, GOLDENS, case_source, needs_opset_24, s
 from trt_runtime.bundle import read_bundle
 from trt_runtime.generation import GenerationConfig, generate
 from trt_runtime.onnxruntime import engine as onnxruntime_engine
+from trt_runtime.onnxruntime import errors as onnxruntime_errors
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 from trt_runtime.open import open_engine
 from trt_runtime.torch_gpu.engine import TorchEngine
@@ -100,7 +101,7 @@ def test_caches_are_bound_in_place(
     precision: str, exported: Exported, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # ONNX Runtime warns whenever a cache write could not be done in place.
-    monkeypatch.setattr(onnxruntime_engine, "_LOG_SEVERITY", 2)
+    monkeypatch.setattr(onnxruntime_errors, "_LOG_SEVERITY", 2)
     engine = OnnxRuntimeEngine(exported("qwen2", precision), threads=1)
     cache = engine.new_cache(batch=2, capacity=32)
     buffers = [*cache.key, *cache.value]
@@ -124,7 +125,7 @@ def test_caches_are_bound_in_place(
 def test_the_log_would_show_a_copy(
     exported: Exported, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(onnxruntime_engine, "_LOG_SEVERITY", 2)
+    monkeypatch.setattr(onnxruntime_errors, "_LOG_SEVERITY", 2)
     engine = OnnxRuntimeEngine(exported("qwen2"), threads=1)
     cache = engine.new_cache(batch=1, capacity=8)
     session = engine._session("plain")

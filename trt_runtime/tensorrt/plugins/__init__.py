@@ -1,8 +1,8 @@
 """TensorRT plugins for the custom nodes of a bundle: `FusedRmsNorm`, `FusedRmsNormQuant` and `CachedAttention`.
 
-They are Python IPluginV3, for full TensorRT and TensorRT-RTX alike, found by their creators in namespace "refmodels",
-version "1", when a graph is parsed and when a plan is loaded.  `register_plugins` once; then parse, or load a plan
-inside `use_compiled`.  The kernels are those of `trt_runtime/kernels`, from the bundle's `kernels.bin`.
+They are Python IPluginV3, for full TensorRT and TensorRT-RTX alike.  TensorRT finds them by their creators in namespace
+"refmodels", version "1", when it parses a graph and when it loads a plan.  Call `register_plugins` once; then parse, or
+load a plan inside `use_compiled`.  The kernels are those of `trt_runtime/kernels`, from the bundle's `kernels.bin`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ CREATORS: dict[str, PluginCreator] = {
 """By plugin name.  They live as long as the process: TensorRT keeps their addresses."""
 
 _PLACE = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": "1"}
-"""Attributes that say which plugin a node means, and TensorRT's reading where one is absent: its domain, version 1."""
+"""Attributes that select a node's plugin, and TensorRT's default for an absent one: the node's domain, version 1."""
 
 
 def register_plugins() -> None:
-    """Make our creators known to TensorRT; again is fine.
+    """Register our creators with TensorRT; calling it again is fine.
 
     Raises:
-        LogitLockError: TensorRT does not take one.
+        LogitLockError: TensorRT refuses one.
     """
     registry = trt.get_plugin_registry()
     for name, creator in CREATORS.items():
@@ -67,7 +67,7 @@ def check_plugins(versions: dict[str, str]) -> None:
     """Check that a creator is registered for every plugin of a plan (name -> version, namespace "refmodels").
 
     Raises:
-        LogitLockError: one has none.
+        LogitLockError: a plugin has no creator.
     """
     register_plugins()
     for name, version in versions.items():
@@ -77,13 +77,13 @@ def check_plugins(versions: dict[str, str]) -> None:
 def check_nodes(model: onnx.ModelProto) -> None:
     """Check every plugin node of a graph before TensorRT sees it.
 
-    TensorRT says nothing where a creator is missing (it takes the function body) or where an attribute is not one that
-    the creator advertises (it drops it).  A plugin node is one with the attribute `plugin_namespace`, or one in our
+    TensorRT is silent where a creator is missing (it takes the function body) and where the creator does not advertise
+    an attribute (it drops it).  A plugin node is one with the attribute `plugin_namespace`, or one in our
     domain without a function body.
 
     Raises:
-        LogitLockError: a node without a creator of its name, version and namespace, or with an attribute which the
-            creator does not advertise.
+        LogitLockError: a node has no creator of its name, version and namespace, or an attribute that its creator does
+            not advertise.
     """
     register_plugins()
     bodies = {(function.domain, function.name) for function in model.functions}

@@ -1,6 +1,6 @@
 """CachedAttention: `refmodels.ops.cached_attention` (arithmetic "exact") as a TensorRT plugin.
 
-The caches are inputs and outputs of one address: output `key` aliases input `past_key`, `value` aliases `past_value`,
+The caches are inputs and outputs at one address: output `key` aliases input `past_key`, `value` aliases `past_value`,
 and a step writes only the slots of its own tokens.
 """
 
@@ -130,7 +130,7 @@ class CachedAttentionPlugin(Plugin):
         )
 
     def shape(self, dims: Sequence[tuple[int, ...]], types: Sequence[Any]) -> AttentionShape:
-        """What the kernels must know, from the dims and types of the inputs."""
+        """The shape that the kernels need, from the dims and types of the inputs."""
         a, given = self.attributes, [row.name for row in self.rows()]
         at = dict(zip(given, dims, strict=True))
         table = self.table_type(types)

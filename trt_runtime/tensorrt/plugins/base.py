@@ -1,7 +1,7 @@
-"""What our plugins share: attributes as serialized fields, checks of their inputs, and errors that are not lost.
+"""Common base of our plugins: attributes as serialized fields, checks of inputs, and errors that are not lost.
 
 TensorRT calls a plugin from C++.  An exception there becomes a line in TensorRT's log at best, so every call is
-wrapped: the first exception is kept, and whoever asked TensorRT to do something raises it (`raise_failure`).
+wrapped: it keeps the first exception, and the code that called TensorRT raises it (`raise_failure`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _kernels: list[Kernels] = []
 
 
 class Kernels:
-    """Compiled kernels and their launchers, one for each compute capability met; shared by all layers of an engine."""
+    """Compiled kernels and their launchers, one per compute capability; shared by all layers of an engine."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
@@ -128,7 +128,7 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.I
         raise NotImplementedError
 
     def launcher(self) -> Any:
-        """What launches the kernels.
+        """The launcher of the kernels.
 
         Raises:
             LogitLockError: no kernels were given to this plugin.

@@ -1,4 +1,4 @@
-"""FusedRmsNorm: `refmodels.ops.fused_rms_norm` as a TensorRT plugin; FusedRmsNormQuant: the same with codes of it."""
+"""`refmodels.ops.fused_rms_norm` as TensorRT plugins: FusedRmsNorm, and FusedRmsNormQuant with quantized output too."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FusedRmsNormPlugin(Plugin):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantNormAttributes:
-    """`code`: the ONNX element type of the codes, INT8 or FLOAT8E4M3FN; `limit`: the largest of them."""
+    """`code`: ONNX element type of the quantized output, INT8 or FLOAT8E4M3FN; `limit`: its largest value."""
 
     epsilon: float
     weight_in_float: int
@@ -74,7 +74,7 @@ _CODES: dict[int, tuple[EightBit, Any, float]] = {
 
 
 class FusedRmsNormQuantPlugin(FusedRmsNormPlugin):
-    """As `FusedRmsNorm`; outputs y, its codes by token (int8 or fp8, like x), and their scales [..., 1] in fp32."""
+    """As `FusedRmsNorm`; outputs y, y quantized per token (int8 or fp8, like x), and the scales [..., 1] in fp32."""
 
     NAME = "FusedRmsNormQuant"
     OUTPUTS = 3
