@@ -51,6 +51,7 @@ def generation_of(config: Config) -> str:
         named = GENERATIONS[next(i for i, part in enumerate(name.groups()) if part is not None)]
         # Without a ratio the shapes are those of other models too: ChatGLM3-6B-base, CodeGeeX2.
         if likely in (None, named) or ratio == 1.0:
+            config.facts.append(f"{named}, because _name_or_path is {name.string}")
             return named
         likely = None
     if likely is None:
