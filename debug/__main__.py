@@ -24,8 +24,8 @@ Exit codes: 0 if all is fine, 1 if the command found a difference, 2 if the inpu
 VERBS = {
     **{verb: Verb("debug.cli", verb) for verb in ("verify", "record", "diff", "trace", "drift", "bisect")},
     "eval": Verb("debug.evaluate.cli", "evaluate"),
-    "check": Verb("debug.check_cli", "check"),
-    "inspect": Verb("debug.check_cli", "inspect"),
+    "check": Verb("debug.check.cli", "check"),
+    "inspect": Verb("debug.check.cli", "inspect"),
     "env": Verb("debug.cli", "environment"),
 }
 

@@ -6,6 +6,8 @@ from collections import Counter
 from typing import Any
 
 import onnx_ir as ir
+from rich.console import Console
+from rich.table import Table
 
 from refmodels.taps import split_name
 from trt_runtime.bundle import LAYERS_NAME, Bundle
@@ -81,3 +83,75 @@ def _weight(name: str, value: ir.Value) -> dict[str, Any]:
         "shape": list(tensor.shape.numpy()),
         "bytes": tensor.nbytes,
     }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what `describe` returned as tables."""
+    console = Console(markup=False)
+    spec = found["spec"]
+    console.print(found["bundle"], style="bold", highlight=False)
+    facts = Table(show_header=False, box=None)
+    attention, rope = spec["attention"], spec["rope"]
+    for name, value in (
+        ("model", f"{found['model']} ({spec['variant']})"),
+        ("precision", f"{found['precision']}, {found['numerics']} numerics, attention {found['attention']}"),
+        ("quantized", found["quantization"] or "no"),
+        ("shape", f"{spec['layers']} layers, hidden {spec['hidden_size']}, vocabulary {spec['vocab_size']:,}"),
+        ("heads", f"{attention['heads']} ({attention['kv_heads']} kv), head_dim {attention['head_dim']}"),
+        ("position", spec["position"] + (f" {rope['dim']}, theta {rope['theta']:g}" if rope else "")),
+        ("positions", f"{found['max_positions']:,}"),
+        ("checkpoint", found["checkpoint_hash"][:16]),
+        ("tools", ", ".join(f"{name} {version}" for name, version in found["tools"].items())),
+        ("taps", f"{len(found['taps'])}: {', '.join(list(found['taps'])[:4])}, …"),
+    ):
+        facts.add_row(name, value)
+    console.print(facts, highlight=False)
+    nodes = Table("node", "count", "body", title=f"nodes (opset {found['opset']})", title_justify="left")
+    for name, count in found["nodes"].items():
+        body = found["functions"].get(name)
+        nodes.add_row(name, str(count), f"{body} nodes" if body is not None else "")
+    console.print(nodes)
+    total = sum(weight["bytes"] for weight in found["weights"])
+    weights = Table("weight", "count", "shape", "dtype", "MB", "share", title="weights", title_justify="left")
+    for group in weight_groups(found["weights"]):
+        size = group["bytes"]
+        shape = " x ".join(map(str, group["shape"]))
+        share = f"{size / total:.1%}"
+        weights.add_row(group["name"], str(group["count"]), shape, group["dtype"], f"{size / 1e6:.2f}", share)
+    weights.add_row("total", str(len(found["weights"])), "", "", f"{total / 1e6:.2f}", "")
+    console.print(weights)
+    if found["engine"] is not None:
+        _show_engine(console, found)
+    files = Table("file", "bytes", "sha256", title="files", title_justify="left")
+    for name, file in found["files"].items():
+        files.add_row(name, f"{file['bytes']:,}", file["sha256"][:16])
+    console.print(files)
+
+
+def _show_engine(console: Console, found: dict[str, Any]) -> None:
+    engine = found["engine"]
+    facts = Table(show_header=False, box=None, title="engine", title_justify="left")
+    for name, value in (
+        ("made by", f"{engine['package']} ({engine['backend']})"),
+        ("GPUs", ", ".join(engine["compute_capabilities"]) or "the package's default"),
+        ("plugins", ", ".join(f"{name} {version}" for name, version in engine["plugins"].items()) or "none"),
+    ):
+        facts.add_row(name, value)
+    console.print(facts, highlight=False)
+    columns = ("plan", "profile", "batch", "tokens", "cache", "layers", "scratch MB")
+    profiles = Table(*columns, title="profiles", title_justify="left")
+    for plan in found["plans"]:
+        for profile, layers, scratch in zip(found["profiles"], plan["layers"], plan["activation_bytes"], strict=False):
+            sizes = ("–".join(map(str, dict.fromkeys(profile[k]))) for k in ("batch", "tokens", "capacity"))
+            profiles.add_row(plan["plan"], profile["name"], *sizes, str(layers), f"{scratch / 1e6:.1f}")
+    console.print(profiles)
+    types = Table("plan", "weights MB", "with taps", "layers by type", title="layers", title_justify="left")
+    for plan in found["plans"]:
+        counts: Counter[str] = sum((Counter(c) for c in plan["types"]), Counter())
+        named = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+        share = f"{plan['with_taps']} of {sum(plan['layers'])}"
+        types.add_row(plan["plan"], f"{plan['weight_bytes'] / 1e6:.2f}", share, named)
+    console.print(types)
+    for plan in found["plans"]:
+        for warning in plan["warnings"]:
+            console.print(f"warning of {plan['plan']}: {warning}", highlight=False, markup=False)

@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import trt_runtime.cli
-from debug.check import check_model, rows
+from debug.check.describe import check_model, rows
 from refmodels.command import JsonFlag
+from trt_runtime.bundle import read_bundle
+from trt_runtime.inspect_bundle import describe, show
 
 
 def check(
@@ -59,4 +60,8 @@ def inspect(
     if (directory / "config.json").is_file() and not (directory / "bundle.json").is_file():
         check(path, json_output=json_output)
     else:
-        trt_runtime.cli.inspect(directory, json_output=json_output)
+        found = describe(read_bundle(directory))
+        if json_output:
+            print(json.dumps(found, ensure_ascii=False, indent=2))
+        else:
+            show(found)

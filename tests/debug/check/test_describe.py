@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import refmodels
-from debug.check import check_model, rows
+from debug.check.describe import check_model, rows
 from export.quantization.calibrate import quantize_model
 from export.quantization.data import calibration_data
 from export.quantization.schemes import QuantizeOptions
