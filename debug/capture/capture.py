@@ -17,6 +17,10 @@ from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap
 from trt_runtime.engine import Engine
 
+SPARE_SLOTS = 8
+"""Cache slots behind the last token: an engine that writes a few slots late shows it, instead of running out of its
+cache."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
@@ -112,7 +116,8 @@ def run_steps(
         progress: told of each forward.
     """
     batch, length = prompts.ids.shape
-    cache = engine.new_cache(batch=batch, capacity=length + steps)
+    needed = length + steps
+    cache = engine.new_cache(batch=batch, capacity=max(needed, min(needed + SPARE_SLOTS, engine.max_positions)))
     ids, mask = prompts.ids, prompts.mask
     for step in range(steps + 1):
         progress("engine" if recorder is None else "engine with taps", step, steps + 1)

@@ -101,7 +101,7 @@ def test_bad_input(clean: Path, tmp_path: Path) -> None:
     logitlock("diff", "a", "b", "c").assert_bad_input("one or two executors")
     logitlock("diff", "reference:fp16").assert_bad_input("--model")
     logitlock("diff", "--model", MODEL, "nonsense").assert_bad_input("names no executor")
-    logitlock("diff", "--model", "gpt", clean).assert_bad_input("not a bundle of gpt")
+    logitlock("diff", "--model", "gpt", clean).assert_bad_input("of another model than gpt")
     logitlock("diff", "--model", MODEL, tmp_path / "none.safetensors").assert_bad_input("no such file")
     logitlock("trace", clean, "--model", MODEL, "--out", tmp_path / "no" / "a").assert_bad_input("cannot be written")
     with pytest.raises(LogitLockError, match="say with --model where that model is"):

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 
+from debug.sides import diff
 from export.bundle import export_model
 from refmodels.errors import LogitLockError
 from tests.support.command import logitlock
@@ -116,6 +117,10 @@ def test_a_run_that_fails(good: Path, tmp_path: Path) -> None:
     with pytest.raises(LogitLockError, match=r"ONNX Runtime cannot run .*model\.onnx: ") as caught:
         engine.prefill(torch.arange(9)[None], engine.new_cache(batch=1, capacity=9))
     assert ".cc" not in str(caught.value)
+    # A diff has spare slots, so that it can say what is wrong.
+    found = diff(str(bundle), model=str(case_source("qwen2_b1").directory), steps=2)
+    assert found.verdict == "diverged" and found.culprits[0].tap == "blocks.0.key"
+    assert found.culprits[0].diagnosis[0].fault == "cache written at the wrong slot: +1"
 
 
 @pytest.mark.parametrize(
