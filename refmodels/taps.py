@@ -36,7 +36,8 @@ class Tap:
             cache as it was before the step.
         shape: dynamic axes are names: "batch", "tokens" (of the step), "logit_tokens" (tokens of the step that get
             logits), "capacity" (of the cache).
-        sums: numbers of terms of the dot products that make it; "slots" is the number of cache slots in use.
+        sums: numbers of terms of the dot products that make it (of a norm: of its sum of squares); "slots" is the
+            number of cache slots in use.
     """
 
     name: str
@@ -71,7 +72,7 @@ def make_taps(spec: ModelSpec) -> dict[str, Tap]:
         """Enter a tap and return its name; `module` is its own name if not given, a name within the block if it is."""
         block = "" if layer is None else f"blocks.{layer}."
         name, maker = ((block + own).removesuffix(".") for own in (part, part if module is None else module))
-        if kind == "linear":
+        if kind in ("linear", "norm"):
             sums = (found[reads[0]].width,)
         found[name] = Tap(
             name=name,

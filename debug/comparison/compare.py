@@ -445,7 +445,13 @@ def lower_bound(spec: ModelSpec, tap: str, dtype: torch.dtype, *, slots: int) ->
     This is one rounding to the dtype and, for a matrix product that sums K terms one after the other in fp32 (fp64 for
     fp64), the error of these sums: a random walk of K roundings gives sqrt(K / 6) units of them.  The floor's own BLAS
     may sum in blocks and be several times better, but this does not make the engine wrong.
+
+    A norm sums K squares.  They have one sign, so that a partial sum may be as large as the whole: after the outlier
+    channel of a large model all of them are.  K roundings of at most one unit, uniformly distributed, then give
+    sqrt(K / 3) units, and the square root halves a relative error: sqrt(K / 12).  All entries of the token share this
+    error, so it does not average out over them.
     """
-    terms = max((slots if count == "slots" else count for count in spec.taps[tap].sums), default=0)
+    facts = spec.taps[tap]
+    terms = max((slots if count == "slots" else count for count in facts.sums), default=0)
     unit, sum_unit = unit_roundoff(dtype), unit_roundoff(wide_dtype(dtype))
-    return float(max(unit, sum_unit * math.sqrt(terms / 6)))
+    return float(max(unit, sum_unit * math.sqrt(terms / (12 if facts.kind == "norm" else 6))))

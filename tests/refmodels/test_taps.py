@@ -130,6 +130,9 @@ def test_terms_of_the_dot_products(decoder: Decoder) -> None:
             assert isinstance(layer, nn.Linear) and tap.sums == (layer.weight.shape[1],), tap.name
         elif tap.kind == "attention":
             assert tap.sums == (spec.attention.head_dim, "slots")
+        elif tap.kind == "norm":
+            # Of the squares of what it reads.
+            assert tap.sums == (decoder.get_submodule(tap.module).weight.shape[0],), tap.name
         else:
             assert tap.sums == ()
 
