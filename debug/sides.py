@@ -341,7 +341,7 @@ def model_prompts(model: str, texts: Sequence[str], *, seed: int) -> tuple[Model
 def _prompts(source: ModelSource, texts: Sequence[str], *, room: int, seed: int) -> Prompts:
     """The given texts, or default prompts of at most `room` tokens."""
     if texts:
-        return text_prompts(texts, load_tokenizer(source), least=LEAST_TOKENS)
+        return text_prompts(texts, load_tokenizer(source), least=LEAST_TOKENS, positions=source.spec.max_positions)
     return default_prompts(source.spec, _tokenizer(source), room=room, seed=seed)
 
 

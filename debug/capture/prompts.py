@@ -11,6 +11,7 @@ from torch import Tensor
 
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec
+from refmodels.text.prompts import check_size
 
 if TYPE_CHECKING:
     from refmodels.text.tokenizer import Tokenizer
@@ -53,12 +54,14 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> Prompt
     return left_padded(rows, f"random ids, seed {seed}")
 
 
-def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, *, least: int) -> Prompts:
+def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, *, least: int, positions: int) -> Prompts:
     """Plain texts, without a chat format.
 
     Raises:
-        LogitLockError: a text has fewer than `least` tokens.
+        LogitLockError: a text has fewer than `least` tokens, or far more than the model has positions.
     """
+    for text in texts:
+        check_size(text, positions, tokenizer.encode)
     rows = [tokenizer.encode(text) for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if len(row) < least:

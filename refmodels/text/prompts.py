@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,38 @@ if TYPE_CHECKING:
     from refmodels.spec import ModelSpec
 
 
+_CHARACTERS = 16
+"""Number of characters for each position of a model up to which a text is tokenized without a look at its start."""
+
+
+def check_size(text: str, positions: int, encode: Callable[[str], Sequence[int]]) -> None:
+    """Refuse a text that is far longer than the model, by the tokens of its start: those of megabytes take minutes.
+
+    Args:
+        positions: the model's longest sequence, in tokens.
+        encode: gives the tokens of a text.
+    Raises:
+        LogitLockError: the start alone has more than twice `positions` tokens.  Where it is cut, tokens differ from
+            those of the whole text, but by no factor of two.
+    """
+    size = _CHARACTERS * positions
+    while size < len(text):
+        if len(encode(text[:size])) > 2 * positions:
+            raise LogitLockError(
+                f"the prompt {text[:40]!r} has {len(text)} characters and far more tokens than the {positions} "
+                "positions of the model"
+            )
+        size *= 2
+
+
 def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool, system: str | None = None) -> list[int]:
     """The ids of a prompt, either bare or as the user's message in a chat, after a system message if one is given.
 
     Raises:
-        LogitLockError: a chat with a model that has no chat format, or a system message without a chat.
+        LogitLockError: a chat with a model that has no chat format, a system message without a chat, or a text that is
+            far longer than the model.
     """
+    check_size(text, spec.max_positions, tokenizer.encode)
     if not chat:
         if system is not None:
             raise LogitLockError("a system message needs a chat: give --chat with --system")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +67,74 @@ def test_serves_tokens(tmp_path: Path) -> None:
         assert "".join(pieces) == " e j o r t" and len(pieces) > 1
         assert client.post("/generate", json={}).status_code == 422
         assert client.post("/generate", json={"prompt": "a b " * 300}).status_code == 400
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    bundle = export_model("qwen", precision="fp32", output=tmp_path_factory.mktemp("served") / "bundle")
+    return load_script("examples/serve.py").make_app(str(bundle))
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (422, b""),
+        (422, b"[1]"),
+        (422, b"{"),
+        (400, b"[" * 100_000),
+        (422, b'{"prompt": 5}'),
+        (422, b'{"prompt": "x", "max_new_tokens": NaN}'),
+        (422, b'{"prompt": "x", "max_new_tokens": -1}'),
+        (422, b'{"prompt": "x", "max_new_tokens": 1e99}'),
+        (422, b"\xff\xfe"),
+        (400, b'{"prompt": ""}'),
+        (400, b'{"prompt": "\\ud800"}'),
+        (400, b'{"prompt": "' + b"a b " * 3000 + b'"}'),
+        (413, b'{"prompt": "' + b"a" * (1 << 18) + b'"}'),
+    ],
+)
+def test_bad_requests_are_one_sentence(server: Any, status: int, body: bytes) -> None:
+    from fastapi.testclient import TestClient
+
+    with TestClient(server, raise_server_exceptions=False) as client:
+        answer = client.post("/generate", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    assert list(answer.json()) == ["error"] and 0 < len(answer.json()["error"].splitlines()[0]) < 300
+
+
+def test_a_client_that_leaves_stops_its_generation(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets one token at most, and the engine is free for the next one."""
+    stopped = threading.Event()
+    script = sys.modules[server.router.routes[-1].endpoint.__module__]
+
+    def endless(engine: Any, tokenizer: Any, prompts: Any, config: Any, *, on_text: Any) -> None:
+        try:
+            while True:
+                on_text(0, "x")
+                time.sleep(0.01)
+        finally:
+            stopped.set()
+
+    monkeypatch.setattr(script, "generate", endless)
+    sent: list[Any] = []
+    left = asyncio.Event()
+    request = [{"type": "http.request", "body": b'{"prompt": "Sort: t j"}'}]
+
+    async def receive() -> Any:
+        if request:
+            return request.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if message.get("body"):
+            left.set()
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "root_path": ""}
+    scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "asgi": {"version": "3.0"}}
+    asyncio.run(asyncio.wait_for(server(scope, receive, send), 30))
+    assert stopped.wait(30)
 
 
 def test_listens_on_the_loopback_interface_only() -> None:

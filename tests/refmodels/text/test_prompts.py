@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from refmodels.errors import LogitLockError
-from refmodels.text.prompts import read_prompts
+from refmodels.text.prompts import check_size, read_prompts
 from tests.support.command import logitlock
 
 
@@ -59,3 +59,26 @@ def test_files_without_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_every_verb_reads_standard_input(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, b"\xff")
     logitlock(*arguments, "--prompt-file", "-").assert_bad_input("standard input is not UTF-8")
+
+
+def test_megabytes_are_refused_by_their_start() -> None:
+    asked: list[int] = []
+
+    def words(text: str) -> list[str]:
+        asked.append(len(text))
+        return text.split()
+
+    check_size("word " * 300, 100, words)
+    assert asked == []
+    with pytest.raises(LogitLockError, match=r"'word word .* has 10000000 characters and far more tokens than the 100"):
+        check_size("word " * 2_000_000, 100, words)
+    assert asked == [1600]
+    # Spaces are few tokens here, so that this text is read in full, and is short enough.
+    check_size("word" + " " * 100_000 + "word", 100, words)
+
+
+@pytest.mark.parametrize("verb", [["generate"], ["diff", "reference:fp32"], ["trace", "reference", "--out", "t"]])
+def test_verbs_refuse_megabytes_at_once(verb: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("hello " * 1_700_000)
+    logitlock(*verb, "--model", "qwen", "--prompt-file", "p.txt").assert_bad_input("far more tokens than the 256")
