@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: demo quick test lint docs notebooks clean
+.PHONY: demo quick test lint fuzz docs notebooks clean
 
 # What a user has: the package alone.  torch comes first and by itself: a later, wider range would otherwise choose a
 # build with gigabytes of CUDA packages.
@@ -41,6 +41,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Damaged files and senseless arguments for every verb; what misbehaves is printed, and the rate of each kind.
+COUNT ?= 2000
+SEED ?= 0
+
+fuzz: $(VENV)/installed
+	$(BIN)/python -m tests.support.fuzz --count $(COUNT) --seed $(SEED)
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -5,16 +5,18 @@ A bad request is answered with 4xx and {"error": "one sentence"}.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
 from refmodels import LogitLockError, stop_ids_in, tokenizer_in
 from trt_runtime import GenerationConfig, generate, open_engine
@@ -90,7 +92,8 @@ def make_app(bundle: str) -> FastAPI:
         loop, gone = asyncio.get_running_loop(), threading.Event()
 
         def send(event: dict[str, str] | str | None) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            with contextlib.suppress(RuntimeError):  # the server has been stopped
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         def on_text(row: int, text: str) -> None:
             if gone.is_set():

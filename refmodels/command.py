@@ -39,6 +39,10 @@ QuietFlag = Annotated[
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
+_LONGEST = 1200
+"""Number of characters of an error message that are shown: it may quote a path or a value of any length."""
+
+
 @dataclass(frozen=True)
 class Verb:
     """Where the function of a verb is.  It is imported only when its verb is asked for: torch alone takes a second."""
@@ -228,5 +232,8 @@ def _terminated(number: int, frame: types.FrameType | None) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sentence = " ".join(message.split())
+    if len(sentence) > _LONGEST:
+        sentence = f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
+    print(f"error: {sentence}", file=sys.stderr)
     return 2

@@ -19,6 +19,9 @@ from refmodels.json_records import read_record
 from refmodels.quantization.formats import EightBit, LinearFormat, QuantizationSpec
 from refmodels.taps import Tap, make_taps
 
+MAX_LAYERS = 10_000
+"""More than any model has: what a file says is refused before anything is made for each layer."""
+
 Numerics = Literal["exact", "upstream"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu"]
 RopeTable = Literal["float32", "working", "working_arithmetic"]
@@ -145,7 +148,7 @@ class ModelSpec:
         counts = {
             "vocab_size": (self.vocab_size, 1 << 26),
             "hidden_size": (self.hidden_size, 1 << 20),
-            "layers": (self.layers, 10_000),
+            "layers": (self.layers, MAX_LAYERS),
             "max_positions": (self.max_positions, 1 << 30),
             "attention.heads": (a.heads, 1 << 16),
             "attention.kv_heads": (a.kv_heads, 1 << 16),

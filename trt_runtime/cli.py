@@ -84,7 +84,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text, which is cut off; repeatable.")] = None,
     stop_id: Annotated[
         list[int] | None,
-        typer.Option(help="Stop at this token id, in addition to the model's own stop ids; repeatable."),
+        typer.Option(min=0, help="Stop at this token id, in addition to the model's own stop ids; repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     stream: Annotated[bool, typer.Option(help="Print the text while it is generated (one prompt only).")] = True,

@@ -116,7 +116,10 @@ def file_task(
         questions=questions,
         exact_tokens=False,
         summary=True,
-        stop_ids=stop_ids_in(source.directory, source.spec, tokenizer, chat=chat),
+        # An id beyond the vocabulary ends nothing, and cannot be scored.
+        stop_ids=tuple(
+            i for i in stop_ids_in(source.directory, source.spec, tokenizer, chat=chat) if i < source.spec.vocab_size
+        ),
         max_new_tokens=max_new_tokens,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -103,11 +104,12 @@ class Config:
             return option
         return None
 
-    def get(self, kind: type[T], *keys: str, default: T | None = None, minimum: int = 1) -> T:
+    def get(self, kind: type[T], *keys: str, default: T | None = None, minimum: int = 1, maximum: int = 1 << 40) -> T:
         """The value of the first key present (null counts as absent).
 
         Raises:
-            LogitLockError: no key present and no default, a value of another type, or an integer below `minimum`.
+            LogitLockError: no key present and no default, a value of another type, NaN or infinity, or an integer
+                that is not from `minimum` to `maximum`.
         """
         self.used.update(keys)
         for key in keys:
@@ -120,6 +122,10 @@ class Config:
                 raise LogitLockError(f"{self.where}: {key} is {value!r}; it must be of type {kind.__name__}")
             if isinstance(value, int) and not isinstance(value, bool) and value < minimum:
                 raise LogitLockError(f"{self.where}: {key} is {value!r}; it must be at least {minimum}")
+            if isinstance(value, int) and value > maximum:
+                raise LogitLockError(f"{self.where}: {key} is {value!r}; it must be at most {maximum}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise LogitLockError(f"{self.where}: {key} is {value!r}; it must be a finite number")
             return value
         if default is None:
             raise LogitLockError(f"{self.where} lacks the key {' or '.join(map(repr, keys))}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from refmodels.errors import LogitLockError
 from refmodels.families.config import Config
-from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from refmodels.spec import MAX_LAYERS, AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
 
 def qwen2_spec(config: Config) -> ModelSpec:
     hidden = config.get(int, "hidden_size")
     heads = config.get(int, "num_attention_heads")
     head_dim = config.get(int, "head_dim", default=config.divided(hidden, heads))
-    layers = config.get(int, "num_hidden_layers")
+    layers = config.get(int, "num_hidden_layers", maximum=MAX_LAYERS)
     window, limited = _windows(config, layers)
     return ModelSpec(
         family="qwen",

@@ -100,7 +100,7 @@ def _ids(content: Mapping[str, Any], file: Path) -> tuple[int, ...]:
     declared = content.get("eos_token_id")
     values = declared if isinstance(declared, list) else [] if declared is None else [declared]
     for value in values:
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise LogitLockError(f"{file}: eos_token_id is {declared!r}; it must be a token id or a list of them")
     return tuple(dict.fromkeys(values))
 

@@ -277,3 +277,9 @@ def test_offline_hub_and_missing_paths(monkeypatch: pytest.MonkeyPatch) -> None:
         outcome = logitlock("export", "--model", model)
         outcome.assert_bad_input()
     logitlock("inspect", "no-bundle").assert_bad_input("no-bundle")
+
+
+def test_long_messages_are_cut_in_the_middle() -> None:
+    outcome = logitlock("inspect", "a/" * 5000)
+    outcome.assert_bad_input("…")
+    assert len(outcome.err) < 1300

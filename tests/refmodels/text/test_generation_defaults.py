@@ -123,6 +123,7 @@ def test_what_a_user_gives_wins(tmp_path: Path) -> None:
         ({"repetition_penalty": 0}, r"generation_config\.json: repetition_penalty must be a positive number, got 0"),
         ({"do_sample": True, "temperature": 0}, "do_sample is true, but temperature is 0"),
         ({"do_sample": True, "top_p": 1.5}, r"generation_config\.json: top_p must be above 0 and at most 1"),
+        ({"eos_token_id": [2, -1]}, r"eos_token_id is \[2, -1\]; it must be a token id or a list of them"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'; it must be a token id or a list of them"),
     ],
 )
