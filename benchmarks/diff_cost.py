@@ -1,4 +1,4 @@
-"""What a full diff of a large bundle costs on a CPU, beside the plain forwards that it needs.
+"""The cost of a full diff of a large bundle on a CPU, beside the plain forwards that it needs.
 
     python benchmarks/diff_cost.py
     python benchmarks/diff_cost.py --polygraphy   # also Polygraphy's mark-all on the same file (pip install polygraphy)

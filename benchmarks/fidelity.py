@@ -1,4 +1,4 @@
-"""What each scheme of quantization costs the toys: task accuracy, KL and top-1 against their fp32 bundles.
+"""The cost of each quantization scheme on the toys: task accuracy, KL and top-1 against their fp32 bundles.
 
 python benchmarks/fidelity.py                       # all toys and schemes into results/fidelity.json
 python benchmarks/fidelity.py --toys qwen --limit 100 --output /tmp/fidelity.json
@@ -151,7 +151,7 @@ def input_errors(toy: str, *, count: int = 4) -> dict[str, float]:
 
 
 def _row(side: SideResult) -> dict[str, Any]:
-    """What is kept of a side; `texts` and `speeds` were not measured, and its path was temporary."""
+    """The kept results of an executor; `texts` and `speeds` were not measured, and its path was temporary."""
     row = dataclasses.asdict(side)
     return {key: value for key, value in row.items() if key not in ("side", "texts", "speeds")}
 

@@ -38,7 +38,7 @@ def environment() -> dict[str, str]:
 
 
 def abilities() -> dict[str, str]:
-    """What this machine can run: each back end and optional part, with the reason where it cannot."""
+    """The back ends and optional parts that this machine can run, with the reason for each that it cannot."""
     import onnxruntime as ort
 
     cuda = torch.cuda.is_available()

@@ -24,7 +24,7 @@ def notebooks() -> list[Path]:
 
 
 def digest(notebook: nbformat.NotebookNode) -> str:
-    """Of the sources of all cells."""
+    """The digest of the sources of all cells."""
     return hashlib.sha256("\n\0".join(f"{c.cell_type} {c.source}" for c in notebook.cells).encode()).hexdigest()
 
 

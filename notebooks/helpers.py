@@ -1,4 +1,4 @@
-"""What the notebooks share: a scratch directory, the command line, a fault put into a bundle, and how figures look."""
+"""Common helpers of the notebooks: a scratch directory, the command line, planting a fault in a bundle, figures."""
 
 from __future__ import annotations
 

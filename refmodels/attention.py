@@ -56,7 +56,7 @@ _ANGLES = ("batch", "tokens", "rotary_dim / 2")
 
 
 class AttentionInputs(NamedTuple):
-    """What varies by step: the tensors of `refmodels.ops.cached_attention`, whose annotations say what they are."""
+    """The inputs that vary by step: the tensors of `refmodels.ops.cached_attention`, described by annotations."""
 
     qkv: Annotated[
         Tensor,
@@ -174,7 +174,7 @@ class AttentionInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionFacts:
-    """What is fixed in a layer.
+    """The facts that are fixed in a layer.
 
     Attributes:
         heads, kv_heads: query head h reads kv head h // (heads // kv_heads).
@@ -252,7 +252,7 @@ def to_torch(inputs: AttentionInputs, facts: AttentionFacts) -> tuple[Any, ...]:
 
 
 def from_torch(*arguments: Any) -> tuple[AttentionInputs, AttentionFacts]:
-    """What `to_torch` was given; late arguments may be missing."""
+    """The arguments of `to_torch`; late ones may be missing."""
     end = _EARLY + len(_FACTS)
     return AttentionInputs(*arguments[:_EARLY], *arguments[end:]), AttentionFacts(*arguments[_EARLY:end])
 

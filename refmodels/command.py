@@ -181,7 +181,7 @@ def _is_module() -> bool:
 
 @functools.lru_cache
 def _docstrings(module: str) -> dict[str, str]:
-    """Of the functions of a module, which is not imported."""
+    """The docstrings of a module's functions, without importing it."""
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None, f"there is no module {module}"
     body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body

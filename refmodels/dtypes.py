@@ -51,7 +51,7 @@ DTYPE_TABLE: Mapping[str, DType] = {
 """By our short names; fp8 is e4m3fn."""
 
 DTYPES: Mapping[str, torch.dtype] = {name: DTYPE_TABLE[name].torch for name in ("fp64", "fp32", "fp16", "bf16")}
-"""What a model may compute in, by short name."""
+"""The dtypes in which a model may compute, by short name."""
 
 BY_TORCH: Mapping[torch.dtype, DType] = {d.torch: d for d in DTYPE_TABLE.values() if d.name != "int4"}
 """Never int4, which torch holds as int8."""

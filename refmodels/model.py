@@ -260,7 +260,7 @@ class Decoder(nn.Module):
     def positions(
         self, cache_lengths: Tensor, attention_mask: Tensor, position_ids: Tensor, ntk_table: Tensor
     ) -> Positions:
-        """What tells attention where tokens are; tables that the model does not have are None."""
+        """The inputs of attention that carry positions; tables that the model does not have are None."""
         visible = attention_mask.bool()
         cos = sin = query_scale = None
         if self.rope_cos is not None and self.rope_sin is not None:

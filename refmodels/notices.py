@@ -1,4 +1,4 @@
-"""What a user should know though nothing is wrong: each sentence once a process, through the logger `logitlock`.
+"""Notices to the user that are no errors: each sentence once per process, through the logger `logitlock`.
 
 Without any set-up of logging Python writes it to stderr; the command line puts "warning: " before it.
 """

@@ -25,8 +25,8 @@ def with_fields(kind: type[T], options: T | None, changes: Mapping[str, Any]) ->
 
 
 def fields_in(kind: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the parameters of a verb (its `locals()`) those that are fields of `kind`, lists as tuples; what was not given
-    (None) is left to the field's default."""
+    """The parameters of a verb (its `locals()`) that are fields of `kind`, lists as tuples; None leaves the field's
+    default."""
     chosen = {name: given[name] for name in _names(kind) if given.get(name) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
 

@@ -1,4 +1,4 @@
-"""What a path really is, for errors about a path that is not what it should be."""
+"""The kind of a path, for errors about a path of the wrong kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread (2-core machines share it with other test processes), examples as in CI."""
+"""Settings of every test: one thread (2-core machines share it with other test processes), examples as in CI."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class FileInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What the TensorRT engine in a bundle was built with and for.
+    """The tools and the limits of the TensorRT engine in a bundle.
 
     Attributes:
         backend: the back end that made the plan.

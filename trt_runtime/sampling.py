@@ -42,7 +42,7 @@ class Sampling:
     seed: int = 0
 
     def describe(self) -> str:
-        """What acts, in one phrase."""
+        """The active options, in one phrase."""
         named = [f"{name} {getattr(self, name):g}" for name, off in _OFF.items() if getattr(self, name) != off]
         return ", ".join(named if self.temperature else ["greedy", *named])
 
@@ -68,7 +68,7 @@ def sampling_of(
     repetition_penalty: float | None = None,
     seed: int = 0,
 ) -> Sampling:
-    """What a user gives, and for the rest (None) what the checkpoint says, as in transformers' `generate`.
+    """The user's options and, for those that are None, the checkpoint's, as in transformers' `generate`.
 
     A checkpoint's temperature, top_k and top_p act where its do_sample is true or the user gives a temperature.
 

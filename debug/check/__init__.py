@@ -1,1 +1,1 @@
-"""What a model directory is, before anything of it runs: the verbs check and inspect."""
+"""The facts of a model directory, before anything of it runs: the verbs check and inspect."""

@@ -1,4 +1,4 @@
-"""What a model directory is, before anything of it runs: by which facts, how large, what is left out or refused.
+"""The facts of a model directory, before anything of it runs: by which facts, how large, what is left out or refused.
 
 Of the weights only names, shapes and dtypes are read, except where a tied head must be compared with the embedding.
 """
@@ -134,7 +134,7 @@ def _text(source: ModelSource, refused: list[str]) -> dict[str, Any]:
 
 
 def _chat(source: ModelSource, tokenizer: Tokenizer, refused: list[str]) -> str | None:
-    """What makes the prompts of a chat; None: nothing does."""
+    """The source of a chat's prompts; None: there is none."""
     own = tokenizer.chat_template
     if own is not None:
         _try(lambda: own.render([{"role": "user", "content": "hello"}]), refused)

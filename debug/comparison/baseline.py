@@ -44,7 +44,7 @@ class Changes:
 
 
 def changes(before: DiffResult, now: DiffResult) -> Changes:
-    """What changed between two diffs.
+    """The changes between two diffs.
 
     Args:
         before: an earlier result, for example `DiffResult.from_json`.

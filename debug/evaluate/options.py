@@ -11,7 +11,7 @@ from debug.evaluate.speed import DEFAULT_SHAPES, Shape
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What to measure, and how.
+    """Options of an evaluation.
 
     Attributes:
         model: the model, before quantization, that the executors were made from; `reference` and `hf` without a

@@ -98,7 +98,7 @@ def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
 
 
 def print_changes(changes: Changes) -> None:
-    """What an earlier diff of the same model had, and this one has."""
+    """The changes between an earlier diff of the same model and this one."""
     console = Console(markup=False)
     old, new = changes.verdict
     console.print(

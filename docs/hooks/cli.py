@@ -46,7 +46,7 @@ Every verb of the `logitlock` command, as its own `--help` says it. Exit codes: 
 
 
 def parameters(function: Callable[..., None]) -> list[Parameter]:
-    """What typer makes options and arguments of, in the order of the signature."""
+    """The parameters from which typer makes options and arguments, in the order of the signature."""
     hints = typing.get_type_hints(function, include_extras=True)
     return [_parameter(p, hints[name]) for name, p in inspect.signature(function).parameters.items()]
 
@@ -77,7 +77,7 @@ def _parameter(parameter: inspect.Parameter, hint: Any) -> Parameter:
 
 
 def _kind(value: Any) -> tuple[str, bool]:
-    """What a value looks like, and whether there may be several."""
+    """The form of a value, and whether there may be several."""
     if isinstance(value, types.UnionType) or typing.get_origin(value) is typing.Union:
         (value,) = (a for a in typing.get_args(value) if a is not type(None))
     if typing.get_origin(value) is list:

@@ -37,7 +37,7 @@ def measured() -> dict[str, Any]:
 
 
 def facts() -> str:
-    """What tells the families apart, from the specs that their configs give."""
+    """The differences between the families, from the specs that their configs give."""
     rows = []
     for name, case in _VARIANTS.items():
         meta = json.loads((GOLDENS / case / "meta.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What mkdocs builds beside the written pages: the CLI reference, the schemas, notebooks, tables of facts, results.
+"""The pages that mkdocs builds beside the written ones: CLI reference, schemas, notebooks, tables of facts, results.
 
 They are made from the code and from files that scripts wrote, at every build, so that they cannot be out of date.
 """

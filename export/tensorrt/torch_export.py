@@ -282,7 +282,7 @@ def _convert(
 
 
 def _argument(name: str) -> str:
-    """Of the input `past.blocks.3.key` of a graph: past_key_3, as torch.export names it; others are named alike."""
+    """torch.export's name of a graph's input: past_key_3 for `past.blocks.3.key`, others alike."""
     layer, part = split_name(name.removeprefix("past."))
     return name if layer is None else f"past_{part}_{layer}"
 

@@ -1,4 +1,4 @@
-"""What lies in a model's directory beside config.json: facts that the config leaves out."""
+"""The files in a model's directory beside config.json: facts that the config leaves out."""
 
 from __future__ import annotations
 

@@ -385,7 +385,7 @@ def match_names(
 
 
 def _spellings(name: str) -> list[str]:
-    """What a stored tensor may mean: the prefix of the decoder may be absent or too much."""
+    """The names that a stored tensor may stand for: the prefix of the decoder may be absent or too much."""
     return [name, *(p + name for p in _PREFIXES), *(name.removeprefix(p) for p in _PREFIXES)]
 
 

@@ -35,7 +35,7 @@ BITSANDBYTES = (".absmax", ".quant_map", ".nested_absmax", ".SCB", ".quant_state
 def said_of_quantization(
     config: Mapping[str, Any], where: str, beside: Beside, tensors: Callable[[], Collection[str]]
 ) -> tuple[dict[str, Any], str] | None:
-    """What is said, with a quant_method and keys as in `quantization_config`, and how errors name the place.
+    """The quantization, with a quant_method and keys as in `quantization_config`, and the place's name for errors.
 
     Args:
         config: the parsed config.json.

@@ -16,7 +16,7 @@ from refmodels.families.config import Config
 
 GENERATIONS = ("chatglm2", "chatglm3", "glm4")
 KEY = "glm_generation"
-"""What decides where no fact does, in config.json or as a variant."""
+"""The key that decides where no fact does, in config.json or as a variant."""
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CONTROL_IDS = {"chatglm3": {64795, 64797}, "glm4": set(range(151329, 151343))}
@@ -68,7 +68,7 @@ def generation_of(config: Config) -> str:
 
 
 def _facts(config: Config) -> Iterator[tuple[str, str]]:
-    """What tells a generation: (generation, fact)."""
+    """Facts that reveal the generation: (generation, fact)."""
     if config.raw("padded_vocab_size") == _GLM4_VOCABULARY:
         yield "glm4", f"padded_vocab_size is {_GLM4_VOCABULARY}"
     if config.raw("layernorm_epsilon") == _GLM4_EPSILON:

@@ -77,7 +77,7 @@ class Config:
         return said if given is None else given
 
     def told(self, key: str, options: Collection[str], facts: Iterable[tuple[str, str]]) -> str | None:
-        """What a checkpoint is where upstream has no key that says it: what `key` says, else what facts agree on.
+        """A property of the checkpoint for which upstream has no key: the value of `key`, else that of agreeing facts.
 
         Args:
             key: ours, in the variant or the config.

@@ -1,4 +1,4 @@
-"""What a checkpoint says of generation: generation_config.json, else the same keys of config.json, as in transformers.
+"""A checkpoint's defaults for generation: generation_config.json, else the keys of config.json, as in transformers.
 
 Upstream: transformers generation/utils.py, `_prepare_generation_config` and `_get_logits_processor` (read at 5.24.0).
 """
@@ -14,7 +14,7 @@ from refmodels.errors import LogitLockError
 from refmodels.json_records import read_json
 
 SAMPLING_DEFAULTS: Mapping[str, float] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-"""What transformers takes where do_sample is true and a key is absent."""
+"""The defaults of transformers where do_sample is true and a key is absent."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "encoder_repetition_penalty", "guidance_scale"), (1,)),
@@ -37,7 +37,7 @@ _NEUTRAL_OF_SAMPLING: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """What acts unless a user says otherwise.
+    """The defaults of a checkpoint, which a user's options override.
 
     Attributes:
         file: where it is said; None: nowhere.
@@ -63,7 +63,7 @@ class GenerationDefaults:
 
 
 def generation_defaults(directory: Path) -> GenerationDefaults:
-    """What the files of a checkpoint or bundle say.
+    """The defaults in the files of a checkpoint or bundle.
 
     Raises:
         LogitLockError: a damaged file, or a value of another type.

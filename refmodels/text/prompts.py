@@ -76,8 +76,8 @@ def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat:
 
 
 def read_prompts(texts: Sequence[str] | None, file: Path | None) -> list[str]:
-    """What `--prompt` and `--prompt-file` say: the texts, then one prompt per line of a UTF-8 file without empty lines;
-    the file - is standard input.  Without both there are none.
+    """The prompts of `--prompt` and `--prompt-file`: the texts, then the non-empty lines of a UTF-8 file; - is standard
+    input.  Without both there are none.
 
     Raises:
         LogitLockError: as `read_text`; standard input that is not UTF-8; a file, and no prompt.

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md, README and other front pages point to exists; the YAML files of the project are valid."""
+"""The files that CONTRIBUTING.md, README and other front pages name exist; the project's YAML files are valid."""
 
 from __future__ import annotations
 

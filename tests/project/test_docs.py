@@ -37,7 +37,7 @@ REASONS = ("needs a GPU", "needs the hub", "needs the package index", "needs a m
 
 
 _FEWER = {"eval": ["--limit", "5", "--no-speed"], "quantize": ["--samples", "16"]}
-"""What is added to commands of pages, so that the test takes seconds."""
+"""Options added to commands of pages, so that the test takes seconds."""
 
 
 @pytest.fixture(scope="module")

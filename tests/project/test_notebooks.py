@@ -1,4 +1,4 @@
-"""The notebooks run top to bottom, and what is committed is what running them gave."""
+"""The notebooks run top to bottom, and the committed outputs are those of such a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/RESULTS.md says what the result files say."""
+"""benchmarks/RESULTS.md has the numbers of the result files."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from refmodels.shadowing import PACKAGES, check_ours
 from tests.support.paths import ROOT
 
 RUNS = "print('a file of the user runs')\n"
-"""What a user's file does when it is imported."""
+"""The content of the user's file."""
 
 
 def as_file(directory: Path, package: str) -> Path:

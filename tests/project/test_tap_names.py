@@ -1,4 +1,4 @@
-"""What a tap is stands in one table, `ModelSpec.taps`: no other code works it out from the name or keeps a table."""
+"""The facts of a tap are in one table, `ModelSpec.taps`: no other code derives them from its name or keeps a table."""
 
 from __future__ import annotations
 

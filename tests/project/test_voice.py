@@ -57,7 +57,7 @@ def odd(text: str) -> list[str]:
 
 
 def prose(path: Path) -> str:
-    """What a page says: Markdown without code blocks, or a notebook's Markdown cells."""
+    """The prose of a page: Markdown without code blocks, or a notebook's Markdown cells."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         cells = json.loads(text)["cells"]
@@ -103,6 +103,30 @@ def test_pages(page: Path) -> None:
 def test_sources(file: Path) -> None:
     found = [rule for words in words_of(file.read_text(encoding="utf-8")) for rule in odd(words)]
     assert not found
+
+
+def docstrings(source: str) -> Iterator[str]:
+    """Docstrings of modules, classes, functions and constants."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.value.value
+
+
+def names_a_thing(docstring: str) -> bool:
+    """Does not begin with a clause in the place of a noun ("What a page says") or with a fragment ("Of a page")."""
+    return re.match(r"(?:What|Of)\b", docstring) is None
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != "tests"])
+def test_docstrings_name_what_they_describe(folder: str) -> None:
+    files = [file for file in SOURCES if file.is_relative_to(ROOT / folder)]
+    texts = [(file, text) for file in files for text in docstrings(file.read_text(encoding="utf-8"))]
+    assert texts and not [(file, text) for file, text in texts if not names_a_thing(text)]
+
+
+def test_the_check_of_docstrings_sees() -> None:
+    source = '"""What this is."""\nA = 1\n"""Of A."""\n\n\ndef f() -> None:\n    """Offsets."""\n    return "What"\n'
+    assert [names_a_thing(text) for text in docstrings(source)] == [False, False, True]
 
 
 @pytest.mark.parametrize("verb", VERBS)

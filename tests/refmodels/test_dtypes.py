@@ -1,4 +1,4 @@
-"""The one table of dtypes says what onnx, ONNX Runtime, safetensors and TensorRT say, and there is no second table."""
+"""The one table of dtypes agrees with onnx, ONNX Runtime, safetensors and TensorRT, and there is no second table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door for files: damage is one sentence; what is written is whole, and never over a device."""
+"""Reading and writing files: damage is one sentence of error; an output is whole, and never replaces a device."""
 
 from __future__ import annotations
 

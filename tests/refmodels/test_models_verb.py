@@ -1,4 +1,4 @@
-"""`models`, and the frame that all command lines share: one line for bad input, and the exit codes."""
+"""The verb `models`, and the common part of all command lines: one line for bad input, and the exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Specs and families: what a config says, what it may not say, and how small a family stays."""
+"""Specs and families: configs that are read, configs that are refused, and the size of a family's file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bundled toys: their generator, their checkpoints, and what they can do."""
+"""The bundled toys: their generator, their checkpoints, and the tasks that they solve."""
 
 from __future__ import annotations
 

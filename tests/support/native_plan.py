@@ -1,4 +1,4 @@
-"""What a TensorRT plan of native attention must look like."""
+"""The expected form of a TensorRT plan of native attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from refmodels.taps import is_cache_tap, tap_names
 from trt_runtime.plan_layers import Layer
 
 FUSED = {0: "_gemm_mha", 1: "_gemv_mha"}
-"""What the name of the fused attention kernel begins with, by profile: prefill and decode."""
+"""The prefix of the fused attention kernel's name, by profile: prefill and decode."""
 
 
 def check_plan(spec: ModelSpec, kinds: Counter[str], layers: list[Layer], *, kernels: dict[int, str]) -> None:

@@ -1,4 +1,4 @@
-"""What takes long to make is made once, also where several test processes want it at the same time."""
+"""Expensive fixtures are made once, even if several test processes need them at the same time."""
 
 from __future__ import annotations
 

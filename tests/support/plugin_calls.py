@@ -1,4 +1,4 @@
-"""What a call of the attention plugin asks of the operator."""
+"""The operator's arguments for a call of the attention plugin."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from trt_runtime.torch_gpu.engine import TorchEngine
 
 
 class FusedOnCpu(TorchEngine):
-    """What kernels=True makes, on the CPU: fused modules and static steps, without kernels and graphs."""
+    """The engine of kernels=True on the CPU: fused modules and static steps, without kernels and graphs."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)

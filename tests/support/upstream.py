@@ -1,4 +1,4 @@
-"""What the installed transformers makes of a model directory."""
+"""The installed transformers' reading of a model directory."""
 
 from __future__ import annotations
 

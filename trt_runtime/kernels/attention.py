@@ -15,7 +15,7 @@ from trt_runtime.kernels import attention_decode, attention_prefill
 from trt_runtime.kernels.launch import KERNEL_INPUTS, AttentionShape, Launch
 
 MULTIPROCESSORS = 132
-"""Of the H200, on which the tables below were measured; on other GPUs it affects the speed, not the result."""
+"""The H200's, on which the tables below were measured; on other GPUs it affects the speed, not the result."""
 
 NO_WINDOW = 2**30
 L2_BYTES = 32 * 2**20

@@ -343,7 +343,7 @@ _GATED_COSTS = {Tile(tokens=128, rows=128, stages=4): 0.70, Tile(tokens=128, row
 _SPLIT_COST = 7.0
 """Microseconds that two parts of k cost on top: their sums go through memory."""
 _LARGEST_SUMS = 128 * 128
-"""Of fp8, in a tile: two sums each are held, of all columns and of the last `BLOCK_K`."""
+"""Limit of a tile's elements in fp8, each of which holds two sums: of all columns, and of the last `BLOCK_K`."""
 
 
 def tile_of(n: int, k: int, tokens: int, *, code: EightBit, gated: bool, processors: int) -> Tile:

@@ -51,12 +51,12 @@ def cannot_run(path: Path) -> str:
 
 
 def cannot_read(path: Path) -> str:
-    """How a sentence about a file that holds no graph begins."""
+    """The start of a sentence about a file that holds no graph."""
     return f"{path} cannot be read as an ONNX model"
 
 
 def session_options(folder: Path, threads: int) -> ort.SessionOptions:
-    """What every session has: external weights are in `folder`, and errors are raised, not printed."""
+    """The options of every session: external weights are in `folder`, and errors are raised, not printed."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

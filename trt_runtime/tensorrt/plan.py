@@ -17,7 +17,7 @@ from refmodels.errors import LogitLockError
 KEPT_STEPS = 16
 """Number of steps of different shapes or caches that a plan remembers; each captured one has its own context."""
 _TYPES = ("fp32", "fp16", "bf16", "int32", "int64", "bool")
-"""Of a plan's inputs and outputs."""
+"""The dtypes of a plan's inputs and outputs."""
 
 
 class CudaStream:

@@ -1,4 +1,4 @@
-"""Traces: what comes back from disk gives the same diff."""
+"""Traces: a capture read back from disk gives the same diff."""
 
 from __future__ import annotations
 

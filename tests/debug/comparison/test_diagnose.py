@@ -1,4 +1,4 @@
-"""The diagnosis: modules alone, and the faults of the catalogue in exported graphs."""
+"""The diagnosis names the catalogue's faults, in single modules and planted in exported graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances against values computed another way."""
+"""Error metrics against values computed another way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The diff on quantized bundles: no alarm on right ones, planted faults of codes found and named."""
+"""The diff on quantized bundles: no alarm on right ones, planted faults of quantized weights found and named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `eval` and what it is made of."""
+"""The verb `eval` and its parts."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_wilson_against_published_values() -> None:
 
 
 def test_the_interval_of_a_loss_holds_it() -> None:
-    """Of 2000 samples of 100 pairs with a true loss of 3 points, at least 94 % of the intervals hold it."""
+    """At least 94 % of the intervals of 2000 samples of 100 pairs hold the true loss of 3 points."""
     draws = random.Random(0)
     held = 0
     for _ in range(2000):

@@ -1,4 +1,4 @@
-"""Engines as models of lm-evaluation-harness, on small tasks that are made here."""
+"""Engines as models of lm-evaluation-harness, on small tasks made by the test."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def request(*args: Any) -> Any:
 
 
 def log_probabilities(model: EngineModel, ids: list[int]) -> torch.Tensor:
-    """Of every token of `ids` but the first, by one plain forward."""
+    """Log-probability of every token of `ids` but the first, by one plain forward."""
     tokens = torch.tensor([ids])
     cache = model.engine.new_cache(batch=1, capacity=len(ids))
     logits = model.engine.prefill(tokens[:, :-1], cache)[0]

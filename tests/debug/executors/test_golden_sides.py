@@ -1,4 +1,4 @@
-"""A golden case whose parts are not understood is refused as a side, in one sentence that names the part."""
+"""A golden case with an unknown part is refused as an executor, in one sentence that names the part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the name of an executor opens, and what is said of names that open none."""
+"""Names of executors: what each opens, and one clear sentence for names that open none."""
 
 from __future__ import annotations
 

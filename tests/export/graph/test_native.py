@@ -130,7 +130,7 @@ def test_the_graph_calls_the_operators_of_tensorrt() -> None:
 def plan_of(
     spec: ModelSpec, bundle: Path, fault: Callable[[onnx.ModelProto], None] | None = None
 ) -> tuple[Counter[str], list[Layer]]:
-    """What TensorRT makes of a bundle: its network's layers by type, and the layers of its plan."""
+    """TensorRT's layers for a bundle: the network's by type, and the plan's."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from export.tensorrt.build import build_plan, fix_capacity
     from export.tensorrt.options import BuildOptions

@@ -1,4 +1,4 @@
-"""What TensorRT's parser makes of our graphs computes what the reference does: every layer of the network, run here.
+"""Networks that TensorRT's parser makes from our graphs compute the reference's results: every layer, run here.
 
 The builder's layer list shows what a plan is made of, not that the parser read every attribute and input as meant.
 """

@@ -1,4 +1,4 @@
-"""What observers of activations keep, and folding scales into what makes an input."""
+"""Observers of activations, and folding scales into the layer that produces an input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantization against independent implementations: what is installed of them; the others skip, with a reason.
+"""Quantization against the independent implementations that are installed; the others are skipped, with a reason.
 
 compressed-tensors and onnxruntime are in the `test` extra.  GPTQ, AWQ and SmoothQuant of llmcompressor,
 neural-compressor, autoawq and nvidia-modelopt want other versions of torch and transformers; where they are installed

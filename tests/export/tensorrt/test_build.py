@@ -1,4 +1,4 @@
-"""Real engines, built without a GPU: for every family and mode, the builder's layer list says what the graph says."""
+"""Real engines, built without a GPU: for every family and mode, the builder's layer list matches the graph."""
 
 from __future__ import annotations
 

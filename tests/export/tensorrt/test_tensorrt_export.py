@@ -1,4 +1,4 @@
-"""`export` with a TensorRT plan: the bundle, its options, random weights, and what is left when it is cancelled."""
+"""`export` with a TensorRT plan: the bundle, its options, random weights, and cancelling it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nvidia-modelopt's checkpoints: what it exported (`goldens_modelopt`) read and written again, and ours beside it."""
+"""nvidia-modelopt's checkpoints: its exports (`goldens_modelopt`), read and written again, and ours beside them."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ PLACES = {
         "int4-pre-quant-scale",
     },
 }
-"""What each layout can say."""
+"""The formats that each layout can express."""
 SMALL = ["qwen_b1", "chatglm2_b1", "baichuan2_13b_b1", "gpt2_b1", "gpt_bigcode_mha_b1", "starcoder2_b1"]
 
 

@@ -145,7 +145,7 @@ class Option:
     kind: Any
 
     def value(self, rng: random.Random) -> str:
-        """What nobody should give it, or hardly."""
+        """Values that users should not give, or hardly ever."""
         if self.kind in (int, float):
             extreme = rng.choice([*NUMBERS, 10**40, 99999999, 3])
             return rng.choice([str(extreme), str(int(extreme)), "nan", "inf", "-inf", "", "x", "1e400"])

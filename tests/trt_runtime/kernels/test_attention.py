@@ -295,7 +295,7 @@ def test_interpreted() -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_variants_are_all_that_launches_use(scheme: str, dtype: str, capability: int) -> None:
-    """What is compiled ahead of time for a model covers every shape within its limits."""
+    """The kernels compiled ahead of time for a model cover every shape within its limits."""
     limits = replace(
         Case(scheme=scheme, lengths=(4000,), dtype=dtype, head_dim=64).shape,
         batch=300, tokens=8192, slots=8192, capacity=8192,

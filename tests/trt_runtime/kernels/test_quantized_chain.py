@@ -1,4 +1,4 @@
-"""Chains of int4 products in one launch: how a model is wired to them, and the kernel itself.
+"""Chains of int4 GEMVs in one launch: their use in a model, and the kernel itself.
 
 The kernel runs on a GPU, and on the CPU as C++ (`cuda_on_cpu.h`), there with few blocks and small sizes.
 
@@ -71,7 +71,7 @@ def computed(product: Product, results: Sequence[Tensor], dtype: torch.dtype) ->
 
 
 class ChainOnCpu:
-    """What `ChainRunner` does, by torch."""
+    """`ChainRunner` in torch."""
 
     def __init__(self, *, rows: int, device: torch.device) -> None:
         self.rows = rows

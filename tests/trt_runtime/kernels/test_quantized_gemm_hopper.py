@@ -1,4 +1,4 @@
-"""Products of codes for many tokens on Hopper: on the CPU by `gluon_on_cpu`, compiled without a GPU, and on a GPU."""
+"""int8 and fp8 GEMMs with many tokens on Hopper: on the CPU by `gluon_on_cpu`, compiled without a GPU, and on a GPU."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_parts_of_k_on_the_cpu(code: Any) -> None:
 
 
 def test_tiles_of_qwen_7b() -> None:
-    """What was fastest on an H200 with 132 multiprocessors (benchmarks/results/gpu_quantized.log)."""
+    """The fastest tiles on an H200 with 132 multiprocessors (benchmarks/results/gpu_quantized.log)."""
     wide, square, narrow = hopper._COSTS
     gated_wide, gated_narrow = hopper._GATED_COSTS
     two = {tile: replace(tile, splits=2) for tile in (square, narrow)}

@@ -1,4 +1,4 @@
-"""A graph that is none, under hashes that are right, or one that fails while it runs, is one sentence."""
+"""A broken graph under correct hashes, or one that fails while it runs, gives one sentence of error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nodes put into a graph, and in the place of others."""
+"""Inserting nodes into a graph, and replacing others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imitated half precision against torch's own half precision: rounding, overflow, and what must not be rounded."""
+"""Emulated half precision against torch's own half precision: rounding, overflow, and what must not be rounded."""
 
 from __future__ import annotations
 

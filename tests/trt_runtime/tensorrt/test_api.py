@@ -27,9 +27,9 @@ FILES += Path(__file__).parent.glob("*_gpu.py")
 # The oldest that we support, and the newest.
 FULL_VERSIONS = {"oldest": "==11.0.*", "newest": ">=11.0"}
 RTX_ONLY = {"ComputeCapability", "is_stream_capturable", "num_compute_capabilities", "set_compute_capability"}
-"""What we use of TensorRT-RTX only; each use stands under IS_RTX."""
+"""Names used of TensorRT-RTX only; each use is under IS_RTX."""
 FULL_ONLY = {"add_plugin_v3"}
-"""What we use of full TensorRT only: --backend torch-tensorrt refuses plugins on TensorRT-RTX."""
+"""Names used of full TensorRT only: --backend torch-tensorrt refuses plugins on TensorRT-RTX."""
 MODULES = ("tensorrt", "tensorrt_rtx")
 
 _DUMP = """

@@ -1,4 +1,4 @@
-"""The TensorRT engine without a GPU: what it decides, what it binds, its errors, and whole generations on a plan whose
+"""The TensorRT engine without a GPU: its decisions, bindings and errors, and whole generations on a plan whose
 part is played by ONNX Runtime (`fake_plan.py`)."""
 
 from __future__ import annotations

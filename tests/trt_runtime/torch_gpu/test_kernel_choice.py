@@ -1,4 +1,4 @@
-"""Which kernel runs a linear layer: every boundary of the one function that says so, on no GPU."""
+"""The choice of a linear layer's kernel: every boundary of the one function that makes it, without a GPU."""
 
 from __future__ import annotations
 
