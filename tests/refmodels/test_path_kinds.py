@@ -53,7 +53,7 @@ def test_errors_have_the_hint(bundle: Path, tmp_path: Path) -> None:
     logitlock("export", "--model", bundle, "--output", out).assert_bad_input(said)
     logitlock("verify", bundle).assert_bad_input(said)
     logitlock("generate", "--bundle", toy, "--prompt", "a").assert_bad_input("it is a Hugging Face model")
-    logitlock("inspect", CASE).assert_bad_input("it is a golden case")
+    logitlock("generate", "--bundle", CASE, "--prompt", "a").assert_bad_input("it is a golden case")
     logitlock("inspect", bundle / "model.onnx").assert_bad_input("not a directory; it is a file of the bundle")
     logitlock("diff", toy, "--model", "qwen").assert_bad_input("it is a Hugging Face model", "hf:DIR")
     logitlock("diff", "qwen", "--model", "qwen").assert_bad_input("it is a model: name it with --model")
