@@ -232,7 +232,7 @@ def diff(
     if html is not None:
         from debug.report import check_report, write_report
 
-        # What would fail after the run fails before it.
+        # Options that would fail after the run fail before it.
         check_report(html)
     if junit is not None:
         check_junit(junit)

@@ -1,4 +1,4 @@
-"""The facts of a model directory, before anything of it runs: by which facts, how large, what is left out or refused.
+"""A model directory before anything of it runs: family, deciding facts, size, and what is left out or refused.
 
 Of the weights only names, shapes and dtypes are read, except where a tied head must be compared with the embedding.
 """

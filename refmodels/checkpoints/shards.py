@@ -160,7 +160,7 @@ def _can_be_mapped(file: Path) -> bool:
 def _load_bin(file: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
-            # What torch says of old formats is nothing that a user of the file can change.
+            # A user of the file cannot act on torch's warnings about old formats.
             warnings.simplefilter("ignore")
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
     except pickle.UnpicklingError as error:

@@ -39,7 +39,7 @@ def generation_of(config: Config) -> str:
         LogitLockError: facts that contradict each other, or none.
     """
     if "chatglm3" in config.variant:
-        # What golden cases say.
+        # The key that golden cases have.
         return "chatglm3" if config.variant["chatglm3"] else "chatglm2"
     told = config.told(KEY, GENERATIONS, _facts(config))
     if told is not None:

@@ -16,7 +16,7 @@ _NAMES = (
     "unsloth_fixed", "tokenizer_class", "tokenizer_type", "task_specific_params", "custom_pipelines", "license",
     # Other heads.
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "classifier_dropout",
-    # What is said of dtypes: the caller chooses.
+    # Dtypes: the caller chooses.
     "torch_dtype", "dtype", "params_dtype", "bf16", "fp16", "fp32",
     # How upstream runs, not what it computes.
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "torchscript", "use_bfloat16", "onnx_safe",

@@ -255,7 +255,7 @@ def _load_byte_bpe(folder: Path, family: str) -> Tokenizer:
         }
     )
     around = list(model.encode("", add_special_tokens=True).ids)
-    # What a template puts before and after the text can only be told apart around a text.
+    # Only around a text can the template's tokens before it be told from those after it.
     probe = list(model.encode("a", add_special_tokens=False).ids)
     framed = list(model.encode("a", add_special_tokens=True).ids)
     split = next((n for n in range(len(around) + 1) if framed == around[:n] + probe + around[n:]), len(around))

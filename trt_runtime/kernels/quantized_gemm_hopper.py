@@ -425,7 +425,7 @@ def gemm(
         },
         pointers={},
         warps=4,
-        # What twelve warps (one of the last four works) can have each; Gluon gives most of it to those that multiply.
+        # Registers per thread with twelve warps (one of the last four works); Gluon gives most to those that multiply.
         options={"launch_pdl": True, "maxnreg": 168},
     )
     if not split:

@@ -165,7 +165,7 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-# What can be decided without a GPU
+# Decisions that need no GPU
 
 
 def check_package(built: str, installed: str) -> None:

@@ -139,7 +139,7 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.I
             )
         return self.kernels.launcher()
 
-    # What TensorRT calls
+    # Methods that TensorRT calls
 
     def get_capability_interface(self, kind: Any) -> Any:
         return self
