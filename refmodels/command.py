@@ -88,6 +88,8 @@ def main(
 def _app(
     verbs: Mapping[str, Verb], description: str, default: str | None, help_of: Callable[[Callable[..., None]], str]
 ) -> typer.Typer:
+    # Before torch is loaded: threads that spin while they wait take the cores of whatever else runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     asked = _asked()
     app = typer.Typer(
         help=description,

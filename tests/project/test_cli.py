@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -97,6 +98,16 @@ def test_shell_completion_knows_verbs_and_options(line: str, expected: str, monk
 def test_version() -> None:
     shown = logitlock("--version")
     assert (shown.code, shown.out.strip()) == (0, f"logitlock {metadata.version('logitlock')}")
+
+
+@pytest.mark.parametrize("own", [None, "active"])
+def test_waiting_threads_do_not_spin_unless_the_user_says_so(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    if own is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    logitlock("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == (own or "passive")
 
 
 def test_help_does_not_import_torch() -> None:
