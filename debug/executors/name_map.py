@@ -53,6 +53,10 @@ class Source:
             raise LogitLockError('the source of a tap needs either "value" or "concat"')
         if len(self.columns) not in (0, 2):
             raise LogitLockError(f"columns of {self.value} must be [start, stop], got {self.columns}")
+        if self.columns and not 0 <= self.columns[0] < self.columns[1]:
+            raise LogitLockError(f"columns of {self.value} are {self.columns}; they must be [start, stop], from 0 on")
+        if self.heads < 0:
+            raise LogitLockError(f"heads of {self.value} are {self.heads}; they must be at least 0")
 
     def values(self) -> Iterator[str]:
         """Names of all values that are read."""
@@ -85,7 +89,13 @@ class Source:
         tensor = tensor.reshape(batch, tokens, -1)
         if self.columns:
             tensor = tensor[..., self.columns[0] : self.columns[1]]
-        return regroup_heads(tensor, self.heads) if self.heads else tensor
+        if not self.heads:
+            return tensor
+        if tensor.shape[-1] % (3 * self.heads):
+            raise LogitLockError(
+                f"{self.value} has a width of {tensor.shape[-1]}, which is not (query, key, value) of {self.heads} heads"
+            )
+        return regroup_heads(tensor, self.heads)
 
     def to_json(self) -> str | dict[str, Any]:
         facts: dict[str, Any] = {"value": self.value} if self.value is not None else {}
@@ -125,13 +135,15 @@ def read_name_map(file: Path, spec: ModelSpec) -> NameMap:
         data = {"taps": data}
     # The comments of a proposal are for people.
     data = {key: value for key, value in data.items() if key not in ("confidence", "ambiguous", "unmatched")}
-    known = tap_names(spec)
-    for tap in data.get("taps", {}):
+    known, taps = tap_names(spec), data.get("taps", {})
+    if not isinstance(taps, dict):
+        raise LogitLockError(f"{file}.taps must be an object, got {type(taps).__name__}")
+    for tap in taps:
         if tap not in known:
             raise LogitLockError(
                 f"{file}: {tap!r} is not a tap of {spec.variant}; its taps are {', '.join(known[:4])}, ..."
             )
-    return read_record(NameMap, {**data, "taps": {t: _objects(s) for t, s in data.get("taps", {}).items()}}, str(file))
+    return read_record(NameMap, {**data, "taps": {tap: _objects(source) for tap, source in taps.items()}}, str(file))
 
 
 def _objects(taps: Any) -> Any:

@@ -280,6 +280,31 @@ def test_roles_that_are_not_understood(exported: Callable[..., Path], tmp_path: 
         OnnxFileEngine(tmp_path / "no.onnx", spec)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"taps": None}, "taps must be an object"),
+        ({"taps": 5}, "taps must be an object"),
+        ({"taps": ["embed"]}, "taps must be an object"),
+        ({"taps": {"embed": 5}}, "must be an object"),
+        ({"taps": {"embed": {"value": "x", "heads": -1}}}, "heads of x are -1"),
+        ({"taps": {"embed": {"value": "x", "columns": [3, 3]}}}, "from 0 on"),
+        ({"taps": {"embed": {"value": "x", "columns": [-4, 4]}}}, "from 0 on"),
+        ({"taps": {"embed": {"concat": 5}}}, "embed"),
+    ],
+)
+def test_name_maps_of_another_form(content: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text(json.dumps(content))
+    with pytest.raises(LogitLockError, match=said):
+        read_name_map(tmp_path / "names.json", case_source("qwen2_b1").spec)
+
+
+@pytest.mark.parametrize("heads", [7, 4])
+def test_heads_that_do_not_divide_the_width(heads: int) -> None:
+    with pytest.raises(LogitLockError, match=f"which is not .query, key, value. of {heads} heads"):
+        Source(value="g", heads=heads).read({"g": torch.zeros(2, 3, 18)}, 2, 3)
+
+
 def test_name_maps_that_do_not_fit(exported: Callable[..., Path], tmp_path: Path) -> None:
     spec, path = case_source("qwen2").spec, exported("qwen2")
     good = propose_map(path, refmodels.load(case_source("qwen2"))).names.to_json()["taps"]
