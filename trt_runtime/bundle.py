@@ -247,7 +247,11 @@ def read_bundle(path: Path | str, *, verify_hashes: bool = True) -> Bundle:
             raise LogitLockError(f"{manifest} lists no {name}")
     for name, file in info.files.items():
         _check_file(directory, name, file, verify_hash=verify_hashes)
-    return Bundle(info=info, directory=directory, spec=spec_from_dict(info.spec))
+    spec = spec_from_dict(info.spec)
+    for tap in info.taps:
+        if tap not in spec.taps:
+            raise LogitLockError(f"{manifest} lists the tap {tap!r}, which {spec.variant} does not have")
+    return Bundle(info=info, directory=directory, spec=spec)
 
 
 def file_sha256(path: Path) -> str:

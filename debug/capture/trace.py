@@ -213,13 +213,12 @@ def _check_tensors(file: Any, spec: ModelSpec, taps: tuple[str, ...], shape: tup
     names = set(file.keys())
     batch, length = shape
 
-    def check(name: str, expected: tuple[int | None, ...]) -> None:
+    def check(name: str, expected: tuple[int, ...]) -> None:
         if name not in names:
             raise LogitLockError(f"it lacks the tensor {name}")
         found = tuple(file.get_slice(name).get_shape())
-        if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
-            wanted = ", ".join("?" if e is None else str(e) for e in expected)
-            raise LogitLockError(f"{name} has the shape {list(found)}; it must be [{wanted}]")
+        if found != expected:
+            raise LogitLockError(f"{name} has the shape {list(found)}; it must be {list(expected)}")
 
     for step in range(steps + 1):
         tokens = length if step == 0 else 1
@@ -228,9 +227,9 @@ def _check_tensors(file: Any, spec: ModelSpec, taps: tuple[str, ...], shape: tup
             if not is_cache_tap(tap):
                 check(f"{step}.{tap}", (batch, tokens, spec.taps[tap].width))
                 continue
-            cache = (batch, spec.attention.kv_heads, None, spec.attention.head_dim)
             whole = f"{step}.{tap}.all"
-            check(whole if whole in names else f"{step}.{tap}", cache)
+            name, slots = (whole, length + step) if whole in names else (f"{step}.{tap}", tokens)
+            check(name, (batch, spec.attention.kv_heads, slots, spec.attention.head_dim))
 
 
 def trace_origin(path: Path) -> tuple[str, Numerics]:

@@ -93,7 +93,8 @@ class Source:
             return tensor
         if tensor.shape[-1] % (3 * self.heads):
             raise LogitLockError(
-                f"{self.value} has a width of {tensor.shape[-1]}, which is not (query, key, value) of {self.heads} heads"
+                f"{self.value} has a width of {tensor.shape[-1]}, which is not (query, key, value) of {self.heads} "
+                "heads"
             )
         return regroup_heads(tensor, self.heads)
 

@@ -147,8 +147,13 @@ def _compressed(said: Mapping[str, Any], modules: Modules, where: str) -> dict[s
     for name, group in (said.get("config_groups") or {}).items():
         if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
             raise LogitLockError(f"{where}.config_groups.{name} must be an object with 'weights'")
-        groups.append((list(group.get("targets") or ()), _compressed_format(group, f"{where}.config_groups.{name}")))
-    ignored = list(said.get("ignore") or ())
+        groups.append(
+            (
+                _patterns(group, "targets", f"{where}.config_groups.{name}"),
+                _compressed_format(group, f"{where}.config_groups.{name}"),
+            )
+        )
+    ignored = _patterns(said, "ignore", where)
 
     def of(upstream: str) -> LinearFormat | None:
         if any(_matches(pattern, upstream) for pattern in ignored):
@@ -357,6 +362,19 @@ def _per_module(modules: Modules, of: Any, where: str) -> dict[str, LinearFormat
         if linear is not None:
             formats[module] = linear
     return formats
+
+
+def _patterns(said: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """A list of names of modules, or of regular expressions for them after "re:"."""
+    patterns = said.get(key) or []
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise LogitLockError(f"{where}.{key} is {patterns!r}; it must be a list of names of modules")
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise LogitLockError(f"{where}.{key} has {pattern!r}, which is not a regular expression: {error}") from None
+    return patterns
 
 
 def _matches(pattern: str, name: str) -> bool:

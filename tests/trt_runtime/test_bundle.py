@@ -146,6 +146,7 @@ def test_changed_file(tmp_path: Path, content: bytes, message: str) -> None:
         (lambda d: d["engine"].update(plugins={"FusedRmsNorm": "1"}), r"lists no kernels\.bin"),
         (lambda d: d["files"].pop("engine.plan"), r"lists no engine\.plan"),
         (lambda d: d.pop("schema"), "no key 'schema'"),
+        (lambda d: d["taps"].update(nonsense="x"), "lists the tap 'nonsense', which qwen does not have"),
     ],
 )
 def test_damaged_manifest(tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:

@@ -145,6 +145,8 @@ def test_nothing_is_left_of_a_trace_that_failed(tmp_path: Path) -> None:
         ({}, {"0.embed": None}, "it lacks the tensor 0.embed"),
         ({}, {"1.untapped": torch.zeros(1, 2, 3)}, "1.untapped has the shape"),
         ({}, {"0.blocks.0.key": torch.zeros(1, 9, 3)}, "0.blocks.0.key has the shape"),
+        ({}, {"1.blocks.0.key": torch.zeros(1, 4, 0, 16)}, r"1.blocks.0.key has the shape .*must be \[1, 4, 1, 16\]"),
+        ({}, {"1.blocks.0.key.all": torch.zeros(1, 4, 9, 16)}, r"1.blocks.0.key.all .*must be \[1, 4, 10, 16\]"),
     ],
 )
 def test_damaged_traces(

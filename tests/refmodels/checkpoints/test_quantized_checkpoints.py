@@ -384,9 +384,12 @@ def _set(values: Mapping[str, Any]) -> Any:
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(num_bits=3), ["3-bit", "int4, int8 and fp8"]),
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(strategy="block"), ["block"]),
         (lambda t, c: c["config_groups"]["group_0"]["targets"].remove(KEY), ["k_proj", "different formats"]),
+        (lambda t, c: c["config_groups"]["group_0"]["targets"].append(1e-30), ["group_0.targets", "list of names"]),
+        (lambda t, c: c.update(ignore=["re:("]), ["ignore", "not a regular expression"]),
         (lambda t, c: c.update(kv_cache_scheme={"num_bits": 4, "type": "int"}), ["kv_cache_scheme"]),
     ],
-    ids=["codes", "scales", "shape", "nan", "method", "format", "bits", "strategy", "fused", "cache"],
+    ids=["codes", "scales", "shape", "nan", "method", "format", "bits", "strategy", "fused", "target", "ignore",
+         "cache"],
 )  # fmt: skip
 def test_damaged_checkpoints(edit: Any, expected: list[str], tmp_path: Path) -> None:
     message = damaged(tmp_path, edit)
