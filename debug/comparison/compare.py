@@ -29,6 +29,7 @@ from torch import Tensor
 from debug.capture.capture import Capture, capture_engine
 from debug.capture.prompts import Prompts
 from debug.capture.streaming import Reference, decoder_of, ready, ready_at
+from debug.comparison.bounds import lower_bound, sigmoid_bound
 from debug.comparison.code_flips import CodeFlips
 from debug.comparison.diagnose import diagnose
 from debug.comparison.faults.generic import stored_as
@@ -44,9 +45,9 @@ from debug.comparison.results import (
     Phase,
     TapError,
 )
-from debug.comparison.systematic import systematic
+from debug.comparison.systematic import KINDS, systematic
 from export.progress import Progress, silent
-from refmodels.dtypes import torch_name, unit_roundoff, wide_dtype
+from refmodels.dtypes import torch_name, unit_roundoff
 from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
@@ -234,8 +235,10 @@ class _Diff:
         real = self.whole.inputs.new_mask
         engine = self.whole.tensors[name]
         self._look_at_storage(name, engine[real], floors[1][real])
-        flips = self.flips.of(name, self.whole.tensors)
-        both = _Errors.of(engine, real, (accumulated, local), floors, self.capture.dtype, flips)
+        least = self.flips.of(name, self.whole.tensors)
+        if least is None:
+            least = sigmoid_bound(self.capture.spec, name, self.whole.tensors, self.capture.dtype)
+        both = _Errors.of(engine, real, (accumulated, local), floors, self.capture.dtype, least)
         # The tokens of step n are the columns from bounds[n] to bounds[n + 1].
         column = both.local.token_of[:, 1]
         length = self.capture.prompts.ids.shape[1]
@@ -276,10 +279,9 @@ class _Diff:
         # For a token whose floor happens to be small, the floor of the whole tensor counts.  If the dtype overflows in
         # the floor's run but not in the engine, only the bound is known.
         whole = local_floor.rel_l2 if math.isfinite(local_floor.rel_l2) else 0.0
-        flip = float(errors.flip.mean()) if len(errors.flip) else 0.0
-        least = errors.flip.clamp(min=max(whole, bound))
+        least = errors.least.clamp(min=max(whole, bound))
         floor = torch.maximum(local_floor.token_rel.nan_to_num(nan=0.0, posinf=0.0), least)
-        bound = max(bound, flip)
+        bound = max(bound, float(errors.least.mean()) if len(errors.least) else 0.0)
         ratios = local.token_rel / floor
         worst = int(ratios.nan_to_num(nan=float("inf")).argmax())
         phase: Phase = "decode" if step else "prefill"
@@ -359,7 +361,8 @@ class _Diff:
                 rounding = Diagnosis(fault=name, local_before=error.local, local_after=error.floor, ratio_after=0.0)
                 found.append(self._below_the_alarm(error, rounding))
                 continue
-            if is_cache_tap(error.tap):
+            if self.capture.spec.taps[error.tap].kind not in KINDS:
+                # Before its weights are loaded: those of a streamed reference are most of the model.
                 continue
             weights = (ready_at(reference, error.tap, alone=True) for reference in (self.truth, self.rounded))
             with next(weights) as truth, next(weights) as rounded:
@@ -403,7 +406,9 @@ class _Errors:
     accumulated_floor: TokenErrors
     local: TokenErrors
     local_floor: TokenErrors
-    flip: Tensor  # [tokens] float64, relative error of one flipped code (debug.comparison.code_flips), or 0
+    least: Tensor
+    """[tokens] float64: lower bound of the floor, of one flipped code (debug.comparison.code_flips) or of a sigmoid
+    (debug.comparison.bounds), or 0."""
 
     @staticmethod
     def of(
@@ -412,12 +417,12 @@ class _Errors:
         truth: tuple[Tensor, Tensor],
         floors: tuple[Tensor, Tensor],
         dtype: torch.dtype,
-        flip: Tensor | None,
+        least: Tensor | None,
     ) -> _Errors:
         """`truth`, `floors`: accumulated and local.  A cache tensor is compared by slot, for the slots that the engine
         has.
 
-        flip: [batch, tokens or slots].
+        least: [batch, tokens or slots].
         """
         tensors = [engine, *truth, *floors]
         if engine.ndim == 4:
@@ -429,29 +434,11 @@ class _Errors:
             for expected, floor in zip(others[:2], others[2:], strict=True)
             for actual in (own, floor)
         )
-        flips = own.new_zeros(len(own)) if flip is None else flip[real].to(own)
-        return _Errors(accumulated, accumulated_floor, local, local_floor, flips)
+        bounds = own.new_zeros(len(own)) if least is None else least[real].to(own)
+        return _Errors(accumulated, accumulated_floor, local, local_floor, bounds)
 
     def only(self, keep: Tensor, *, first: int) -> _Errors:
         """A selection of the tokens, with positions counted from `first`."""
         parts = (self.accumulated, self.accumulated_floor, self.local, self.local_floor)
         accumulated, accumulated_floor, local, local_floor = (part.only(keep, first=first) for part in parts)
-        return _Errors(accumulated, accumulated_floor, local, local_floor, self.flip[keep])
-
-
-def lower_bound(spec: ModelSpec, tap: str, dtype: torch.dtype, *, slots: int) -> float:
-    """The relative error that any engine of this dtype may have in a tap, whatever the floor is.
-
-    This is one rounding to the dtype and, for a matrix product that sums K terms one after the other in fp32 (fp64 for
-    fp64), the error of these sums: a random walk of K roundings gives sqrt(K / 6) units of them.  The floor's own BLAS
-    may sum in blocks and be several times better, but this does not make the engine wrong.
-
-    A norm sums K squares.  They have one sign, so that a partial sum may be as large as the whole: after the outlier
-    channel of a large model all of them are.  K roundings of at most one unit, uniformly distributed, then give
-    sqrt(K / 3) units, and the square root halves a relative error: sqrt(K / 12).  All entries of the token share this
-    error, so it does not average out over them.
-    """
-    facts = spec.taps[tap]
-    terms = max((slots if count == "slots" else count for count in facts.sums), default=0)
-    unit, sum_unit = unit_roundoff(dtype), unit_roundoff(wide_dtype(dtype))
-    return float(max(unit, sum_unit * math.sqrt(terms / (12 if facts.kind == "norm" else 6))))
+        return _Errors(accumulated, accumulated_floor, local, local_floor, self.least[keep])

@@ -39,7 +39,7 @@ def diagnose(
     Args:
         tap, forward: the culprit and a forward in which it is wrong.
         truth, rounded: the reference in fp64 and in the engine's dtype and numerics.
-        bound: the lower bound of the tap's relative floor (`debug.comparison.compare.lower_bound`).
+        bound: the lower bound of the tap's relative floor (`debug.comparison.bounds.lower_bound`).
         multiple: number of noise floors that a healthy module may be off.
         dtype: the engine's dtype.
     """

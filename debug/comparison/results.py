@@ -51,7 +51,7 @@ class TapError:
         local, local_max_abs: the engine's output against the fp64 reference module run on the engine's own inputs.
         floor, floor_spread: the reference module in the engine's dtype on the same inputs, against the fp64 module; the
             spread is the worst token of the batch over all tokens.
-        floor_bound: lower bound of the floor (`debug.comparison.compare.lower_bound`).
+        floor_bound: lower bound of the floor (`debug.comparison.bounds.lower_bound`).
         ratio: local error over floor, of the worst token (see `debug.comparison.compare.MULTIPLE`).
         accumulated_ratio: accumulated over accumulated_floor.
         worst: row and position of the token with the largest ratio.

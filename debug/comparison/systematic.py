@@ -33,7 +33,8 @@ SIGNIFICANT = 10.0
 4.5."""
 _AMOUNT = 0.1
 """Largest distance of a fault's amount from 1, in addition to its own uncertainty."""
-_KINDS = ("norm", "activation")
+KINDS = ("norm", "activation")
+"""Kinds of taps for which small faults are known."""
 
 
 def systematic(tap: str, whole: Forward, truth: Decoder, rounded: Decoder, real: Tensor) -> Diagnosis | None:
@@ -49,7 +50,7 @@ def systematic(tap: str, whole: Forward, truth: Decoder, rounded: Decoder, real:
         module = module_at(truth, tap, whole)
     except KeyError:
         return None
-    if module.kind not in _KINDS:
+    if module.kind not in KINDS:
         return None
     engine = whole.tensors[tap].to(truth.device, torch.float64)
     expected = module()[real]

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import refmodels
 from debug import sides
+from debug.capture import streaming
 from debug.capture.prompts import random_prompts
 from debug.capture.streaming import StreamedDecoder, ready_at, stages
 from debug.comparison.compare import diff_engine
 from debug.sides import reference_of
 from export.bundle import export_model
+from refmodels.checkpoints.load import stream_parameters
 from refmodels.taps import tap_names
 from tests.support import mutate
 from tests.support.goldens import case_source
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
+from trt_runtime.torch_gpu.engine import TorchEngine
 
 # Learned positions and a tied head; rope and an own head.
 CASES = ["gpt2", "qwen_ntk"]
@@ -59,6 +65,25 @@ def test_only_one_part_is_there(case: str) -> None:
     assert there[-1] == final
     with ready_at(streamed, "logits") as decoder:
         assert decoder.head.weight.device.type == "cpu"
+
+
+def test_a_diff_reads_the_large_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clean model's linear layers, of each of both references; norms are also looked at for small faults."""
+    source = case_source("qwen_ntk")
+    read: list[str] = []
+
+    def counted(*arguments: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in stream_parameters(*arguments, **options):
+            read.append(name)
+            yield name, value
+
+    monkeypatch.setattr(streaming, "stream_parameters", counted)
+    streamed = [StreamedDecoder(source, dtype=d) for d in (torch.float64, torch.float32)]
+    engine = TorchEngine(refmodels.load(source, dtype=torch.float32))
+    prompts = random_prompts(source.spec.vocab_size, (9,), seed=0)
+    assert diff_engine(engine, streamed[0], streamed[1], prompts, steps=1).aligned
+    linears = [name for name in read if "norm" not in name]
+    assert linears and set(Counter(linears).values()) == {2}
 
 
 def test_parts_make_every_tap_once() -> None:

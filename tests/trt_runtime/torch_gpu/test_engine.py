@@ -14,7 +14,8 @@ from torch import Tensor
 
 import refmodels
 from debug.capture.prompts import random_prompts
-from debug.comparison.compare import MULTIPLE, diff_engine, lower_bound
+from debug.comparison.bounds import lower_bound
+from debug.comparison.compare import MULTIPLE, diff_engine
 from debug.comparison.results import verdict_line
 from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
