@@ -17,7 +17,7 @@ from debug.options import RunOptions
 @pytest.mark.parametrize(
     ("verb", "kind", "others", "unsaid"),
     [
-        (cli.diff, DiffOptions, {"sides", "bundle", "engine", "every_tap", "html"}, {"prompts"}),
+        (cli.diff, DiffOptions, {"sides", "bundle", "engine", "every_tap", "html", "baseline", "junit"}, {"prompts"}),
         (cli.trace, RunOptions, {"side", "out", "tokens_of"}, {"prompts"}),
         (cli.drift, RunOptions, {"side", "reset"}, {"prompts"}),
         (

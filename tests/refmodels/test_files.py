@@ -168,22 +168,9 @@ def test_temporaries_of_killed_runs_are_removed(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == sorted([other_host.name, of_this_run.name])
 
 
-FRAME = """
-import sys, os, typer
-from refmodels.command import Verb, main
-def verb(what: str, count: int = 100_000) -> None:
-    if what == "print": print(("x" if count > 1 else "\u4e16") * count)
-    if what == "denied": raise PermissionError(13, "Permission denied", "/secret")
-    if what == "memory": raise MemoryError("9 GB")
-    if what == "terminate": os.kill(os.getpid(), 15)
-    if what == "bug": raise KeyError("bug")
-main({"verb": Verb("__main__", "verb")}, "Test.")
-"""
-
-
 def frame(what: str, tail: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    command = f'"{sys.executable}" -c "$FRAME" verb {what} {tail}'
-    env = os.environ | {"FRAME": FRAME, "PYTHONPATH": str(ROOT), **environment}
+    command = f'"{sys.executable}" -m tests.support.frame verb {what} {tail}'
+    env = os.environ | {"PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, timeout=60, check=False)
 
 
@@ -192,7 +179,7 @@ def frame(what: str, tail: str = "", **environment: str) -> subprocess.Completed
     ("what", "code", "said"),
     [
         ("denied", 2, "error: /secret: Permission denied\n"),
-        ("memory", 2, "error: this needs more memory than there is: 9 GB\n"),
+        ("memory", 2, "error: this needs more memory than is available: 9 GB\n"),
         ("terminate", 143, ""),
     ],
 )

@@ -146,7 +146,8 @@ def test_right_padding_keeps_its_slots(models: Callable[[str], Path], tmp_path: 
     mask[1, 13:] = 0
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
     prompts = Prompts(ids=ids, mask=mask, origin="")
-    tensors = {"input_ids": ids, "attention_mask": mask} | _run(loaded, refmodels.resolve(model).spec, prompts, 6)
+    found = _run(loaded, refmodels.resolve(model).spec, prompts, 6, lambda step, done, total: None)
+    tensors = {"input_ids": ids, "attention_mask": mask} | found
     save_file({n: t.contiguous() for n, t in tensors.items()}, case / "io.safetensors")
     result = verify_case(case)
     assert result.passed, result.worst
