@@ -28,6 +28,8 @@ def environment() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    # The metadata of a wheel do not say for which CUDA it was built.
+    found["torch"] = torch.__version__
     if (commit := _commit()) is not None:
         found["commit"] = commit
     found["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"

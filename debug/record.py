@@ -137,7 +137,9 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _run(model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int, progress: Progress) -> dict[str, Tensor]:
+def _run(
+    model: nn.Module, spec: ModelSpec, batch: Prompts, steps: int, progress: Progress = silent
+) -> dict[str, Tensor]:
     """Prefill and greedy steps of upstream, with every tensor under its upstream name."""
     told = takes_positions(model, spec)
     mask = batch.mask

@@ -99,11 +99,9 @@ def _app(
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    if default is None and len(sys.argv) == 1:
-        sys.argv.append("--help")
     if asked in verbs or default is None:
         # Also where there is one verb: without a callback typer would take it for the whole command.
-        app.callback(context_settings=_SETTINGS)(_root)
+        app.callback(context_settings=_SETTINGS, invoke_without_command=True)(_root)
     else:
         asked = default
     for verb in [asked] if asked in verbs else verbs:
@@ -201,11 +199,14 @@ def _version(asked: bool) -> None:
 
 
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 def _prepare() -> None:
