@@ -60,7 +60,7 @@ def bug() -> None:
         (["models", "extra"], 2, "error: Got unexpected extra argument"),
         (["interrupt"], 130, ""),
         (["abort"], 130, ""),
-        ([], 0, ""),
+        ([], 2, ""),
     ],
 )
 def test_exit_codes(
