@@ -72,12 +72,10 @@ def record_case(
     model = load_model(hf, "fp32", trust_remote_code=trust_remote_code)
     variant = _variant(model)
     spec = resolve(hf, variant=variant).spec
+    if not prompts:
+        _check_length(max(lengths), steps, spec, hf)
     batch = _from_text(hf, prompts, trust_remote_code) if prompts else random_prompts(spec.vocab_size, lengths, seed)
-    if batch.ids.shape[1] + steps > spec.max_positions:
-        raise LogitLockError(
-            f"{batch.ids.shape[1]} prompt tokens and {steps} steps are more than the {spec.max_positions} positions "
-            f"of {hf.name}"
-        )
+    _check_length(batch.ids.shape[1], steps, spec, hf)
     with write_directory(out, "case") as directory:
         shutil.copyfile(hf / "config.json", directory / "config.json")
         # Before the first forward pass, which overwrites the weight of Baichuan2's head.
@@ -109,6 +107,13 @@ def _variant(model: nn.Module) -> dict[str, Any]:
         "position": "rope" if any("Rotary" in kind for kind in kinds) else "alibi",
         "norm_head": "NormHead" in kinds,
     }
+
+
+def _check_length(tokens: int, steps: int, spec: ModelSpec, hf: Path) -> None:
+    if tokens + steps > spec.max_positions:
+        raise LogitLockError(
+            f"{tokens} prompt tokens and {steps} steps are more than the {spec.max_positions} positions of {hf.name}"
+        )
 
 
 def _from_text(hf: Path, prompts: Sequence[str], trust_remote_code: bool) -> Prompts:

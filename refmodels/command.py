@@ -139,6 +139,11 @@ def _run(make_app: Callable[[], typer.Typer]) -> None:
         code = 141 if isinstance(left.__context__, BrokenPipeError) else left.code
     except OSError as error:
         code = _fail(f"{error.filename}: {reason(error)}" if error.filename is not None else reason(error))
+    except RuntimeError as error:
+        # What torch's allocator raises has no class of its own.
+        if "can't allocate memory" not in str(error):
+            raise
+        code = _fail("this needs more memory than is available")
     except MemoryError as error:
         code = _fail(f"this needs more memory than is available{f': {error}' if str(error) else ''}")
     try:
@@ -155,6 +160,9 @@ def _with_levels(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, verbose: bool, quiet: bool, **options: Any) -> None:
         LOGGER.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+        for name, value in options.items():
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise LogitLockError(f"--{name.replace('_', '-')} is {value}; it must fit into 64 bits")
         function(*args, **options)
 
     signature = inspect.signature(function, eval_str=True)

@@ -22,6 +22,8 @@ from refmodels.taps import Tap, make_taps
 MAX_LAYERS = 10_000
 """More than any model has: what a file says is refused before anything is made for each layer."""
 
+MAX_POSITIONS = 1 << 30
+
 Numerics = Literal["exact", "upstream"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu"]
 RopeTable = Literal["float32", "working", "working_arithmetic"]
@@ -149,7 +151,7 @@ class ModelSpec:
             "vocab_size": (self.vocab_size, 1 << 26),
             "hidden_size": (self.hidden_size, 1 << 20),
             "layers": (self.layers, MAX_LAYERS),
-            "max_positions": (self.max_positions, 1 << 30),
+            "max_positions": (self.max_positions, MAX_POSITIONS),
             "attention.heads": (a.heads, 1 << 16),
             "attention.kv_heads": (a.kv_heads, 1 << 16),
             "attention.head_dim": (a.head_dim, 1 << 16),

@@ -47,16 +47,21 @@ class Speed:
     rounding_emulated: bool
 
 
+_MOST_ROWS = 1 << 12
+
+
 def parse_shape(text: str) -> Shape:
     """A `Shape` from BATCHxPROMPTxNEW, as 1x128x32.
 
     Raises:
-        LogitLockError: the text has another form, or a zero.
+        LogitLockError: the text has another form, a zero, or a batch beyond reason.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
         raise LogitLockError(f"{text!r} is not a shape; write BATCHxPROMPTxNEW in tokens, such as 1x128x32")
     batch, prompt, new = map(int, match.groups())
+    if batch > _MOST_ROWS:
+        raise LogitLockError(f"{text!r} has a batch of {batch}; at most {_MOST_ROWS} rows can be timed")
     return Shape(batch=batch, prompt=prompt, new=new)
 
 

@@ -18,6 +18,8 @@ from refmodels.files import parse_json, read_text
 from refmodels.text.tokenizer import Tokenizer
 
 SAMPLES, TOKENS = 128, 512
+_MOST_SAMPLES = 1 << 16
+"""They are all held in memory, and methods need a few hundred."""
 _BATCH_TOKENS = 4096
 
 
@@ -76,6 +78,8 @@ def calibration_data(
     """
     if samples < 1 or tokens < 1:
         raise LogitLockError(f"calibration needs at least one sample of one token, not {samples} of {tokens}")
+    if samples > _MOST_SAMPLES:
+        raise LogitLockError(f"calibration takes at most {_MOST_SAMPLES} samples, not {samples}")
     longest = min(tokens, source.spec.max_positions)
     generator = torch.Generator().manual_seed(seed)
     if not files:

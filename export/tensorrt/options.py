@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refmodels.errors import LogitLockError
+from refmodels.spec import MAX_POSITIONS
 from trt_runtime.bundle import Profile
 
 
@@ -34,6 +35,8 @@ class BuildOptions:
         for name in ("max_seq", "max_batch", "max_input"):
             if getattr(self, name) < 1:
                 raise LogitLockError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.max_seq > MAX_POSITIONS:
+            raise LogitLockError(f"--max-seq is {self.max_seq}; it must be at most {MAX_POSITIONS}")
         if self.max_input > self.max_seq:
             raise LogitLockError(f"--max-input is {self.max_input}, more than --max-seq, which is {self.max_seq}")
         if self.workspace is not None and self.workspace < 1:

@@ -294,3 +294,33 @@ def test_long_messages_are_cut_in_the_middle() -> None:
     outcome = logitlock("inspect", "a/" * 5000)
     outcome.assert_bad_input("…")
     assert len(outcome.err) < 1300
+
+
+HUGE = str(10**39)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (f"drift reference:fp32 --model {CASE} --steps 1 --seed {HUGE}", "--seed is 1"),
+        (f"quantize --model {CASE} --precision int8 --output q --samples 99999999", "at most 65536 samples"),
+        (f"quantize --model {CASE} --precision int8 --output q --seed {HUGE}", "64 bits"),
+        (f"export --model {CASE} --precision fp32 --backend onnxruntime --output b --max-seq {2**31}", "at most"),
+        (f"export --model {CASE} --precision fp32 --backend onnxruntime --output b --max-seq {HUGE}", "64 bits"),
+        (f"eval reference:fp32 --model {CASE} --shape 99999999x1x1", "at most 4096 rows"),
+        (f"record --hf {GOLDENS / 'qwen2_b1'} --out r --lengths {2**63}", "positions of qwen2_b1"),
+        (f"generate --model {CASE} --prompt x --stop-id -1", "--stop-id"),
+    ],
+)
+def test_numbers_beyond_reason(line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    logitlock(*line.split()).assert_bad_input(said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_torch_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr("trt_runtime.cli.read_prompts", greedy)
+    logitlock("generate", "--model", CASE, "--prompt", "x").assert_bad_input("more memory than is available")

@@ -148,7 +148,7 @@ class Option:
         """Values that users should not give, or hardly ever."""
         if self.kind in (int, float):
             extreme = rng.choice([*NUMBERS, 10**40, 99999999, 3])
-            return rng.choice([str(extreme), str(int(extreme)), "nan", "inf", "-inf", "", "x", "1e400"])
+            return rng.choice([*[str(int(extreme))] * 4, str(extreme), "nan", "inf", "-inf", "", "x", "1e400"])
         if self.kind is Path:
             return rng.choice([*_PLACES, "missing", "missing/x"])
         long = "hello " * 1_700_000 if self.name == "--prompt" else "x" * 5000
