@@ -291,7 +291,11 @@ def _same_model(text: str, spec: ModelSpec, source: ModelSource) -> None:
 
 
 def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
-    """The model to compare with: the one of `--model`, or the one that an executor was made from."""
+    """The model to compare with: the one of `--model`, or the one that an executor was made from.
+
+    An executor knows a family, a hub id or the name of a directory; the directory is looked for here, and beside the
+    executor and the folder that it is in.  (Its weights are compared with the executor's hash as any other's.)
+    """
     if model is not None:
         return resolve(model)
     for text in texts:
@@ -304,10 +308,14 @@ def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
             said = bundle.info.model
         elif (path / "config.json").is_file():
             return resolve(path)
-        if said in FAMILIES:
+        if said in FAMILIES or "/" in said:
             return resolve(said)
         if said:
-            raise LogitLockError(f"{text} was made from {said!r}; say with --model where that model is")
+            near = (Path(), path.parent, path.parent.parent)
+            found = next((p / said for p in near if (p / said / "config.json").is_file() and p / said != path), None)
+            if found is None:
+                raise LogitLockError(f"{text} was made from {said!r}; say with --model where that model is")
+            return resolve(found)
     raise LogitLockError("nothing says which model this is; name it with --model (family name, directory or hub id)")
 
 

@@ -13,6 +13,7 @@ from refmodels.errors import LogitLockError
 from tests.support import mutate
 from tests.support.command import logitlock
 from tests.support.goldens import GOLDENS, case_source
+from trt_runtime.bundle import read_bundle
 
 MODEL = str(GOLDENS / "qwen2")
 
@@ -106,6 +107,25 @@ def test_bad_input(clean: Path, tmp_path: Path) -> None:
     logitlock("trace", clean, "--model", MODEL, "--out", tmp_path / "no" / "a").assert_bad_input("cannot be written")
     with pytest.raises(LogitLockError, match="say with --model where that model is"):
         diff("reference", str(clean))
+
+
+def test_a_model_near_the_executor_is_found_by_its_name(
+    clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = read_bundle(clean).info.model
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "b").symlink_to(clean)
+    for place in ("engines", "", "elsewhere"):
+        model = tmp_path / place / name
+        model.parent.mkdir(exist_ok=True)
+        model.symlink_to(MODEL)
+        monkeypatch.chdir(model.parent if place == "elsewhere" else "/")
+        assert diff(str(tmp_path / "engines" / "b"), steps=1).aligned
+        model.unlink()
+    # Another model of that name is refused as any other.
+    (tmp_path / name).symlink_to(GOLDENS / "gpt2")
+    with pytest.raises(LogitLockError, match="of another model than"):
+        diff(str(tmp_path / "engines" / "b"))
 
 
 @pytest.mark.slow
