@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from results_quantization import memory, on_a_gpu, on_the_cpu, peers, seconds_a_layer
+from results_real import real_model
 from results_table import table
 
 HERE = Path(__file__).parent
@@ -325,6 +326,7 @@ SECTIONS = {
     "quantization_time": seconds_a_layer,
     "quantize_memory": memory,
     "quantization_peers": peers,
+    "real_model": real_model,
 }
 
 
