@@ -236,6 +236,8 @@ def diff(
         check_report(html)
     if junit is not None:
         check_junit(junit)
+        if html is not None and html.resolve() == junit.resolve():
+            raise LogitLockError(f"--html and --junit are one file, {html}; name two")
     earlier = None if baseline is None else DiffResult.from_json(read_json(baseline), str(baseline))
     if bundle is not None:
         named = [bundle_side(bundle, engine)]
@@ -285,6 +287,8 @@ def trace(
     from debug.options import RunOptions
     from debug.sides import trace_side
 
+    if tokens_of is not None and tokens_of.resolve() == out.resolve():
+        raise LogitLockError(f"--tokens-of and --out are one file, {out}; name another one to write")
     options = RunOptions(prompts=read_prompts(prompt, prompt_file), **fields_in(RunOptions, locals()))
     with progress_bar("trace", quiet=json_output) as progress:
         path = trace_side(side, out, options, tokens_of=tokens_of, progress=progress)
@@ -359,7 +363,9 @@ def bisect(
     from debug.bisect import find_precision_plan
     from debug.report.tables import print_bisect
     from debug.sides import model_prompts
-    from export.precision_plan import write_plan
+    from export.precision_plan import check_plan_output, write_plan
+
+    check_plan_output(out)
 
     source, prompts = model_prompts(model, read_prompts(prompt, prompt_file), seed=seed)
     with progress_bar("bisect", quiet=json_output) as progress:

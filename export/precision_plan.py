@@ -18,12 +18,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from refmodels.errors import LogitLockError
-from refmodels.files import write_text
+from refmodels.files import check_file_output, write_text
 from refmodels.json_records import read_json, read_record
 from refmodels.spec import ModelSpec
 from trt_runtime.bundle import Precision
 
 SCHEMA = 1
+_WHAT, _MARK = "precision plan", '"float32": ['
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,15 @@ def parameters_of(spec: ModelSpec, taps: Collection[str], names: Collection[str]
     return {name for name in names if name.rpartition(".")[0] in owners}
 
 
+def check_plan_output(path: Path) -> None:
+    """Raise LogitLockError if `write_plan` cannot write there."""
+    check_file_output(path, _WHAT, _MARK.encode())
+
+
 def write_plan(plan: PrecisionPlan, path: Path) -> None:
     """Raises LogitLockError where `path` cannot be written."""
     content = {name: value for name, value in dataclasses.asdict(plan).items() if value or name != "schemes"}
-    write_text(path, json.dumps(content, indent=1) + "\n", "precision plan")
+    write_text(path, json.dumps(content, indent=1) + "\n", _WHAT, _MARK)
 
 
 def read_plan(path: Path, spec: ModelSpec, precision: Precision) -> PrecisionPlan:

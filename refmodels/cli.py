@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from refmodels.checkpoints.load import TOYS, parameter_shapes, resolve
 from refmodels.command import JsonFlag
 from refmodels.families import FAMILIES
+from refmodels.terminal import new_console
 
 
 def models(json_output: JsonFlag = False) -> None:
@@ -34,7 +34,7 @@ def models(json_output: JsonFlag = False) -> None:
             if toy
             else "not in this installation",
         )
-    Console().print(table)
+    new_console().print(table)
 
 
 def _describe(name: str) -> dict[str, Any]:

@@ -220,6 +220,10 @@ def _root(
 def _prepare() -> None:
     """Escape text that a terminal or pipe cannot show, mark notices as warnings, and clean up at termination as at an
     interruption."""
+    for name in ("stdin", "stdout", "stderr"):
+        # Python has None for a stream that is closed, and prints errors on standard output if it is stderr.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
     handler = logging.StreamHandler()
     handler.setFormatter(_Prefixed())
     LOGGER.handlers = [handler]
@@ -229,7 +233,9 @@ def _prepare() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+        for number in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, number):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, number), _terminated)
 
 
 class _Prefixed(logging.Formatter):

@@ -33,6 +33,8 @@ JSON_DEPTH = 100
 JSON_DIGITS = 40
 """Longest integer in a JSON file, in digits.  int64 has 19; the reader of a number refuses it if it does not fit."""
 
+_START = 8192
+"""Bytes of a file that are looked at to see of what kind it is."""
 _TEMPORARY = re.compile(r"\.logitlock-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp")
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
@@ -158,12 +160,16 @@ def writing(what: str, path: Path) -> Iterator[None]:
         raise
 
 
-def check_file_output(path: Path, what: str) -> Path:
+def check_file_output(path: Path, what: str, mark: bytes | None = None) -> Path:
     """The path at which a file named `path` is written: links are followed.  Call it before the work.
 
+    Args:
+        what: how errors name the file, such as "report".
+        mark: bytes near the start of every such file.  An existing file is replaced only if it has them, or is empty;
+            None: never.
     Raises:
         LogitLockError: an empty or impossible path, no directory to put it into, one that cannot be written to, or
-            something there that is not a regular file.
+            something there that is not a file of this kind.
     """
     if not str(path) or path.name in ("", "..") or str(path) == ".":
         raise LogitLockError(f"the {what} {str(path)!r} cannot be written: it names no file")
@@ -177,6 +183,11 @@ def check_file_output(path: Path, what: str) -> Path:
             raise LogitLockError(f"the {what} {path} cannot be written: {error}") from None
         if mode and not stat.S_ISREG(mode):
             raise LogitLockError(f"the {what} {path} cannot be written: it is {_kind_of(mode)}, not a file")
+        if mode and not _replaceable(target, mark):
+            raise LogitLockError(
+                f"the {what} {path} cannot be written: it exists and is no {what} of LogitLock; choose another "
+                "name, or delete it first"
+            )
         if not target.parent.is_dir():
             raise LogitLockError(f"the {what} {path} cannot be written: there is no directory {path.parent}")
         if not os.access(target.parent, os.W_OK | os.X_OK):
@@ -187,18 +198,24 @@ def check_file_output(path: Path, what: str) -> Path:
     return target
 
 
+def _replaceable(file: Path, mark: bytes | None) -> bool:
+    with file.open("rb") as stream:
+        start = stream.read(_START)
+    return not start or (mark is not None and mark in start)
+
+
 @contextlib.contextmanager
-def write_file(path: Path, what: str) -> Iterator[Path]:
+def write_file(path: Path, what: str, mark: bytes | None = None) -> Iterator[Path]:
     """Write a file so that it appears whole or not at all.
 
     Yields a temporary path beside it; on success that is renamed to `path`, on any exception it is removed.
 
     Args:
-        what: how errors name the file, such as "report".
+        what, mark: as `check_file_output`.
     Raises:
         LogitLockError: as `check_file_output` and `writing`.
     """
-    target = check_file_output(path, what)
+    target = check_file_output(path, what, mark)
     temporary = temporary_beside(target)
     try:
         with writing(what, path):
@@ -209,9 +226,10 @@ def write_file(path: Path, what: str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, what: str) -> None:
+def write_text(path: Path, text: str, what: str, mark: str | None = None) -> None:
     """Write a UTF-8 file as `write_file` does."""
-    with write_file(path, what) as temporary:
+    assert mark is None or mark in text[:_START]
+    with write_file(path, what, None if mark is None else mark.encode()) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

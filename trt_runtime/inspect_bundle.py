@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from refmodels.taps import split_name
+from refmodels.terminal import new_console
 from trt_runtime.bundle import LAYERS_NAME, Bundle
 from trt_runtime.onnxruntime.graph_edits import load_graph
 from trt_runtime.plan_layers import PlanLayers, read_layers
@@ -87,7 +88,7 @@ def _weight(name: str, value: ir.Value) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print what `describe` returned as tables."""
-    console = Console(markup=False)
+    console = new_console()
     spec = found["spec"]
     console.print(found["bundle"], style="bold", highlight=False)
     facts = Table(show_header=False, box=None)

@@ -88,7 +88,11 @@ def write_trace(
         LogitLockError: `path` cannot be written.
     """
     room = _HEADER_ROOM + (steps + 1) * (len(engine.tap_names) + 4) * 160
-    with write_file(path, "trace") as temporary, torch.inference_mode(), temporary.open("wb") as stream:
+    with (
+        write_file(path, "trace", b'"logitlock_trace"') as temporary,
+        torch.inference_mode(),
+        temporary.open("wb") as stream,
+    ):
         writer = _SafetensorsWriter(stream, room)
         writer.add("prompt.ids", prompts.ids)
         writer.add("prompt.mask", prompts.mask)

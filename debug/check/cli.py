@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from debug.check.describe import check_model, rows
 from refmodels.command import JsonFlag
+from refmodels.errors import LogitLockError
+from refmodels.terminal import new_console
 from trt_runtime.bundle import read_bundle
 from trt_runtime.inspect_bundle import describe, show
 
@@ -43,9 +44,9 @@ def check(
         table.add_column(overflow="fold")
         for name, text in rows(found):
             table.add_row(name, text, style="bold red" if name == "refused" else None)
-        Console(markup=False).print(table, highlight=False)
+        new_console().print(table, highlight=False)
     if found["refused"]:
-        raise typer.Exit(2)
+        raise LogitLockError(f"{model} is refused: {'; '.join(found['refused'])}")
 
 
 def inspect(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,20 +50,20 @@ def changes(before: DiffResult, now: DiffResult) -> Changes:
         before: an earlier result, for example `DiffResult.from_json`.
         now: the result to judge.
     Raises:
-        LogitLockError: the two have no tap in common, so they are of different models.
+        LogitLockError: the two are of different models, precisions or prompts, which cannot be compared.
     """
+    for name, a, b in _settings(before, now):
+        if a != b:
+            raise LogitLockError(f"the baseline cannot be compared with this diff: its {name} is {a}, now it is {b}")
     old, new = _worst(before.taps), _worst(now.taps)
-    common = [tap for tap in new if tap in old]
-    if not common:
-        raise LogitLockError(f"the baseline has none of this diff's taps, such as {next(iter(new))}")
     found = []
-    for tap in common:
+    for tap in new:
         a, b = old[tap], new[tap]
         was, is_ = not a <= before.multiple, not b <= now.multiple
         kind: Literal["fixed", "broken", "better", "worse"]
         if was != is_:
             kind = "broken" if is_ else "fixed"
-        elif max(a, b) > 1 and not 1 / FACTOR <= b / a <= FACTOR:
+        elif max(a, b) > max(1.0, FACTOR * min(a, b)):
             kind = "worse" if b > a else "better"
         else:
             continue
@@ -71,6 +71,22 @@ def changes(before: DiffResult, now: DiffResult) -> Changes:
     return Changes(
         taps=found, verdict=(before.verdict, now.verdict), kl_mean=(before.logits.kl_mean, now.logits.kl_mean)
     )
+
+
+def _settings(before: DiffResult, now: DiffResult) -> Iterator[tuple[str, object, object]]:
+    """What must be equal, with its values."""
+    for name in ("model", "precision"):
+        if name in before.context and name in now.context:
+            yield name, before.context[name], now.context[name]
+    yield "unit roundoff", before.unit_roundoff, now.unit_roundoff
+    yield "number of decode steps", before.steps, now.steps
+    yield "lengths of prompts", before.prompt_lengths, now.prompt_lengths
+    a, b = (result.inputs.get("prompt_ids") for result in (before, now))
+    if a is not None and b is not None and a != b:
+        yield "prompts", "of other token ids", "of these"
+    old, new = ({error.tap for error in result.taps} for result in (before, now))
+    if old != new:
+        yield "set of taps", f"without {min(new - old, default='none')}", f"without {min(old - new, default='none')}"
 
 
 def _worst(taps: Iterable[TapError]) -> dict[str, float]:

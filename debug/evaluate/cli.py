@@ -145,8 +145,8 @@ def evaluate(
     from debug.evaluate.options import EvaluateOptions
     from debug.evaluate.run import evaluate_model
     from debug.evaluate.speed import parse_shape
+    from debug.evaluate.tables import MARK, print_evaluation
     from debug.evaluate.tables import markdown as page
-    from debug.evaluate.tables import print_evaluation
     from debug.sides import bundle_side
     from export.progress import progress_bar
     from refmodels.files import check_file_output, write_text
@@ -158,8 +158,11 @@ def evaluate(
     timed = tuple(parse_shape(each) for each in shape or ()) or options.shapes
     if against is None and (max_loss is not None or max_kl is not None):
         raise LogitLockError("--max-loss and --max-kl are for a comparison; name the other executor with --against")
+    for option, budget in (("--max-loss", max_loss), ("--max-kl", max_kl)):
+        if budget is not None and not budget >= 0:
+            raise typer.BadParameter("must be a number of at least 0", param_hint=option)
     if markdown is not None:
-        check_file_output(markdown, "page")
+        check_file_output(markdown, "page", MARK.encode())
     named = [*([] if bundle is None else [bundle_side(bundle)]), *(sides or ())]
     with progress_bar("evaluate", quiet=json_output) as progress:
         result = evaluate_model(named, options, shapes=timed if speed else (), progress=progress)
@@ -169,7 +172,7 @@ def evaluate(
         raise LogitLockError("--max-kl needs tokens to compare on; give --tasks or --text")
     exceeded = result.exceeded(max_loss=max_loss, max_kl=max_kl)
     if markdown is not None:
-        write_text(markdown, page(result, command=shlex.join(["logitlock", *sys.argv[1:]])), "page")
+        write_text(markdown, page(result, command=shlex.join(["logitlock", *sys.argv[1:]])), "page", MARK)
     if json_output:
         print(json.dumps(result.to_json() | {"exceeded": exceeded}, ensure_ascii=False, allow_nan=False))
     else:

@@ -54,9 +54,12 @@ def print_evaluation(result: EvaluationResult) -> None:
         console.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False)
 
 
+MARK = "# Evaluation of "
+
+
 def markdown(result: EvaluationResult, *, command: str) -> str:
     """The same as a Markdown page; `command` is the command that made it."""
-    parts = [f"# Evaluation of {result.model}", f"`{command}`"]
+    parts = [f"{MARK}{result.model}", f"`{command}`"]
     parts.append("\n".join(f"- `{side.side}`: {side.engine}" for side in result.all_sides))
     for table in tables(result):
         parts += [f"## {table.title}", _markdown_table(table)]

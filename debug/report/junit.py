@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,13 +11,17 @@ from debug.comparison.results import Culprit, DiffResult, verdict_line
 from debug.golden.verify import CaseResult
 from refmodels.files import check_file_output, write_text
 
+_WHAT = "JUnit file"
+_MARK = '<testsuites name="logitlock">'
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that XML 1.0 cannot hold, escaped or not."""
 Case = tuple[str, str, str | None]
 """Suite, name, and the failure; None: passed."""
 
 
 def check_junit(path: Path) -> None:
     """Raise LogitLockError if `write_junit` cannot write there."""
-    check_file_output(path, "JUnit file")
+    check_file_output(path, _WHAT, _MARK.encode())
 
 
 def write_junit(cases: Iterable[Case], path: Path) -> None:
@@ -39,9 +44,8 @@ def write_junit(cases: Iterable[Case], path: Path) -> None:
             if failure is not None:
                 ElementTree.SubElement(test, "failure", message=failure).text = failure
     ElementTree.indent(root)
-    write_text(
-        path, '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, "unicode") + "\n", "JUnit file"
-    )
+    text = f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, "unicode")}\n'
+    write_text(path, _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text), _WHAT, _MARK)
 
 
 def cases_of_diff(result: DiffResult) -> list[Case]:

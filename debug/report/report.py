@@ -20,11 +20,13 @@ from debug.report.markup import escape
 from refmodels.errors import LogitLockError
 from refmodels.files import check_file_output, write_text
 
+_MARK = '<meta name="generator" content="LogitLock">'
+
 
 def check_report(path: Path) -> None:
     """Raise LogitLockError if `write_report` would: plotly is not installed, or `path` cannot be written."""
     _plotly_js()
-    check_file_output(path, "report")
+    check_file_output(path, "report", _MARK.encode())
 
 
 def write_report(
@@ -48,7 +50,7 @@ def write_report(
     """
     check_report(path)
     text = _page(result, drift, command, here() if environment is None else environment)
-    write_text(path, text, "report")
+    write_text(path, text, "report", _MARK)
 
 
 def _plotly_js() -> str:

@@ -15,13 +15,14 @@ from debug.comparison.baseline import Changes
 from debug.comparison.results import Between, Culprit, DiffResult, TapError, verdict_line
 from debug.drift import DriftResult
 from debug.golden.verify import CaseResult
+from refmodels.terminal import new_console
 
 _WORST_ROWS = 12
 
 
 def print_cases(results: Sequence[CaseResult]) -> None:
     """The worst difference of every tensor of every case, and a summary."""
-    console = Console(markup=False)
+    console = new_console()
     for result in results:
         failed = set(result.failed())
         console.print(f"{result.case} ({result.dtype})", style="bold")
@@ -38,7 +39,7 @@ def print_cases(results: Sequence[CaseResult]) -> None:
 
 def print_facts(facts: Mapping[str, str]) -> None:
     """Names and values, one per line."""
-    console = Console(markup=False)
+    console = new_console()
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         table.add_row(name, value)
@@ -47,7 +48,7 @@ def print_facts(facts: Mapping[str, str]) -> None:
 
 def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
     """The observer effect if there is one, taps in the order of execution, logits, and the verdict."""
-    console = Console(markup=False)
+    console = new_console()
     lengths = ", ".join(map(str, result.prompt_lengths))
     console.print(f"engine     {result.engine}", highlight=False)
     console.print(f"reference  {result.reference}", highlight=False)
@@ -99,7 +100,7 @@ def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
 
 def print_changes(changes: Changes) -> None:
     """The changes between an earlier diff of the same model and this one."""
-    console = Console(markup=False)
+    console = new_console()
     old, new = changes.verdict
     console.print(
         f"baseline   {old} -> {new}; mean KL {changes.kl_mean[0]:.3g} -> {changes.kl_mean[1]:.3g} nats", highlight=False
@@ -146,7 +147,7 @@ def _print_other(console: Console, result: DiffResult, other: DiffResult, betwee
 
 def print_drift(result: DriftResult) -> None:
     """One row per teacher-forced step, then the first difference of each free-running row."""
-    console = Console(markup=False)
+    console = new_console()
     console.print(f"engine     {result.engine}", highlight=False)
     console.print(f"reference  {result.reference}", highlight=False)
     table = _table("step", "KL", "floor", "reset cache", "top-1", "cache error", "floor")
@@ -178,7 +179,7 @@ def print_drift(result: DriftResult) -> None:
 
 def print_bisect(result: BisectResult, path: Path) -> None:
     """The most expensive layers, the plan, and the KL with no layer, every layer and the plan's layers in fp32."""
-    console = Console(markup=False)
+    console = new_console()
     kept = set(result.plan.float32)
     table = _table("layer", "KL alone", "share", "kept")
     total = sum(result.contributions.values())

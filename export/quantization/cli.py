@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from export.precision import SCHEMES
@@ -20,6 +19,7 @@ from export.quantization.schemes import QuantizeOptions
 from refmodels.checkpoints.load import resolve, with_directory
 from refmodels.command import JsonFlag
 from refmodels.options import check_device, fields_in
+from refmodels.terminal import new_console
 
 _WHAT, _HOW, _DATA, _OUTPUT = "Format", "Method", "Calibration", "Output"
 _SCHEME_LIST = "; ".join(f"{name}: {scheme.describes}" for name, scheme in SCHEMES.items())
@@ -181,4 +181,4 @@ def quantize(
         table = Table("layer", "error", "rounded to nearest", title="relative squared error of outputs")
         for name, report in measured.items():
             table.add_row(name, f"{report['error']:.2e}", f"{report['nearest_error']:.2e}")
-        Console().print(table)
+        new_console().print(table)

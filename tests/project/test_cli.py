@@ -142,6 +142,29 @@ def test_verbose_and_quiet() -> None:
     assert "decode" not in plain_run.err and quiet.err == ""
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code"),
+    [
+        ("models", ">&-", 0),
+        ("diff reference:fp16 --model qwen --prompt-file -", "<&-", 2),
+        ("diff absent --model qwen", "2>&-", 2),
+    ],
+)
+def test_closed_streams(arguments: str, closed: str, code: int) -> None:
+    """No traceback, and an error never goes to standard output."""
+    command = f"{sys.executable} -m debug {arguments} {closed}"
+    if arguments == "models":
+        command = command.replace("-m debug", "-m refmodels")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "") and "Traceback" not in done.stderr, done
+
+
+def test_a_narrow_terminal_still_shows_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    assert "model_type" in logitlock("check", "qwen").out
+
+
 # Good input: one JSON document on stdout
 
 

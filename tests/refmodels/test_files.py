@@ -24,6 +24,8 @@ from refmodels.files import (
     write_text,
     writing,
 )
+from tests.support.command import logitlock
+from tests.support.goldens import GOLDENS
 from tests.support.paths import ROOT
 
 
@@ -82,8 +84,8 @@ def test_text(tmp_path: Path) -> None:
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 255)
-    write_text(path, "old", "report")
-    with pytest.raises(KeyError), write_file(path, "report") as temporary:
+    write_text(path, "old", "report", "old")
+    with pytest.raises(KeyError), write_file(path, "report", b"old") as temporary:
         temporary.write_text("half")
         raise KeyError
     assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
@@ -214,3 +216,39 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 def test_the_host_is_a_part_of_a_temporarys_name(tmp_path: Path) -> None:
     assert files._TEMPORARY.fullmatch(temporary_beside(tmp_path / "b").name)
+
+
+def test_an_output_replaces_only_its_own_kind(tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    write_text(file, "made by us: 1", "page", "made by us")
+    write_text(file, "made by us: 2", "page", "made by us")
+    assert file.read_text() == "made by us: 2"
+    with pytest.raises(LogitLockError, match="exists and is no page of LogitLock"):
+        write_text(file, "3", "page")
+    for content in (b"somebody's", b"\x00" * 9000 + b"made by us"):
+        file.write_bytes(content)
+        with pytest.raises(LogitLockError, match="exists and is no page of LogitLock; choose another name"):
+            write_text(file, "made by us: 3", "page", "made by us")
+        assert file.read_bytes() == content
+    file.write_bytes(b"")  # as mktemp leaves it
+    write_text(file, "made by us: 4", "page", "made by us")
+    assert file.read_text() == "made by us: 4"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("trace", "reference", "--model", "qwen", "--out"),
+        ("diff", "reference:fp16", "--model", "qwen", "--html"),
+        ("diff", "reference:fp16", "--model", "qwen", "--junit"),
+        ("verify", GOLDENS / "qwen_b1", "--junit"),
+        ("bisect", "--model", "qwen", "--out"),
+        ("eval", "reference:fp16", "--model", "qwen", "--against", "reference", "--markdown"),
+    ],
+)
+def test_no_verb_writes_over_a_foreign_file(arguments: tuple[object, ...], tmp_path: Path) -> None:
+    """It says so before it runs."""
+    file = tmp_path / "config.json"
+    file.write_text('{"precision": "fp16"}')
+    logitlock(*arguments, file).assert_bad_input(str(file), "exists and is no")
+    assert file.read_text() == '{"precision": "fp16"}' and list(tmp_path.iterdir()) == [file]

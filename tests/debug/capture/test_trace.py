@@ -106,6 +106,7 @@ def test_bad_traces(tmp_path: Path) -> None:
         read_trace(path)
     with pytest.raises(LogitLockError, match="but not a trace"):
         read_trace(case_source("qwen").directory / "model.safetensors")
+    path.unlink()
     write_trace(engine, prompts, path, steps=1)
     path.write_bytes(path.read_bytes().replace(b'"logitlock_trace": "1"', b'"logitlock_trace": "9"'))
     with pytest.raises(LogitLockError, match="trace schema 9"):

@@ -104,9 +104,18 @@ def test_changes_name_what_crossed_the_alarm_and_what_moved(aligned: DiffResult,
     ]
     assert [(c.tap, c.kind) for c in changes(aligned, moved).taps] == [("embed", "worse")]
     assert [(c.tap, c.kind) for c in changes(moved, aligned).taps] == [("embed", "better")]
-    other = replace(aligned, taps=[replace(t, tap=f"another.{t.tap}") for t in aligned.taps])
-    with pytest.raises(LogitLockError, match="none of this diff's taps"):
-        changes(other, aligned)
+    for other, said in (
+        (replace(aligned, taps=[t for t in aligned.taps if t.tap != "embed"]), "its set of taps is without embed"),
+        (replace(aligned, context={**aligned.context, "model": "gpt"}), "its model is gpt"),
+        (replace(aligned, unit_roundoff=2.0**-24), "its unit roundoff"),
+        (replace(aligned, inputs={"prompt_ids": [[1]]}), "its prompts is of other token ids"),
+        (replace(aligned, steps=3), "its number of decode steps is 3, now it is 2"),
+    ):
+        with pytest.raises(LogitLockError, match=said):
+            changes(other, aligned)
+    # A reference against itself has no error at all.
+    zero = replace(aligned, taps=[replace(t, ratio=0.0) for t in aligned.taps])
+    assert {c.kind for c in changes(zero, moved).taps} <= {"worse"} and changes(zero, zero).taps == []
 
 
 def test_baseline_is_shown_and_in_the_json(aligned: DiffResult, diverged: DiffResult, tmp_path: Path) -> None:
@@ -132,6 +141,13 @@ def test_junit_has_a_case_per_tap(aligned: DiffResult, diverged: DiffResult, tmp
         and "50 noise floors" in failure.attrib["message"]
         and "<no bias>" in failure.attrib["message"]
     )
+
+
+def test_junit_is_xml_whatever_the_names_are(aligned: DiffResult, tmp_path: Path) -> None:
+    named = replace(aligned, context={"model": 'a\x01<&"\ud800'})
+    write_junit(cases_of_diff(named), tmp_path / "junit.xml")
+    (suite,) = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert suite.attrib["name"].startswith("diff of a\N{REPLACEMENT CHARACTER}<&")
 
 
 def test_junit_of_the_verbs(tmp_path: Path) -> None:

@@ -328,7 +328,8 @@ def test_the_file_appears_whole_or_not_at_all(
     aligned: DiffResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "report.html"
-    path.write_text("before")
+    before = '<meta name="generator" content="LogitLock">before'
+    path.write_text(before)
 
     def full(self: Path, target: Path) -> None:
         raise OSError("No space left on device")
@@ -336,7 +337,7 @@ def test_the_file_appears_whole_or_not_at_all(
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(LogitLockError, match="No space left"):
         write_report(aligned, path)
-    assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    assert path.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["report.html"]
     monkeypatch.undo()
     with pytest.raises(LogitLockError, match="is a directory"):
         write_report(aligned, tmp_path)
