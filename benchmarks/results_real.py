@@ -63,27 +63,28 @@ def _logits(logits: dict[str, Any], greedy: dict[str, Any] | None) -> Iterator[s
 def _schemes(data: dict[str, Any]) -> Iterator[str]:
     code = data.get("code", {})
     rows = []
-    for scheme, row in data["export"].items():
-        found = code.get(scheme, {})
+    exports = data["export"]
+    for scheme in {**exports, **code}:
+        row, found = exports.get(scheme, {}), code.get(scheme, {})
         agreement = found.get("agreement")
         rows.append(
             (
                 scheme,
-                f"{row['bytes'] / 1e6:.0f}",
-                f"{row['seconds']:.0f}",
-                f"{row['peak_bytes'] / 1e9:.1f}",
+                f"{row['bytes'] / 1e6:.0f}" if row else "",
+                f"{row['seconds']:.0f}" if row else "",
+                f"{row['peak_bytes'] / 1e9:.1f}" if row else "",
                 f"{agreement['kl_mean']:.1e}" if agreement else "",
                 f"{agreement['top1']:.1%}" if agreement else "",
                 f"{found['perplexity']:.3f}" if found else "",
                 f"{found['passed']} of {found['tasks']}" if found else "",
             )
         )
-    calibrated = next((row["calibration_tokens"] for row in data["export"].values() if "calibration_tokens" in row), 0)
+    calibrated = {row["calibration_tokens"] for row in exports.values() if "calibration_tokens" in row}
     tokens = next((row["text_tokens"] for row in code.values()), 0)
     yield (
         f"Bundles: KL (nats) and top-1 against the fp32 bundle and perplexity over {tokens} tokens of Python, and how "
-        "many of small Python functions greedy completion makes pass their asserts. The calibration is modest: "
-        f"{calibrated} tokens of source code."
+        "many of small Python functions greedy completion makes pass their asserts."
+        + "".join(f" The calibration of int4 is modest: {count} tokens of source code." for count in calibrated)
     )
     columns = ("bundle MB", "export s", "peak GB", "mean KL", "same top-1", "perplexity", "functions right")
     yield table(("", *columns), rows)
