@@ -74,7 +74,7 @@ def changes(before: DiffResult, now: DiffResult) -> Changes:
 
 
 def _settings(before: DiffResult, now: DiffResult) -> Iterator[tuple[str, object, object]]:
-    """What must be equal, with its values."""
+    """The settings that must be equal, with their values."""
     for name in ("model", "precision"):
         if name in before.context and name in now.context:
             yield name, before.context[name], now.context[name]
