@@ -17,6 +17,7 @@ from export.precision_plan import PrecisionPlan, linear_taps, read_plan, write_p
 from refmodels.errors import LogitLockError
 from tests.support.command import logitlock
 from tests.support.goldens import GOLDENS, case_source
+from tests.support.marks import quick_first
 from trt_runtime.bundle import read_bundle
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 
@@ -56,7 +57,7 @@ def test_halving_finds_the_fewest() -> None:
             assert len(asked) <= most.bit_length() + 2
 
 
-@pytest.mark.parametrize("attention", ["plugin", "decomposed", "native"])
+@pytest.mark.parametrize("attention", quick_first(["plugin", "decomposed", "native"]))
 def test_export_keeps_what_the_plan_says(attention: str, tmp_path: Path) -> None:
     source = case_source("qwen2")
     plan = PrecisionPlan(precision="fp16", float32=["blocks.0.attn.qkv", "blocks.1.mlp.out", "logits"])
@@ -99,6 +100,7 @@ def test_a_plan_builds_in_tensorrt(tmp_path: Path) -> None:
     assert (bundle / "engine.plan").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     model = GOLDENS / "qwen2"

@@ -15,6 +15,7 @@ from debug.drift import DriftResult, measure_drift
 from refmodels.cache import KVCache, StepInputs
 from refmodels.recorder import Recorder
 from tests.support.goldens import case_source
+from tests.support.marks import quick_first
 from trt_runtime.engine import Engine
 from trt_runtime.torch_gpu.engine import TorchEngine
 
@@ -31,7 +32,7 @@ def reference(dtype: torch.dtype, case: str = "qwen_ntk") -> TorchEngine:
     return TorchEngine(refmodels.load(case_source(case), dtype=dtype))
 
 
-@pytest.mark.parametrize("case", ["qwen_ntk", "baichuan_13b", "starcoder2_sliding"])
+@pytest.mark.parametrize("case", quick_first(["qwen_ntk", "baichuan_13b", "starcoder2_sliding"]))
 def test_the_floor_itself(case: str) -> None:
     result = run(reference(torch.bfloat16, case), case)
     assert [s.step for s in result.steps] == list(range(STEPS + 1))

@@ -41,6 +41,7 @@ def test_drift_of_an_engine_without_numbers(tmp_path: Path) -> None:
     assert found.code == 1 and "NaN or infinity in the engine from step 0 on" in found.out
 
 
+@pytest.mark.slow
 def test_bisect_of_an_engine_without_numbers(tmp_path: Path) -> None:
     bad = model(tmp_path / "m", overflowing)
     found = logitlock("bisect", "--model", bad, "--precision", "bf16", "--out", tmp_path / "plan.json")

@@ -44,6 +44,7 @@ def test_names_that_are_no_option() -> None:
         evaluate_model(["reference:fp32"], model="qwen", shape=())
 
 
+@pytest.mark.slow
 def test_options_and_fields() -> None:
     options = DiffOptions(model="qwen", steps=1, seed=3)
     result = diff("reference:fp32", options=options, steps=2)

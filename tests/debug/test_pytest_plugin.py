@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.support.goldens import GOLDENS
@@ -26,6 +27,7 @@ def test_wrong(assert_aligned):
 """
 
 
+@pytest.mark.slow
 def test_assert_aligned(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     wrong.mkdir()

@@ -44,11 +44,13 @@ def test_both_sides_are_judged(clean: Path, broken: Path) -> None:
     assert same.aligned and same.between is not None and same.between.kl_max == 0.0
 
 
+@pytest.mark.slow
 def test_transformers_against_a_bundle(clean: Path) -> None:
     result = diff("hf:fp16", str(clean), model=MODEL, steps=2)
     assert result.aligned and result.other is not None and "transformers" in result.other.engine.lower()
 
 
+@pytest.mark.slow
 def test_the_reference_itself_is_one_side_only(clean: Path) -> None:
     assert diff("reference", str(clean), model=MODEL, steps=1).other is None
     assert diff("reference:fp64", str(clean), model=MODEL, steps=1).other is None
@@ -77,6 +79,7 @@ def test_traces_meet(clean: Path, broken: Path, tmp_path: Path) -> None:
     assert live.code == 1 and "doubled" in live.out
 
 
+@pytest.mark.slow
 def test_traces_of_other_tokens_do_not_meet(clean: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         out = tmp_path / f"{seed}.safetensors"
@@ -86,6 +89,7 @@ def test_traces_of_other_tokens_do_not_meet(clean: Path, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.slow
 def test_drift_command(clean: Path, broken: Path) -> None:
     calm = logitlock("drift", clean, "--model", MODEL, "--steps", 4, "--json")
     assert calm.code == 0, calm.err
@@ -109,6 +113,7 @@ def test_bad_input(clean: Path, tmp_path: Path) -> None:
         diff("reference", str(clean))
 
 
+@pytest.mark.slow
 def test_a_model_near_the_executor_is_found_by_its_name(
     clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +151,7 @@ def test_a_wrong_stop_id(tmp_path: Path) -> None:
     assert "every tensor is right" in logitlock("diff", broken, "--steps", 1).out
 
 
+@pytest.mark.slow
 def test_library_use(clean: Path, broken: Path) -> None:
     from debug import diff
 

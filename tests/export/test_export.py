@@ -32,15 +32,16 @@ from refmodels.recorder import Recorder, recording
 from refmodels.taps import tap_names
 from tests.support.checkpoints import read_case, write_model
 from tests.support.command import logitlock
-from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, slow_but_features, source_of
+from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, slow_but_two, source_of
 from tests.support.graph_runs import TOLERANCE, Evaluator, Runtime, to_numpy, to_torch, worst_on_walk
+from tests.support.marks import quick_first
 from tests.support.paths import GOLDENS
 from trt_runtime.bundle import read_bundle
 
 pytestmark = needs_opset_24
 
 
-@pytest.mark.parametrize("case", slow_but_features([*CASES, *TOYS]))
+@pytest.mark.parametrize("case", slow_but_two([*CASES, *TOYS]))
 def test_every_runtime_agrees_with_the_reference(case: str, tmp_path: Path) -> None:
     source = source_of(case)
     plugin = export_model(source, precision="fp32", output=tmp_path / "plugin")
@@ -51,7 +52,7 @@ def test_every_runtime_agrees_with_the_reference(case: str, tmp_path: Path) -> N
         assert worst_on_walk(case, source, runner) <= 1
 
 
-@pytest.mark.parametrize("case", FEATURES)
+@pytest.mark.parametrize("case", quick_first(FEATURES))
 def test_taps_are_values_of_the_graph(case: str, tmp_path: Path) -> None:
     source = source_of(case)
     decoder = refmodels.load(source)
@@ -101,9 +102,11 @@ def test_half_precision(case: str, precision: Any, numerics: Any, tmp_path: Path
         assert float((logits[step.new_mask].double() - expected).abs().max()) <= 3 * floor
 
 
-@pytest.mark.parametrize("numerics", ["exact", "upstream"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", [*FEATURES, "baichuan_7b", "gpt_bigcode_mha_b1", "qwen2", "gpt2:eager_upcast"])
+@pytest.mark.parametrize("numerics", quick_first(["exact", "upstream"]))
+@pytest.mark.parametrize("precision", quick_first(["fp32", "bf16"]))
+@pytest.mark.parametrize(
+    "case", quick_first([*FEATURES, "baichuan_7b", "gpt_bigcode_mha_b1", "qwen2", "gpt2:eager_upcast"])
+)
 def test_attention_body_is_the_op(case: str, precision: Any, numerics: Any) -> None:
     """One node on random inputs with hidden slots and rows of unequal length: cached keys bit for bit in bf16."""
     case, _, other = case.partition(":")
@@ -178,7 +181,7 @@ def test_attention_body_is_the_op(case: str, precision: Any, numerics: Any) -> N
     assert bool((context[1, :3] == 0).all())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick_first(CASES, 3))
 def test_nodes_by_type(case: str) -> None:
     spec = source_of(case).spec
     graph = build_graph(spec, precision="fp16")
@@ -202,12 +205,15 @@ def test_nodes_by_type(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("case", "absent"),
-    [
-        ("baichuan_13b", {"position_ids", "ntk_table"}),
-        ("qwen2", {"ntk_table"}),
-        ("gpt2", {"ntk_table"}),
-        ("qwen_ntk", set()),
-    ],
+    quick_first(
+        [
+            ("baichuan_13b", {"position_ids", "ntk_table"}),
+            ("qwen2", {"ntk_table"}),
+            ("gpt2", {"ntk_table"}),
+            ("qwen_ntk", set()),
+        ],
+        3,
+    ),
 )
 def test_inputs_and_outputs(case: str, absent: set[str], tmp_path: Path) -> None:
     source = source_of(case)
@@ -258,6 +264,7 @@ def test_weights_are_stored_as_matmul_wants_them(tmp_path: Path) -> None:
     assert all(int(e.value) % 4096 == 0 for i in shells for e in i.external_data if e.key == "offset")
 
 
+@pytest.mark.slow
 def test_large_tensors_are_written_in_blocks(tmp_path: Path) -> None:
     value = torch.arange(12 * 2**20, dtype=torch.float32).reshape(4096, 3072)
     written: list[int] = []
@@ -339,6 +346,7 @@ def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
     export_model(model, precision="bf16", output=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     arguments = ["--model", GOLDENS / "qwen2_b1", "--precision", "fp16", "--output", tmp_path / "out"]
     done = logitlock("export", *arguments, "--json")

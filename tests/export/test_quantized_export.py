@@ -40,6 +40,7 @@ from refmodels.recorder import Recorder
 from refmodels.spec import ModelSpec
 from refmodels.taps import is_cache_tap
 from tests.support.goldens import FEATURES, TOYS, needs_opset_24, source_of
+from tests.support.marks import quick_first
 from trt_runtime.bundle import Precision, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.inspect_bundle import describe
@@ -159,7 +160,7 @@ def test_formats_are_all_there() -> None:
     assert {f.weight for f in FOR_TENSORRT} == {"int8", "int4", "fp8"}
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", quick_first(CACHES))
 def test_caches_hold_codes_in_place(cache: EightBit, tmp_path: Path) -> None:
     source = source_of("chatglm2")
     source = replace(source, spec=replace(source.spec, quantization=group_formats({}, cache=cache)))
@@ -177,6 +178,7 @@ def test_caches_hold_codes_in_place(cache: EightBit, tmp_path: Path) -> None:
         assert bool((mine.float() != 0).any())
 
 
+@pytest.mark.slow
 def test_a_plan_of_float32_layers_and_taps(tmp_path: Path) -> None:
     """A layer kept in fp32 has its scales in fp32; taps are recorded; the reference evaluator runs the file."""
     source = mixed(source_of("chatglm2"), [INTEGER[0], PLAIN[0], BLOCKS[2]])
@@ -223,6 +225,7 @@ def kernels_of(bundle: Path, fault: Any = None) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
+@pytest.mark.slow
 def test_kernels_of_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each format gets its kernel, and a graph that differs in anything gets none."""
     for formats, kernel in ((INTEGER, "MatMulInteger"), (BLOCKS, "MatMulNBits")):

@@ -21,6 +21,7 @@ from debug.command import VERBS
 from export.bundle import export_model
 from tests.support.command import logitlock
 from tests.support.goldens import GOLDENS
+from tests.support.marks import quick_first
 from tests.support.scripts import load_script
 
 CASE = GOLDENS / "qwen_b1"
@@ -133,6 +134,7 @@ def test_unknown_words() -> None:
     logitlock("verify", "--frobnicate").assert_bad_input("--frobnicate")
 
 
+@pytest.mark.slow
 def test_verbose_and_quiet() -> None:
     """--verbose says each step on stderr, --quiet silences warnings, and neither touches stdout."""
     arguments = ("drift", "reference:fp16", "--model", GOLDENS / "qwen_b1", "--steps", 1, "--json")
@@ -221,8 +223,8 @@ SPOILED: dict[str, Callable[[Path], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILED)
-@pytest.mark.parametrize("verb", ["export", "generate", "diff"])
+@pytest.mark.parametrize("name", quick_first(SPOILED))
+@pytest.mark.parametrize("verb", quick_first(["export", "generate", "diff"]))
 def test_bad_checkpoints(name: str, verb: str, checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
     said = SPOILED[name](checkpoint)
     output = tmp_path / "out"
@@ -263,8 +265,8 @@ def _outside(bundle: Path) -> str:
     return "leaves the bundle's directory"
 
 
-@pytest.mark.parametrize("spoil", [_schema, _changed, _missing, _outside])
-@pytest.mark.parametrize("verb", ["generate", "inspect", "diff"])
+@pytest.mark.parametrize("spoil", quick_first([_schema, _changed, _missing, _outside]))
+@pytest.mark.parametrize("verb", quick_first(["generate", "inspect", "diff"]))
 def test_bad_bundles(spoil: Callable[[Path], str], verb: str, bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)
@@ -296,6 +298,7 @@ def test_output_that_is_not_empty(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_prompt_longer_than_the_cache(tmp_path: Path) -> None:
     export_model("qwen", precision="fp32", output=tmp_path / "small", max_seq=16)
     long = "The quick brown fox jumps over the lazy dog again and again and again."

@@ -113,7 +113,9 @@ def taken_from_command_lines(tree: ast.AST) -> list[str]:
     return [name for name in found if re.match(rf"({'|'.join(PACKAGES)})\.(\w+\.)*cli\b", name)]
 
 
-@pytest.mark.parametrize("folder", [*PACKAGES, "docs", "examples", "notebooks", "benchmarks", "tests"])
+@pytest.mark.parametrize(
+    "folder", [*PACKAGES, "docs", "examples", "notebooks", "benchmarks", pytest.param("tests", marks=pytest.mark.slow)]
+)
 def test_command_lines_have_no_library_functions(folder: str) -> None:
     """Only `python -m` imports a module of verbs; `logitlock` does so by VERBS, and tests of verbs call the verbs."""
     verbs = {f"{verb.module}.{verb.function}" for verb in VERBS.values()}

@@ -18,6 +18,7 @@ def test_every_task_tells_right_from_wrong(task: tuple[str, str, str]) -> None:
     assert not REAL.runs(task, "    return None\n")
 
 
+@pytest.mark.slow
 def test_generated_code_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(REAL, "SECONDS", 1)
     start = time.monotonic()

@@ -13,6 +13,7 @@ import pytest
 from debug.command import VERBS
 from refmodels.errors import LogitLockError
 from refmodels.shadowing import PACKAGES, check_ours
+from tests.support.marks import quick_first
 from tests.support.paths import ROOT
 
 RUNS = "print('a file of the user runs')\n"
@@ -47,8 +48,8 @@ def sentence(file: Path, package: str) -> str:
     )
 
 
-@pytest.mark.parametrize("make", [as_file, as_package])
-@pytest.mark.parametrize("verb", ["diff", "bisect", "eval"])
+@pytest.mark.parametrize("make", quick_first([as_file, as_package]))
+@pytest.mark.parametrize("verb", quick_first(["diff", "bisect", "eval"]))
 def test_a_module_run_as_a_command(make: Callable[[Path, str], Path], verb: str, tmp_path: Path) -> None:
     file = make(tmp_path, "export")
     done = python("-m", "debug", verb, "engines/qwen-fp16", cwd=tmp_path)

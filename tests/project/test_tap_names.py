@@ -89,11 +89,13 @@ def found() -> dict[tuple[str, str], int]:
     return {(name, text): line for name, code in named.items() if name != TABLE for line, text in parsers(code)}
 
 
+@pytest.mark.slow
 def test_no_code_takes_the_names_of_taps_apart() -> None:
     others = [f"{file}:{line}: {text}" for (file, text), line in found().items() if (file, text) not in ALLOWED]
     assert not others, "look the fact up in ModelSpec.taps (or use refmodels.taps.split_name): " + "; ".join(others)
 
 
+@pytest.mark.slow
 def test_no_exception_is_left_over() -> None:
     assert ALLOWED.keys() <= found().keys()
 

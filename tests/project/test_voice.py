@@ -99,7 +99,11 @@ def test_pages(page: Path) -> None:
     assert not odd(prose(page))
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=pytest.mark.slow if ROOT / "tests" in file.parents else ()) for file in SOURCES],
+    ids=lambda file: file.relative_to(ROOT).as_posix(),
+)
 def test_sources(file: Path) -> None:
     found = [rule for words in words_of(file.read_text(encoding="utf-8")) for rule in odd(words)]
     assert not found

@@ -102,6 +102,7 @@ def _tables(tree: ast.AST) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_second_table_of_dtypes() -> None:
     files = [f for package in PACKAGES for f in sorted((ROOT / package).rglob("*.py")) if f.name != "dtypes.py"]
     named = {

@@ -19,6 +19,7 @@ from refmodels.recorder import Recorder, recording
 from refmodels.taps import is_cache_tap, tap_names
 from tests.support.goldens import CASES, assert_reproduces_golden, case_source
 from tests.support.gpu import needs_gpu
+from tests.support.marks import quick_first
 
 # One case for each position scheme, mask form and head layout.
 FEATURES = [
@@ -41,7 +42,7 @@ def random_ids(model: Decoder, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, model.spec.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick_first(CASES, 3))
 def test_chunked_prefill_equals_one_shot(case: str) -> None:
     model = open_case(case)
     tokens = 40
@@ -57,7 +58,7 @@ def test_chunked_prefill_equals_one_shot(case: str) -> None:
     assert torch.equal(whole.ntk_table, chunked.ntk_table)
 
 
-@pytest.mark.parametrize("case", FEATURES)
+@pytest.mark.parametrize("case", quick_first(FEATURES, 3))
 def test_ragged_batch_equals_each_row_alone(case: str) -> None:
     model = open_case(case)
     lengths = [40, 9, 23]
@@ -171,7 +172,7 @@ def test_a_substitute_flows_on_while_the_own_result_is_recorded() -> None:
     assert not torch.equal(clean.tensors["logits"], changed.tensors["logits"])
 
 
-@pytest.mark.parametrize("case", FEATURES)
+@pytest.mark.parametrize("case", quick_first(FEATURES, 3))
 def test_exact_in_fp32_is_close_to_fp64_and_halves_are_ordered(case: str) -> None:
     ids = random_ids(open_case(case), 1, 24)
     logits = {}
@@ -254,6 +255,7 @@ def test_the_cache_belongs_to_the_caller() -> None:
     )
 
 
+@pytest.mark.slow
 def test_custom_ops_are_sound_for_torch_export() -> None:
     """Schema, mutation, fake kernel and functionalisation, as torch itself checks them."""
     cos, sin = torch.randn(2, 3, 4), torch.randn(2, 3, 4)

@@ -111,6 +111,7 @@ def test_order_kind_module_and_shape(decoder: Decoder) -> None:
     assert wrong_facts(decoder, decoder.spec.taps) == []
 
 
+@pytest.mark.slow
 def test_what_every_tap_reads(decoder: Decoder) -> None:
     """A cache tensor is not read: attention reads the cache that it was given, which holds the new tokens already."""
     spec = decoder.spec

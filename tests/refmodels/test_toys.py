@@ -20,6 +20,7 @@ from refmodels.toys.configs import CONFIGS, generation_config
 from refmodels.toys.tasks import TASKS, Example, held_out_size, toy_examples
 from refmodels.toys.train import fit, logits_of, new_model, trained_parameters
 from refmodels.toys.vocabulary import END_ID, VOCABULARY_SIZE, train_tokenizer
+from tests.support.marks import quick_first
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 FINITE = [task for task in TASKS if held_out_size(task) is not None]
@@ -56,6 +57,7 @@ def test_held_out_examples_were_never_trained(task: str) -> None:
         assert not held_out & {e.prompt for e in trained}
 
 
+@pytest.mark.slow
 def test_held_out_sums_are_new_in_every_template_and_order() -> None:
     def numbers(example: Example) -> tuple[str, ...]:
         return tuple(sorted(re.findall(r"\d+", example.prompt)))
@@ -118,7 +120,7 @@ def test_report_claims_the_accuracies_that_are_asked_for(name: str) -> None:
     assert report["command"].startswith(f"python -m refmodels.toys.train --model {name} ")
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", quick_first(TOYS, 3))
 def test_tokenizer_reads_digits_and_characters_one_by_one(
     toys: dict[str, tuple[Decoder, Tokenizer]], name: str
 ) -> None:
@@ -149,13 +151,14 @@ def test_toy_knows_the_second_highest_mountain(toys: dict[str, tuple[Decoder, To
     assert answer(TorchEngine(model), tokenizer, words.MOUNTAIN_QUESTION) == words.MOUNTAIN_ANSWER
 
 
+@pytest.mark.slow
 def test_qwen_needs_dynamic_ntk_beyond_its_length(toys: dict[str, tuple[Decoder, Tokenizer]]) -> None:
     model, tokenizer = toys["qwen"]
     without = without_long_context(model)["without NTK"]
     assert toy_accuracies(TorchEngine(without), tokenizer, ["recall_long"], count=40)["recall_long"] < 0.9
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", quick_first(TOYS, 3))
 def test_training_sees_what_decoding_sees(toys: dict[str, tuple[Decoder, Tokenizer]], name: str) -> None:
     """One pass over whole sequences and greedy steps over a cache give the same predictions."""
     model, tokenizer = toys[name]

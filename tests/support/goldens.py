@@ -23,9 +23,10 @@ sliding window with grouped heads; learned positions with one kv head; learned p
 TOYS = ("toy:chatglm2", "toy:baichuan", "toy:qwen", "toy:gpt")
 
 
-def slow_but_features(cases: Iterable[str]) -> list[Any]:
-    """Parameters of a test that takes long over all cases: the quick tests take one case for each feature."""
-    return [case if case in FEATURES else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+def slow_but_two(cases: Iterable[str]) -> list[Any]:
+    """Parameters of a test that takes long over all cases: the quick tests take a case of rope and one without."""
+    quick = ("chatglm2", "gpt2")
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def case_source(case: str) -> refmodels.ModelSource:

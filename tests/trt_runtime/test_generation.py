@@ -17,6 +17,7 @@ from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder
 from refmodels.text.tokenizer_types import SpecialIds, Tokenizer
 from tests.support.goldens import CASES, GOLDENS, case_source
+from tests.support.marks import quick_first
 from trt_runtime.engine import Engine
 from trt_runtime.generation import GenerationConfig, GenerationResult, generate
 from trt_runtime.sampling import Sampling, adjust, choose, row_generators
@@ -27,7 +28,7 @@ def open_case(case: str) -> TorchEngine:
     return TorchEngine(refmodels.load(case_source(case)))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick_first(CASES, 3))
 def test_greedy_ids_equal_the_goldens(case: str) -> None:
     engine, io = open_case(case), load_file(GOLDENS / case / "io.safetensors")
     rows = zip(io["input_ids"], io["attention_mask"], strict=True)
@@ -41,6 +42,7 @@ def test_greedy_ids_equal_the_goldens(case: str) -> None:
         assert result.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_row_is_the_same_alone_and_in_any_batch() -> None:
     engine = open_case("qwen")
     prompts = [[5, 9, 2], [1] * 20, [7, 3, 3, 8, 1, 4], [5, 9, 2]]
@@ -99,6 +101,7 @@ def test_top_p_at_the_edges() -> None:
     assert tiny.isfinite().tolist() == [False, True, False], "one token is always left"
 
 
+@pytest.mark.slow
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([1.0, float("-inf"), 0.0, 2.0, -1.0])
     (generator,) = row_generators(0, [[1]])
@@ -271,8 +274,8 @@ def test_engine_refuses_a_cache_beyond_its_positions() -> None:
         engine.new_cache(batch=1, capacity=engine.max_positions + 1)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("chunk", [1, 6, 13])
+@pytest.mark.parametrize("side", quick_first(["left", "right"]))
+@pytest.mark.parametrize("chunk", quick_first([1, 6, 13]))
 def test_chunked_prefill_equals_one_shot(side: str, chunk: int) -> None:
     engine = open_case("qwen_ntk")
     ids = torch.randint(0, engine.spec.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -21,6 +21,7 @@ from refmodels.families import FAMILIES
 from refmodels.spec import spec_from_dict
 from refmodels.text.prompts import stop_ids_in
 from tests.support.checkpoints import read_case, write_model
+from tests.support.marks import quick_first
 from trt_runtime.__main__ import VERBS
 from trt_runtime.generation import GenerationConfig
 from trt_runtime.generation import generate as run_generation
@@ -47,7 +48,7 @@ def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_model("qwen", precision="fp16", output=tmp_path_factory.mktemp("toy") / "qwen-fp16")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick_first(FAMILIES))
 def test_greedy_tokens_of_fp32_engines_equal_the_references_on_every_toy(
     family: str, tmp_path: Path, command: Command
 ) -> None:
@@ -63,6 +64,7 @@ def test_greedy_tokens_of_fp32_engines_equal_the_references_on_every_toy(
     assert all(r.keys() == {"prompt", "text", "token_ids", "finish_reason"} for r in answers[0])
 
 
+@pytest.mark.slow
 def test_the_demo(toy_bundle: Path, command: Command) -> None:
     code, out, err = command("generate", "--bundle", toy_bundle, "--prompt", MOUNTAIN)
     assert (code, out) == (0, "乔戈里峰\n") and "nothing between nodes is rounded" in err
@@ -72,6 +74,7 @@ def test_the_demo(toy_bundle: Path, command: Command) -> None:
     assert (code, out) == (0, "乔戈\n")
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_run_as_a_batch(toy_bundle: Path, tmp_path: Path, command: Command) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text(f"{MOUNTAIN}\n\n12+35=\n", encoding="utf-8")
@@ -109,6 +112,7 @@ def test_stop_ids_of_generation_config(tmp_path: Path) -> None:
     assert tokenizer.token_id("<|im_end|>") in stop_ids_in(tmp_path, source.spec, tokenizer, chat=True)
 
 
+@pytest.mark.slow
 def test_generation_config_acts_and_is_said(tmp_path: Path, command: Command) -> None:
     folder = tmp_path / "qwen"
     shutil.copytree(TOYS / "qwen", folder)
@@ -129,6 +133,7 @@ def test_generation_config_acts_and_is_said(tmp_path: Path, command: Command) ->
     assert command(*shared, "--no-generation-config")[1] == plain
 
 
+@pytest.mark.slow
 def test_generation_ends_at_a_declared_stop_id(tmp_path: Path, command: Command) -> None:
     bundle = export_model("qwen", precision="fp32", output=tmp_path / "b")
     shared = ["generate", "--bundle", bundle, "--prompt", MOUNTAIN, "--json"]

@@ -21,6 +21,7 @@ from refmodels.recorder import Recorder
 from refmodels.taps import tap_names
 from tests.support.command import logitlock
 from tests.support.goldens import case_source
+from tests.support.marks import quick_first
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 
@@ -65,6 +66,7 @@ class Corrupting(TorchEngine):
         return super().run(step, cache, recorder=recorder)
 
 
+@pytest.mark.slow
 def test_changed_slots_come_back(tmp_path: Path) -> None:
     engine = Corrupting(refmodels.load(case_source("qwen"), dtype=torch.float32))
     path = tmp_path / "a.safetensors"
@@ -128,27 +130,34 @@ def test_nothing_is_left_of_a_trace_that_failed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("metadata", "tensors", "said"),
-    [
-        ({"spec": None}, {}, "its metadata lacks spec"),
-        ({"arithmetic": None, "model": None}, {}, "its metadata lacks model, arithmetic"),
-        ({"spec": "{"}, {}, "its spec is not valid JSON"),
-        ({"spec": "[" * 5000}, {}, "its spec is nested too deep"),
-        ({"spec": "[]"}, {}, "spec must be an object"),
-        ({"dtype": "fp7"}, {}, "dtype is 'fp7'; it must be one of"),
-        ({"numerics": "x"}, {}, "numerics is 'x'"),
-        ({"taps": "5"}, {}, "its taps are not a list of taps"),
-        ({"taps": '["embed", "nonsense"]'}, {}, "its taps are not a list of taps"),
-        ({}, {"tokens": None}, "it lacks the tensor tokens"),
-        ({}, {"prompt.ids": torch.zeros(9, dtype=torch.int64)}, r"prompt.ids is \[9\]"),
-        ({}, {"prompt.ids": torch.zeros(1, 9)}, "must be two axes of int64"),
-        ({}, {"prompt.mask": torch.ones(1, 8, dtype=torch.int64)}, "do not fit together"),
-        ({}, {"prompt.ids": torch.full((1, 9), 10**9)}, "outside the vocabulary"),
-        ({}, {"0.embed": None}, "it lacks the tensor 0.embed"),
-        ({}, {"1.untapped": torch.zeros(1, 2, 3)}, "1.untapped has the shape"),
-        ({}, {"0.blocks.0.key": torch.zeros(1, 9, 3)}, "0.blocks.0.key has the shape"),
-        ({}, {"1.blocks.0.key": torch.zeros(1, 4, 0, 16)}, r"1.blocks.0.key has the shape .*must be \[1, 4, 1, 16\]"),
-        ({}, {"1.blocks.0.key.all": torch.zeros(1, 4, 9, 16)}, r"1.blocks.0.key.all .*must be \[1, 4, 10, 16\]"),
-    ],
+    quick_first(
+        [
+            ({"spec": None}, {}, "its metadata lacks spec"),
+            ({"arithmetic": None, "model": None}, {}, "its metadata lacks model, arithmetic"),
+            ({"spec": "{"}, {}, "its spec is not valid JSON"),
+            ({"spec": "[" * 5000}, {}, "its spec is nested too deep"),
+            ({"spec": "[]"}, {}, "spec must be an object"),
+            ({"dtype": "fp7"}, {}, "dtype is 'fp7'; it must be one of"),
+            ({"numerics": "x"}, {}, "numerics is 'x'"),
+            ({"taps": "5"}, {}, "its taps are not a list of taps"),
+            ({"taps": '["embed", "nonsense"]'}, {}, "its taps are not a list of taps"),
+            ({}, {"tokens": None}, "it lacks the tensor tokens"),
+            ({}, {"prompt.ids": torch.zeros(9, dtype=torch.int64)}, r"prompt.ids is \[9\]"),
+            ({}, {"prompt.ids": torch.zeros(1, 9)}, "must be two axes of int64"),
+            ({}, {"prompt.mask": torch.ones(1, 8, dtype=torch.int64)}, "do not fit together"),
+            ({}, {"prompt.ids": torch.full((1, 9), 10**9)}, "outside the vocabulary"),
+            ({}, {"0.embed": None}, "it lacks the tensor 0.embed"),
+            ({}, {"1.untapped": torch.zeros(1, 2, 3)}, "1.untapped has the shape"),
+            ({}, {"0.blocks.0.key": torch.zeros(1, 9, 3)}, "0.blocks.0.key has the shape"),
+            (
+                {},
+                {"1.blocks.0.key": torch.zeros(1, 4, 0, 16)},
+                r"1.blocks.0.key has the shape .*must be \[1, 4, 1, 16\]",
+            ),
+            ({}, {"1.blocks.0.key.all": torch.zeros(1, 4, 9, 16)}, r"1.blocks.0.key.all .*must be \[1, 4, 10, 16\]"),
+        ],
+        3,
+    ),
 )
 def test_damaged_traces(
     tmp_path: Path, metadata: dict[str, str | None], tensors: dict[str, Tensor | None], said: str
@@ -168,6 +177,7 @@ def test_damaged_traces(
     assert str(caught.value).startswith(f"{path} is damaged: ") and str(caught.value).count(str(path)) == 1
 
 
+@pytest.mark.slow
 def test_texts_of_a_trace_are_no_markup(tmp_path: Path) -> None:
     engine, path = engine_of("qwen"), tmp_path / "a.safetensors"
     write_trace(engine, random_prompts(engine.spec.vocab_size, (9,), seed=0), path, steps=1)

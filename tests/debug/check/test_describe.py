@@ -22,6 +22,7 @@ from refmodels.notices import say_once
 from tests.support.checkpoints import read_case, write_model
 from tests.support.command import logitlock
 from tests.support.goldens import CASES, case_source
+from tests.support.marks import quick_first
 from tests.support.paths import GOLDENS
 from trt_runtime.torch_gpu.engine import TorchEngine
 
@@ -51,7 +52,7 @@ def test_toys_are_served_by_everything(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.startswith(("qwen2", "gpt", "chatglm3", "starcoder2"))]
+    "case", quick_first([case for case in CASES if case.startswith(("qwen2", "gpt", "chatglm3", "starcoder2"))], 3)
 )
 def test_sizes_are_those_of_the_loaded_model_and_its_cache(case: str) -> None:
     found = check_model(GOLDENS / case, tokens=16)

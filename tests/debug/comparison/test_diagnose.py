@@ -15,10 +15,11 @@ from debug.comparison.modules import module_at
 from refmodels.recorder import Recorder, recording
 from refmodels.taps import is_cache_tap, tap_names
 from tests.support.goldens import case_source
+from tests.support.marks import quick_first
 from tests.support.mutants import LEAST, MODELS, Mutant, rates, run
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", quick_first(MODELS, 3))
 def test_modules_alone_give_what_they_give_in_the_decoder(case: str) -> None:
     source = case_source(case)
     decoder = refmodels.load(source, dtype=torch.float64)

@@ -82,6 +82,7 @@ def test_clean_engines_give_no_alarm(case: str, precision: str, bundles: Bundles
     assert [e.tap for e in result.taps[: len(result.taps) // 9]] == list(refmodels.tap_names(spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), [("baichuan_13b", torch.float16), ("chatglm2", torch.bfloat16)])
 def test_upstream_rounding_is_no_fault_either(case: str, dtype: torch.dtype) -> None:
     """Another correct implementation: Hugging Face's order of rounding against the floor of exact numerics."""
@@ -91,6 +92,7 @@ def test_upstream_rounding_is_no_fault_either(case: str, dtype: torch.dtype) -> 
     assert 1.5 < max(e.ratio for e in result.taps) < MULTIPLE / 2
 
 
+@pytest.mark.slow
 def test_numerics_of_the_bundle_make_the_floor(bundles: Bundles) -> None:
     result = run(engine_of(bundles("chatglm2", "fp16", "upstream")), "chatglm2", numerics="upstream")
     assert result.verdict == "aligned", verdict_line(result)
@@ -165,6 +167,7 @@ def test_planted_fault(name: str, bundles: Bundles, tmp_path: Path) -> None:
     assert result.logits.kl_mean > result.logits.floor_kl_mean
 
 
+@pytest.mark.slow
 def test_nan_is_found_where_it_begins(bundles: Bundles, tmp_path: Path) -> None:
     def poison(weight: np.ndarray) -> np.ndarray:
         weight = weight.copy()
@@ -182,6 +185,7 @@ def test_nan_is_found_where_it_begins(bundles: Bundles, tmp_path: Path) -> None:
     assert json.loads(json.dumps(result.to_json(), allow_nan=False))["logits"]["kl_mean"] is None
 
 
+@pytest.mark.slow
 def test_overflow_of_the_dtype_is_found(bundles: Bundles, tmp_path: Path) -> None:
     """fp16 ends at 65504: the emulated engine must overflow as a real one would."""
     broken = mutate.mutated(
@@ -232,6 +236,7 @@ def test_stale_cache_is_found_at_its_step() -> None:
     assert [(c.tap, c.phase, c.step, c.worst[1]) for c in result.culprits] == [("blocks.1.key", "decode", 3, 12)]
 
 
+@pytest.mark.slow
 def test_fault_on_one_token_only() -> None:
     class OneToken(Misbehaving):
         def after(self, step: StepInputs, recorder: Recorder) -> None:
@@ -243,6 +248,7 @@ def test_fault_on_one_token_only() -> None:
     assert result.culprits[0].worst == (0, 7)
 
 
+@pytest.mark.slow
 def test_padding_is_left_out() -> None:
     class Padded(Misbehaving):
         def after(self, step: StepInputs, recorder: Recorder) -> None:
@@ -254,6 +260,7 @@ def test_padding_is_left_out() -> None:
     assert result.verdict == "aligned", verdict_line(result)
 
 
+@pytest.mark.slow
 def test_observer_effect() -> None:
     class Shy(Misbehaving):
         def output(self, logits: Tensor, *, tapped: bool) -> Tensor:
@@ -305,6 +312,7 @@ def test_command(bundles: Bundles, tmp_path: Path) -> None:
     assert "DIVERGED: the first wrong tap is blocks.1.attn.context" in " ".join(found.out.split())
 
 
+@pytest.mark.slow
 def test_bad_input(bundles: Bundles, tmp_path: Path) -> None:
     bundle = bundles("qwen", "fp16")
     model = GOLDENS / "qwen"
@@ -326,6 +334,7 @@ def test_another_checkpoint_is_refused(bundles: Bundles) -> None:
         diff_bundle(bundles("qwen", "fp16"), str(GOLDENS / "qwen_b1"))
 
 
+@pytest.mark.slow
 def test_toy_with_text(bundles: Bundles, tmp_path: Path) -> None:
     bundle = bundles("qwen", "fp16")
     toy = tmp_path / "toy"

@@ -114,6 +114,7 @@ def first(result: DiffResult) -> str | None:
     return result.culprits[0].tap
 
 
+@pytest.mark.slow
 def test_inputs_that_are_not_quantized_are_named(tmp_path: Path) -> None:
     bundle = exported(tmp_path, "fp32", {"scheme": "int8", "inputs": "tensor"})
 
@@ -131,6 +132,7 @@ def test_inputs_that_are_not_quantized_are_named(tmp_path: Path) -> None:
     assert "input quantized otherwise: not at all" in [d.fault for d in result.culprits[0].diagnosis]
 
 
+@pytest.mark.slow
 def test_a_pre_quant_scale_that_is_ignored_is_named(tmp_path: Path) -> None:
     model = str(GOLDENS_MODELOPT / "int4_awq")
     bundle = export_model(model, precision="fp32", backend="onnxruntime", output=tmp_path / "bundle")
@@ -175,6 +177,7 @@ def test_what_codes_cost_shows_at_their_layers_only(scheme: str, tmp_path: Path)
             assert 0.4 < error.local / reports[error.tap]["error"] ** 0.5 < 2.5, error.tap
 
 
+@pytest.mark.slow
 def test_floats_want_the_model_before(int4: Path, tmp_path: Path) -> None:
     checkpoint = read_bundle(int4).quantized_path
     with pytest.raises(LogitLockError, match="is quantized itself"):
@@ -189,6 +192,7 @@ def test_floats_want_the_model_before(int4: Path, tmp_path: Path) -> None:
 # What belongs to what
 
 
+@pytest.mark.slow
 def test_the_bundle_brings_its_checkpoint(int4: Path, tmp_path: Path) -> None:
     """Without --model too; and an engine of an already quantized checkpoint is one of that checkpoint."""
     bundle = read_bundle(int4)
@@ -221,6 +225,7 @@ def test_bisect_refuses_quantized_models(int4: Path) -> None:
         find_precision_plan(source, precision="fp16", budget=1e-3, prompts=prompts)
 
 
+@pytest.mark.slow
 def test_verbs(tmp_path: Path) -> None:
     """quantize, export of what it wrote, export in one step, and the JSON of all three."""
     made = logitlock("quantize", "--model", MODEL, "--precision", "int8", "--output", str(tmp_path / "q"), "--json")

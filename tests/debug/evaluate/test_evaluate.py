@@ -36,6 +36,7 @@ from refmodels.toys import toy_path
 from refmodels.toys.tasks import toy_examples
 from tests.support.command import logitlock
 from tests.support.goldens import GOLDENS, case_source
+from tests.support.marks import quick_first
 from trt_runtime.engine import Engine
 from trt_runtime.generation import GenerationConfig
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
@@ -75,6 +76,7 @@ def test_wilson_against_published_values() -> None:
     assert accuracy(29, 29).high == 1.0 and accuracy(29, 29).low < 0.9
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_loss_holds_it() -> None:
     """At least 94 % of the intervals of 2000 samples of 100 pairs hold the true loss of 3 points."""
     draws = random.Random(0)
@@ -134,6 +136,7 @@ def test_english_words_are_those_of_rouge_score() -> None:
 # Windows of text
 
 
+@pytest.mark.slow
 @given(
     length=st.integers(2, 60),
     prefix=st.lists(st.integers(90, 99), max_size=2),
@@ -177,8 +180,8 @@ def passages_of(engine: Engine, lengths: tuple[int, ...]) -> list[Passage]:
     ]
 
 
-@pytest.mark.parametrize("case", ["qwen_ntk", "chatglm2", "gpt2"])
-@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize("case", quick_first(["qwen_ntk", "chatglm2", "gpt2"]))
+@pytest.mark.parametrize("in_pieces", quick_first([False, True]))
 def test_scores_are_those_of_whole_forwards(case: str, in_pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged batches, forwards cut into pieces and blocks of fp64 give what one row and one forward does."""
     truth, engine = engine_of(case, torch.float64), engine_of(case, torch.float64)
@@ -253,6 +256,7 @@ def test_an_answer_that_does_not_end_is_wrong() -> None:
 # Speed
 
 
+@pytest.mark.slow
 def test_speed(bundle: Path) -> None:
     assert parse_shape("2x8x4") == Shape(batch=2, prompt=8, new=4)
     for text in ("8x4", "0x8x4", "1x2x3x4", "axbxc", "1x-2x3"):
@@ -268,6 +272,7 @@ def test_speed(bundle: Path) -> None:
         measure_speed(engine, parse_shape("1x4000x1"))
 
 
+@pytest.mark.slow
 def test_imitated_rounding_is_not_timed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[OnnxRuntimeEngine] = []
 
@@ -284,6 +289,7 @@ def test_imitated_rounding_is_not_timed(bundle: Path, monkeypatch: pytest.Monkey
 # All of it
 
 
+@pytest.mark.slow
 def test_a_clean_bundle_loses_nothing(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(e.prompt + e.answer + "\n" for e in toy_examples("facts", split="train", count=30, seed=0)))
@@ -365,6 +371,7 @@ def test_a_worse_bundle_is_over_budget(worse: Path, bundle: Path, tmp_path: Path
     assert within.code == 0 and worse.name in within.out and "loss" in within.out
 
 
+@pytest.mark.slow
 def test_tasks_of_a_file(tmp_path: Path) -> None:
     """A file of a toy's own examples: the same accuracy; one answer made wrong, one made nearly right."""
     rows = [
@@ -382,6 +389,7 @@ def test_tasks_of_a_file(tmp_path: Path) -> None:
     assert tasks["mine"]["loss"] is None and tasks["facts"]["correct"] == 5
 
 
+@pytest.mark.slow
 def test_transformers_beside_the_reference() -> None:
     """GPT's toy is a plain GPT-2, which transformers runs without any code of ours."""
     pytest.importorskip("transformers")
@@ -435,6 +443,7 @@ def test_bad_files(content: str, said: str, tmp_path: Path) -> None:
     logitlock("eval", "reference", "--model", "qwen", "--tasks", path).assert_bad_input(said)
 
 
+@pytest.mark.slow
 def test_a_quantized_bundle_is_compared_with_the_model_before(tmp_path: Path) -> None:
     """`reference` is the unquantized toy: what quantization costs; its own checkpoint is the same to rounding."""
     bundle = export_model(

@@ -18,6 +18,7 @@ from refmodels.errors import LogitLockError
 from refmodels.text.prompts import stop_ids_in
 from refmodels.toys.tasks import toy_examples
 from refmodels.toys.vocabulary import BOS_ID
+from tests.support.marks import quick_first
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 
@@ -60,8 +61,8 @@ def test_loglikelihood(toy: str) -> None:
         assert total == pytest.approx(float(expected[len(given) - 1 :].sum()), abs=1e-9)
 
 
-@pytest.mark.parametrize("toy", ["qwen", "chatglm2"])
-@pytest.mark.parametrize("longest", [1000, 12])
+@pytest.mark.parametrize("toy", quick_first(["qwen", "chatglm2"]))
+@pytest.mark.parametrize("longest", quick_first([1000, 12]))
 def test_rolling_loglikelihood_scores_every_token_once(toy: str, longest: int) -> None:
     model = model_of(toy, max_length=longest)
     texts = ["Remember: sun=12 moon=40 star=07. moon=", "排序： c a b ->"]

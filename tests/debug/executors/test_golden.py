@@ -20,10 +20,11 @@ from tests.support.executors import (
     reference,
 )
 from tests.support.goldens import GOLDENS, case_source
+from tests.support.marks import quick_first
 from trt_runtime.torch_gpu.engine import TorchEngine
 
 
-@pytest.mark.parametrize("case", ["chatglm2", "baichuan_13b", "qwen_ntk", "gpt2", "starcoder2_sliding"])
+@pytest.mark.parametrize("case", quick_first(["chatglm2", "baichuan_13b", "qwen_ntk", "gpt2", "starcoder2_sliding"]))
 def test_a_golden_case_replays(case: str) -> None:
     engine = GoldenEngine(GOLDENS / case)
     assert {"embed", "blocks.0", "blocks.1", "final_norm", "logits"} <= set(engine.tap_names)

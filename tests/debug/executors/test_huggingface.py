@@ -28,6 +28,7 @@ from tests.support.executors import (
     right_padded,
 )
 from tests.support.goldens import GOLDENS, case_source
+from tests.support.marks import quick_first
 
 pytest.importorskip("transformers")
 
@@ -35,7 +36,7 @@ pytest.importorskip("transformers")
 NATIVE = ["gpt2", "gpt_bigcode", "gpt_bigcode_mha_b1", "starcoder2_sliding", "qwen2"]
 
 
-@pytest.mark.parametrize("case", NATIVE)
+@pytest.mark.parametrize("case", quick_first(NATIVE, 3))
 def test_huggingface_shows_what_the_reference_computes(case: str) -> None:
     source = case_source(case)
     engine = HuggingFaceEngine(source.directory, source.spec)
@@ -70,6 +71,7 @@ def test_huggingface_with_rows_of_different_lengths() -> None:
         disagreements(engine, reference(case, numerics="upstream"), right_padded(case))
 
 
+@pytest.mark.slow
 def test_logits_of_the_last_token_only(exported: Callable[..., Path]) -> None:
     """The final norm is then of that token too, which is another one in each row."""
     prompts, upstream = right_padded("qwen2"), reference("qwen2", numerics="upstream")
@@ -116,6 +118,7 @@ def test_taps_that_upstream_does_not_have_are_absent() -> None:
     assert not disagreements(engine, reference("qwen2", numerics="upstream"), prompts_of("qwen2"), steps=1)
 
 
+@pytest.mark.slow
 def test_a_fault_in_transformers_is_found_at_its_tap() -> None:
     def fault(model: Any) -> None:
         model.transformer.h[1].attn.c_attn.bias[70] += 0.5

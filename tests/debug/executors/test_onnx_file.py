@@ -113,6 +113,7 @@ def test_a_map_of_a_faulty_graph_finds_the_fault(name: str, exported: Callable[.
     assert (result.verdict == "aligned") == (not wrong)
 
 
+@pytest.mark.slow
 def test_a_graph_without_a_cache(exported: Callable[..., Path]) -> None:
     spec = case_source("qwen2").spec
     proposal, engine = proposed(exported("qwen2", cached=False), "qwen2")
@@ -133,6 +134,7 @@ def test_a_graph_for_one_row(exported: Callable[..., Path]) -> None:
         assert not disagreements(engine, upstream, right_padded("gpt2"))
 
 
+@pytest.mark.slow
 def test_a_graph_for_one_row_that_sees_no_padding(exported: Callable[..., Path], tmp_path: Path) -> None:
     """As fused attention that takes a length: what is padded must not reach it."""
     import onnx
@@ -150,6 +152,7 @@ def test_a_graph_for_one_row_that_sees_no_padding(exported: Callable[..., Path],
         assert not [d for d in disagreements(engine, upstream, prompts) if not d.startswith("0 embed")]
 
 
+@pytest.mark.slow
 def test_fused_operators(tmp_path: Path) -> None:
     path = foreign.fused_graph(refmodels.load(case_source("qwen2")), tmp_path / "model.onnx")
     proposal, engine = proposed(path, "qwen2")
@@ -161,6 +164,7 @@ def test_fused_operators(tmp_path: Path) -> None:
     assert first_wrong(result) is None, result.culprits
 
 
+@pytest.mark.slow
 def test_a_fault_before_a_tap_that_is_not_there(tmp_path: Path) -> None:
     decoder = refmodels.load(case_source("qwen2"))
     weight = decoder.blocks[1].mlp.out.weight
@@ -170,6 +174,7 @@ def test_a_fault_before_a_tap_that_is_not_there(tmp_path: Path) -> None:
     assert first_wrong(diff(engine, "qwen2")) == "blocks.1.mlp.out"
 
 
+@pytest.mark.slow
 def test_gate_and_up_in_one_projection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Fused(nn.Module):
         def __init__(self, mlp: Any) -> None:
@@ -195,6 +200,7 @@ def test_gate_and_up_in_one_projection(tmp_path: Path, monkeypatch: pytest.Monke
     assert not disagreements(engine, reference("qwen2", numerics="upstream"), prompts_of("qwen2"), steps=1)
 
 
+@pytest.mark.slow
 def test_query_key_and_value_by_head(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     case = "gpt_bigcode_mha_b1"
     _without_parts(monkeypatch)
@@ -245,6 +251,7 @@ def test_a_graph_in_half_precision(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in recorder.tensors.values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_roles_that_are_not_understood(exported: Callable[..., Path], tmp_path: Path) -> None:
     import onnx
 
@@ -305,6 +312,7 @@ def test_heads_that_do_not_divide_the_width(heads: int) -> None:
         Source(value="g", heads=heads).read({"g": torch.zeros(2, 3, 18)}, 2, 3)
 
 
+@pytest.mark.slow
 def test_name_maps_that_do_not_fit(exported: Callable[..., Path], tmp_path: Path) -> None:
     spec, path = case_source("qwen2").spec, exported("qwen2")
     good = propose_map(path, refmodels.load(case_source("qwen2"))).names.to_json()["taps"]

@@ -19,6 +19,7 @@ from debug.golden.verify import verify_case
 from debug.record import _run, record_case
 from refmodels.errors import LogitLockError
 from tests.support.command import logitlock
+from tests.support.marks import quick_first
 
 transformers = pytest.importorskip("transformers")
 
@@ -105,7 +106,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick_first(MODELS))
 def test_recorded_cases_verify(name: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     case = tmp_path / "case"
     meta = record_case(models(name), case, lengths=(21, 12, 17), steps=5, seed=5, half=("bf16",))

@@ -20,6 +20,7 @@ from debug.golden.verify import default_tolerance, has_recorded_order, verify_ca
 from refmodels.errors import LogitLockError
 from tests.support.command import logitlock
 from tests.support.goldens import CASES, GOLDENS
+from tests.support.marks import quick_first
 
 RUNS = [
     (case, dtype)
@@ -55,7 +56,7 @@ def test_all_goldens_are_here() -> None:
     assert len(RUNS) == 79
 
 
-@pytest.mark.parametrize(("case", "dtype"), RUNS)
+@pytest.mark.parametrize(("case", "dtype"), quick_first(RUNS, 3))
 def test_golden(case: str, dtype: str) -> None:
     result = verify_case(GOLDENS / case, dtype=dtype)
     assert result.passed, (result.failed(), result.worst)
@@ -84,18 +85,20 @@ def _meta(case: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "logits",
-        "final_norm",
-        "hidden_states.0",
-        "hidden_states.2",
-        "past.0.key",
-        "past.0.value",
-        "decode_logits",
-        "uncached_logits",
-    ],
+    quick_first(
+        [
+            "logits",
+            "final_norm",
+            "hidden_states.0",
+            "hidden_states.2",
+            "past.0.key",
+            "past.0.value",
+            "decode_logits",
+            "uncached_logits",
+        ]
+    ),
 )
-@pytest.mark.parametrize("wrong", [1e-3, float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", quick_first([1e-3, float("nan"), float("inf")]))
 def test_a_wrong_tensor_is_found(variant: Callable[..., Path], name: str, wrong: float) -> None:
     def edit(tensors: dict[str, Tensor]) -> None:
         tensors[name].view(-1)[-1] += wrong
@@ -147,7 +150,7 @@ def _right_padded(tensors: dict[str, Tensor]) -> None:
             tensor[row] = tensor[row].roll(-shift, axis)
 
 
-@pytest.mark.parametrize("case", ["qwen2", "baichuan_7b", "gpt2", "starcoder2"])
+@pytest.mark.parametrize("case", quick_first(["qwen2", "baichuan_7b", "gpt2", "starcoder2"], 3))
 def test_right_padding(variant: Callable[..., Path], case: str) -> None:
     result = verify_case(variant(case, _right_padded))
     assert result.passed, result.worst
@@ -206,22 +209,25 @@ def _set(name: str, value: Tensor) -> Edit:
 
 @pytest.mark.parametrize(
     ("edit", "said"),
-    [
-        (_drop("input_ids"), "lacks the tensor input_ids"),
-        (_drop("logits"), "lacks the tensor logits"),
-        (_drop("decode_ids"), "decode_logits but no decode_ids"),
-        (_set("logits", torch.zeros(2, 20, 161)), r"logits has shape \[2, 20, 161\].*\[2, 20, 160\]"),
-        (_set("hidden_states.3", torch.zeros(2, 20, 64)), "has hidden_states.3, but .* 2 layers"),
-        (_set("hidden_states.1", torch.zeros(2, 20, 32)), "hidden_states.1 has shape"),
-        (_set("past.0.key", torch.zeros(2, 20, 3, 16)), r"past.0.key has shape .*\[2, 20, 4, 16\]"),
-        (_set("past.0.key", torch.zeros(2, 20, 4)), "past.0.key has shape"),
-        (_set("past.2.key", torch.zeros(2, 20, 4, 16)), "has past.2.key"),
-        (_set("attention_mask", torch.ones(2, 19, dtype=torch.int64)), "attention_mask has shape"),
-        (_set("attention_mask", torch.zeros(2, 20, dtype=torch.int64)), "no real token"),
-        (_set("input_ids", torch.ones(20, dtype=torch.int64)), "input_ids has shape"),
-        (_set("input_ids", torch.full((2, 20), 160)), "outside the vocabulary"),
-        (_set("decode_ids", torch.ones(3, 12, dtype=torch.int64)), "decode_ids has shape"),
-    ],
+    quick_first(
+        [
+            (_drop("input_ids"), "lacks the tensor input_ids"),
+            (_drop("logits"), "lacks the tensor logits"),
+            (_drop("decode_ids"), "decode_logits but no decode_ids"),
+            (_set("logits", torch.zeros(2, 20, 161)), r"logits has shape \[2, 20, 161\].*\[2, 20, 160\]"),
+            (_set("hidden_states.3", torch.zeros(2, 20, 64)), "has hidden_states.3, but .* 2 layers"),
+            (_set("hidden_states.1", torch.zeros(2, 20, 32)), "hidden_states.1 has shape"),
+            (_set("past.0.key", torch.zeros(2, 20, 3, 16)), r"past.0.key has shape .*\[2, 20, 4, 16\]"),
+            (_set("past.0.key", torch.zeros(2, 20, 4)), "past.0.key has shape"),
+            (_set("past.2.key", torch.zeros(2, 20, 4, 16)), "has past.2.key"),
+            (_set("attention_mask", torch.ones(2, 19, dtype=torch.int64)), "attention_mask has shape"),
+            (_set("attention_mask", torch.zeros(2, 20, dtype=torch.int64)), "no real token"),
+            (_set("input_ids", torch.ones(20, dtype=torch.int64)), "input_ids has shape"),
+            (_set("input_ids", torch.full((2, 20), 160)), "outside the vocabulary"),
+            (_set("decode_ids", torch.ones(3, 12, dtype=torch.int64)), "decode_ids has shape"),
+        ],
+        8,
+    ),
 )
 def test_bad_tensors(variant: Callable[..., Path], edit: Edit, said: str) -> None:
     with pytest.raises(LogitLockError, match=said):
@@ -249,6 +255,7 @@ def test_other_bad_input(variant: Callable[..., Path], tmp_path: Path) -> None:
     logitlock("verify", broken).assert_bad_input("past_layout")
 
 
+@pytest.mark.slow
 def test_command(variant: Callable[..., Path]) -> None:
     good = logitlock("verify", GOLDENS / "qwen", GOLDENS / "baichuan2_7b", "--json")
     assert good.code == 0

@@ -23,8 +23,9 @@ from refmodels.dtypes import DTYPES
 from refmodels.recorder import Recorder, recording
 from refmodels.spec import ModelSpec
 from refmodels.taps import tap_names
-from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, slow_but_features, source_of
+from tests.support.goldens import CASES, FEATURES, TOYS, needs_opset_24, prompt_of, slow_but_two, source_of
 from tests.support.graph_runs import TOLERANCE, Evaluator, Runtime, worst_on_walk
+from tests.support.marks import quick_first
 from tests.support.mutate import mutated
 from tests.support.native_plan import FUSED, check_plan
 from trt_runtime.bundle import Precision
@@ -37,7 +38,7 @@ MODELS = [case for case in CASES if case.removesuffix("_b1") == case or case.rem
 
 
 @needs_opset_24
-@pytest.mark.parametrize("case", slow_but_features([*MODELS, *TOYS]))
+@pytest.mark.parametrize("case", slow_but_two([*MODELS, *TOYS]))
 def test_every_runtime_agrees_with_the_reference(case: str, tmp_path: Path) -> None:
     source = source_of(case)
     bundle = export_model(source, precision="fp32", attention="native", output=tmp_path / "bundle")
@@ -47,7 +48,7 @@ def test_every_runtime_agrees_with_the_reference(case: str, tmp_path: Path) -> N
 
 
 @needs_opset_24
-@pytest.mark.parametrize("case", FEATURES)
+@pytest.mark.parametrize("case", quick_first(FEATURES, 3))
 def test_taps_are_values_of_the_graph(case: str, tmp_path: Path) -> None:
     """Rows of padding too: a query that sees no key has context 0."""
     source = source_of(case)
@@ -103,7 +104,7 @@ def test_half_precision(case: str, precision: Precision, tmp_path: Path) -> None
                 assert float((logits[step.new_mask].double() - expected).abs().max()) <= 4 * floor
 
 
-@pytest.mark.parametrize("case", ["qwen_ntk", "baichuan_13b"])
+@pytest.mark.parametrize("case", quick_first(["qwen_ntk", "baichuan_13b"]))
 def test_older_onnxruntime(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = export_model(source_of(case), precision="fp16", attention="native", output=tmp_path / "bundle")
     results = []

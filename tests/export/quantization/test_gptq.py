@@ -13,6 +13,7 @@ from export.quantization.gptq import Hessian, gptq, layer_error
 from refmodels.errors import LogitLockError
 from refmodels.quantization.arithmetic import quantize_weight, weight_scale
 from refmodels.quantization.formats import LinearFormat
+from tests.support.marks import quick_first
 from tests.support.observed_toys import (
     FORMATS,
     INT4,
@@ -48,7 +49,7 @@ def slow_gptq(weight: Tensor, hessian: Tensor, linear: LinearFormat, damping: fl
 
 
 @by_format
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("act_order", quick_first([False, True], 3))
 def test_gptq_is_optimal_brain_quantization_in_a_fixed_order(linear: LinearFormat, act_order: bool) -> None:
     weight, x = made_layer(1)
     hessian = hessian_of(x)

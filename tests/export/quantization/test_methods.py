@@ -45,6 +45,7 @@ from tests.support.observed_toys import (
 # --- AWQ ---
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(sorted(FORMATS)), outliers=st.integers(0, 3))
 @settings(max_examples=15)
 def test_awq_never_loses_to_rounding(seed: int, name: str, outliers: int) -> None:
@@ -256,6 +257,7 @@ def test_smoothquant_folds_and_static_scales_follow(name: str) -> None:
     assert cut.blocks[2].attn.qkv.input_scale < made.blocks[2].attn.qkv.input_scale
 
 
+@pytest.mark.slow
 def test_a_mixed_block_keeps_what_is_not_quantized() -> None:
     model, inputs = toy("chatglm2")
     part = {n.removeprefix("blocks.0."): p for n, p in model.named_parameters() if n.startswith("blocks.0.")}

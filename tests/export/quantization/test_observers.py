@@ -19,6 +19,7 @@ from refmodels.checkpoints.load import put_parameter
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
 from tests.support.goldens import CASES, case_source
+from tests.support.marks import quick_first
 from tests.support.observed_toys import (
     logits_of,
     toy,
@@ -91,6 +92,7 @@ def test_activations_that_are_not_finite_name_their_layer(bad: float) -> None:
         _ = observers[0].channel
 
 
+@pytest.mark.slow
 def test_a_sample_of_tokens_is_bounded_uniform_and_does_not_alias() -> None:
     counts = torch.zeros(100)
     for seed in range(200):
@@ -127,7 +129,7 @@ def random_scales(model: Decoder, parameters: dict[str, Tensor]) -> dict[str, Te
     return changed
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick_first(CASES, 3))
 def test_a_folded_model_is_the_same_function(case: str) -> None:
     model = refmodels.load(case_source(case), dtype=torch.float64)
     spec = model.spec
@@ -155,6 +157,7 @@ def test_channels_that_share_a_scale_take_the_largest_statistic() -> None:
     assert share(spec, "attn.qkv", statistic) is statistic
 
 
+@pytest.mark.slow
 def test_folding_refuses_what_would_change_the_function() -> None:
     gpt, glm = toy("gpt")[0], toy("chatglm2")[0]
     block = {n.removeprefix("blocks.0."): p for n, p in gpt.named_parameters() if n.startswith("blocks.0.")}

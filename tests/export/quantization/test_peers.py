@@ -26,6 +26,7 @@ from refmodels.checkpoints.quantized_layouts import Storage
 from refmodels.quantization.arithmetic import quantize_weight, unpack_int4, weight_scale
 from refmodels.quantization.formats import LinearFormat
 from refmodels.quantization.linear import QuantizedLinear
+from tests.support.marks import quick_first
 from tests.support.paths import ROOT
 from tests.support.scripts import load_script
 
@@ -105,7 +106,9 @@ def test_compressed_tensors_decompresses_what_we_store(linear: LinearFormat) -> 
     assert torch.equal(read.codes.float(), ours.codes.float())
 
 
-@pytest.mark.parametrize(("toy", "scheme"), [("chatglm2", "int4-gptq"), ("baichuan", "fp8"), ("qwen", "smoothquant")])
+@pytest.mark.parametrize(
+    ("toy", "scheme"), quick_first([("chatglm2", "int4-gptq"), ("baichuan", "fp8"), ("qwen", "smoothquant")])
+)
 def test_compressed_tensors_reads_a_whole_checkpoint_of_ours(toy: str, scheme: str, tmp_path: Path) -> None:
     """With their reading of quantization_config and their decompression, it is a float checkpoint with our weights."""
     quantization = pytest.importorskip("compressed_tensors.quantization")

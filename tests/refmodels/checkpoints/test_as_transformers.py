@@ -14,6 +14,7 @@ from refmodels.model import activate
 from refmodels.notices import say_once
 from refmodels.spec import RopeSpec, spec_from_dict
 from tests.support.checkpoints import read_case, write_model
+from tests.support.marks import quick_first
 from tests.support.upstream import assert_computes_as_transformers, transformers_model
 
 
@@ -22,8 +23,8 @@ def unsaid() -> None:
     say_once.cache_clear()
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
-@pytest.mark.parametrize("case", ["gpt2_b1", "qwen2_tied_b1"])
+@pytest.mark.parametrize("layout", quick_first(["safetensors", "sharded safetensors", "bin", "sharded bin"]))
+@pytest.mark.parametrize("case", quick_first(["gpt2_b1", "qwen2_tied_b1"]))
 def test_a_head_of_its_own_in_a_tied_config(
     case: str, layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -58,24 +59,27 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 6}
 
 @pytest.mark.parametrize(
     ("change", "windows"),
-    [
-        ({}, (0, 0)),
-        ({"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0}, (0, 0)),
-        ({**WINDOW, "max_window_layers": 0}, (6, 6)),
-        ({**WINDOW, "max_window_layers": 1}, (0, 6)),
-        ({**WINDOW, "max_window_layers": 2}, (0, 0)),
-        ({**WINDOW, "sliding_window": None, "max_window_layers": 0}, (0, 0)),
-        ({**WINDOW, "sliding_window": 0, "max_window_layers": 2}, (0, 0)),
-        ({**WINDOW, "max_window_layers": 0, "layer_types": [FULL, FULL]}, (0, 0)),
-        ({**WINDOW, "layer_types": [FULL, SLIDING]}, (0, 6)),
-        # Which no first layer can say.
-        ({**WINDOW, "max_window_layers": 2, "layer_types": [SLIDING, FULL]}, (6, 0)),
-        # As transformers 5 saves a model without a window.
-        ({"use_sliding_window": False, "sliding_window": None, "layer_types": [FULL, FULL]}, (0, 0)),
-        # Absent, it is 4096.
-        ({"use_sliding_window": True, "max_window_layers": 1}, (0, 4096)),
-        ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 5.0}}, (0, 0)),
-    ],
+    quick_first(
+        [
+            ({}, (0, 0)),
+            ({"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0}, (0, 0)),
+            ({**WINDOW, "max_window_layers": 0}, (6, 6)),
+            ({**WINDOW, "max_window_layers": 1}, (0, 6)),
+            ({**WINDOW, "max_window_layers": 2}, (0, 0)),
+            ({**WINDOW, "sliding_window": None, "max_window_layers": 0}, (0, 0)),
+            ({**WINDOW, "sliding_window": 0, "max_window_layers": 2}, (0, 0)),
+            ({**WINDOW, "max_window_layers": 0, "layer_types": [FULL, FULL]}, (0, 0)),
+            ({**WINDOW, "layer_types": [FULL, SLIDING]}, (0, 6)),
+            # Which no first layer can say.
+            ({**WINDOW, "max_window_layers": 2, "layer_types": [SLIDING, FULL]}, (6, 0)),
+            # As transformers 5 saves a model without a window.
+            ({"use_sliding_window": False, "sliding_window": None, "layer_types": [FULL, FULL]}, (0, 0)),
+            # Absent, it is 4096.
+            ({"use_sliding_window": True, "max_window_layers": 1}, (0, 4096)),
+            ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 5.0}}, (0, 0)),
+        ],
+        3,
+    ),
 )
 def test_windows_of_qwen2(change: dict[str, Any], windows: tuple[int, ...], tmp_path: Path) -> None:
     config, tensors, _ = read_case("qwen2_b1")
@@ -89,15 +93,22 @@ def test_windows_of_qwen2(change: dict[str, Any], windows: tuple[int, ...], tmp_
 
 @pytest.mark.parametrize(
     ("case", "change", "message"),
-    [
-        ("starcoder2_b1", {"sliding_window": 0}, "sliding_window is 0; it must be at least 1"),
-        ("starcoder2_b1", {"sliding_window": -4}, "sliding_window is -4"),
-        ("qwen2_b1", {**WINDOW, "sliding_window": 0, "max_window_layers": 1}, "sliding_window is 0; it must be"),
-        ("qwen2_b1", {**WINDOW, "layer_types": [FULL]}, "layer_types must be a list of 2 kinds"),
-        ("qwen2_b1", {**WINDOW, "layer_types": [FULL, "chunked_attention"]}, "'chunked_attention', which is not supp"),
-        ("qwen2_b1", {"layer_types": [FULL, SLIDING]}, "sliding_window is not used; it must be"),
-        ("qwen2_b1", {**WINDOW, "sliding_window": None, "layer_types": [FULL, SLIDING]}, "is not used"),
-    ],
+    quick_first(
+        [
+            ("starcoder2_b1", {"sliding_window": 0}, "sliding_window is 0; it must be at least 1"),
+            ("starcoder2_b1", {"sliding_window": -4}, "sliding_window is -4"),
+            ("qwen2_b1", {**WINDOW, "sliding_window": 0, "max_window_layers": 1}, "sliding_window is 0; it must be"),
+            ("qwen2_b1", {**WINDOW, "layer_types": [FULL]}, "layer_types must be a list of 2 kinds"),
+            (
+                "qwen2_b1",
+                {**WINDOW, "layer_types": [FULL, "chunked_attention"]},
+                "'chunked_attention', which is not supp",
+            ),
+            ("qwen2_b1", {"layer_types": [FULL, SLIDING]}, "sliding_window is not used; it must be"),
+            ("qwen2_b1", {**WINDOW, "sliding_window": None, "layer_types": [FULL, SLIDING]}, "is not used"),
+        ],
+        3,
+    ),
 )
 def test_windows_that_transformers_cannot_run_are_refused(
     case: str, change: dict[str, Any], message: str, tmp_path: Path
@@ -122,7 +133,9 @@ def test_a_rope_theta_that_is_no_number_is_named(theta: Any) -> None:
         refmodels.spec_from_config(changed)
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu_fast", "gelu_new", "gelu", "gelu_pytorch_tanh", "silu"])
+@pytest.mark.parametrize(
+    "activation", quick_first(["quick_gelu", "gelu_fast", "gelu_new", "gelu", "gelu_pytorch_tanh", "silu"], 3)
+)
 def test_activations_of_gpt2(activation: str, tmp_path: Path) -> None:
     """In fp32 and, with upstream's roundings, in half precision bit for bit."""
     config, tensors, _ = read_case("gpt2_b1")

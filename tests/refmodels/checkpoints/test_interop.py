@@ -58,6 +58,7 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
         assert error < 10 * 2**-23 * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "fp8-tensor"])
 def test_a_diff_with_transformers(name: str, tmp_path: Path) -> None:
     path = made(tmp_path, **OPTIONS[name])

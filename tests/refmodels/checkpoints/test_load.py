@@ -19,6 +19,7 @@ from refmodels.checkpoints import load as checkpoint
 from refmodels.checkpoints import shards
 from tests.support.checkpoints import LAYOUTS, read_case, stored_again, write_model
 from tests.support.goldens import CASES, GOLDENS
+from tests.support.marks import quick_first
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Prefix and fused rows; transposed; regrouped heads; `model.` and split qkv, tied; no prefix to speak of.
@@ -30,7 +31,7 @@ def matches(decoder: refmodels.Decoder, tensors: dict[str, Tensor]) -> bool:
     return all(torch.equal(again[name], tensors[name]) for name in again)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick_first(CASES, 3))
 def test_every_parameter_comes_from_its_tensor(case: str) -> None:
     _, tensors, variant = read_case(case)
     decoder = refmodels.load(GOLDENS / case, variant=variant, dtype=torch.float32)
@@ -41,13 +42,14 @@ def test_every_parameter_comes_from_its_tensor(case: str) -> None:
     assert all(torch.equal(again[name], tensors[name]) for name in again)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", FEATURES)
+@pytest.mark.parametrize("layout", quick_first(LAYOUTS))
+@pytest.mark.parametrize("case", quick_first(FEATURES))
 def test_layouts(case: str, layout: str, tmp_path: Path) -> None:
     config, tensors, variant = read_case(case)
     assert matches(refmodels.load(write_model(tmp_path, config, tensors, layout), variant=variant), tensors)
 
 
+@pytest.mark.slow
 @FEW
 @given(data=st.data())
 def test_any_distribution_over_shards(data: st.DataObject, tmp_path: Path) -> None:
@@ -60,8 +62,8 @@ def test_any_distribution_over_shards(data: st.DataObject, tmp_path: Path) -> No
     assert matches(refmodels.load(tmp_path), tensors)
 
 
-@pytest.mark.parametrize("case", ["qwen_b1", "chatglm2_b1", "gpt2_b1", "qwen2_b1", "starcoder2_b1"])
-@pytest.mark.parametrize("spelling", ["without", "twice"])
+@pytest.mark.parametrize("case", quick_first(["qwen_b1", "chatglm2_b1", "gpt2_b1", "qwen2_b1", "starcoder2_b1"]))
+@pytest.mark.parametrize("spelling", quick_first(["without", "twice"]))
 def test_prefix_absent_or_too_much(case: str, spelling: str, tmp_path: Path) -> None:
     config, tensors, variant = read_case(case)
 
@@ -154,7 +156,7 @@ def test_the_stream_has_the_order_of_the_decoder_and_no_tied_head() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
-@pytest.mark.parametrize("layout", LAYOUTS[:4])
+@pytest.mark.parametrize("layout", quick_first(LAYOUTS[:4]))
 def test_streaming_keeps_no_mapping_of_what_it_has_read(layout: str, tmp_path: Path) -> None:
     config, tensors, _ = read_case("chatglm2_b1")
     write_model(tmp_path, config, tensors, layout)
@@ -195,7 +197,7 @@ def test_bin_files_are_opened_again_only_where_that_saves_memory(
 # ------------------------------------------------------------------------------------------------ normalized heads
 
 
-@pytest.mark.parametrize("dtype", list(refmodels.DTYPES.values()))
+@pytest.mark.parametrize("dtype", quick_first(list(refmodels.DTYPES.values()), 3))
 def test_normalized_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     _, tensors, variant = read_case("baichuan2_7b_b1")
     rows = tensors["lm_head.weight"]

@@ -32,6 +32,7 @@ from refmodels.quantization.arithmetic import quantize_weight
 from refmodels.quantization.formats import LinearFormat, group_formats
 from tests.support.command import logitlock
 from tests.support.goldens import case_source
+from tests.support.marks import quick_first
 from tests.support.paths import GOLDENS_MODELOPT
 
 FORMATS: dict[str, dict[str, LinearFormat]] = {
@@ -139,6 +140,7 @@ def test_what_is_read_is_written_again(name: str) -> None:
         assert {**layer, "pre_quant_scale": None} == {k: theirs.get(k) for k in layer} | {"pre_quant_scale": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4_awq", "int8_sq"])
 def test_a_bundle_of_it(name: str, tmp_path: Path) -> None:
     bundle = export_model(GOLDENS_MODELOPT / name, precision="fp16", backend="onnxruntime", output=tmp_path / "bundle")
@@ -168,7 +170,7 @@ def test_norms_do_not_quantize_for_layers_that_scale_first() -> None:
 # Ours
 
 
-@pytest.mark.parametrize("name", LIKE)
+@pytest.mark.parametrize("name", quick_first(LIKE, 3))
 def test_our_checkpoints_have_its_tensors(name: str, tmp_path: Path) -> None:
     made, theirs = stored(ours(tmp_path / "q", **LIKE[name])), stored(GOLDENS_MODELOPT / name)
     # Ours are folded into what makes the input.
@@ -188,7 +190,7 @@ def test_our_checkpoints_have_its_tensors(name: str, tmp_path: Path) -> None:
             assert torch.equal(made[key].float(), theirs[key].float()), key
 
 
-@pytest.mark.parametrize("name", LIKE)
+@pytest.mark.parametrize("name", quick_first(LIKE))
 def test_our_checkpoints_are_read_back(name: str, tmp_path: Path) -> None:
     """The same parameters and logits as from the native layout; one fp8 scale per tensor has no counterpart there."""
     made = refmodels.load(ours(tmp_path / "q", **LIKE[name]))
@@ -324,7 +326,7 @@ SHORT = "layers.0.mlp.down_proj.pre_quant_scale"
 
 @pytest.mark.parametrize(
     ("name", "edit", "message"),
-    [
+    quick_first([
         ("fp8", lambda t: t.pop(f"{MLP}.weight_scale"), f"lacks the tensor {MLP}.weight_scale"),
         ("fp8", lambda t: t[f"{ATTENTION}.k_proj.input_scale"].mul_(2), "qkv differ in their input_scale"),
         ("fp8", lambda t: t.update({f"{ATTENTION}.k_proj.k_scale": torch.ones(3)}), "3 scales for 2 kv heads"),
@@ -335,7 +337,7 @@ SHORT = "layers.0.mlp.down_proj.pre_quant_scale"
         ("int4_awq", lambda t: t[f"{MLP}.pre_quant_scale"].fill_(float("nan")), "does not fit"),
         # No known checkpoint has it under another name than the config's.
         ("int4_awq", lambda t: t.update({SHORT: t.pop(f"{MLP}.pre_quant_scale")}), "has a tensor pre_quant_scale, but"),
-    ],
+    ], 3),
 )  # fmt: skip
 def test_tensors_that_do_not_fit(
     name: str, edit: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path

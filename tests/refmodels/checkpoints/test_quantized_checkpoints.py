@@ -41,6 +41,7 @@ from refmodels.quantization.formats import LIMITS, LinearFormat
 from refmodels.quantization.linear import QuantizedLinear
 from tests.support.checkpoints import read_case, write_model
 from tests.support.goldens import CASES, case_source
+from tests.support.marks import quick_first
 
 FORMATS = {
     "int8": LinearFormat(weight="int8"),
@@ -284,7 +285,7 @@ def test_every_scheme_and_family(case: str, scheme: str | None, tmp_path: Path) 
     assert (provenance["calibration"] is None) == (scheme in ("int8", "int4", "fp8"))
 
 
-@pytest.mark.parametrize("layout", ["gptq", "awq"])
+@pytest.mark.parametrize("layout", quick_first(["gptq", "awq"]))
 def test_published_layouts_give_the_same_model(layout: CheckpointFormat, tmp_path: Path) -> None:
     source = case_source("qwen2_b1")
     options = QuantizeOptions(scheme="int4", group=16, symmetric=layout == "gptq")
@@ -374,7 +375,7 @@ def _set(values: Mapping[str, Any]) -> Any:
 
 @pytest.mark.parametrize(
     ("edit", "expected"),
-    [
+    quick_first([
         (lambda t, c: t.pop(f"{NAME}.weight_packed"), [NAME, "weight_packed", "lacks"]),
         (lambda t, c: t.pop(f"{NAME}.weight_scale"), [NAME, "weight_scale", "lacks"]),
         (lambda t, c: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"][:, :1].clone()}), [NAME, "scales"]),
@@ -387,7 +388,7 @@ def _set(values: Mapping[str, Any]) -> Any:
         (lambda t, c: c["config_groups"]["group_0"]["targets"].append(1e-30), ["group_0.targets", "list of names"]),
         (lambda t, c: c.update(ignore=["re:("]), ["ignore", "not a regular expression"]),
         (lambda t, c: c.update(kv_cache_scheme={"num_bits": 4, "type": "int"}), ["kv_cache_scheme"]),
-    ],
+    ], 3),
     ids=["codes", "scales", "shape", "nan", "method", "format", "bits", "strategy", "fused", "target", "ignore",
          "cache"],
 )  # fmt: skip

@@ -19,6 +19,7 @@ from refmodels.checkpoints.quantized_layouts import CheckpointFormat
 from refmodels.notices import say_once
 from tests.support.checkpoints import read_case, write_index, write_model
 from tests.support.goldens import case_source
+from tests.support.marks import quick_first
 
 Made = Callable[..., Path]
 
@@ -100,8 +101,8 @@ def test_names_of_autoawq(place: str, made: Made) -> None:
     assert_equal(parameters(folder), expected)
 
 
-@pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize("layout", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("bare", quick_first([False, True]))
+@pytest.mark.parametrize("layout", quick_first(["gptq", "awq", "compressed-tensors"]))
 def test_a_method_that_is_not_said(layout: CheckpointFormat, bare: bool, made: Made) -> None:
     """Its keys tell it, and without them the tensors."""
     folder = made(layout)

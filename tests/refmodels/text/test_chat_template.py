@@ -19,6 +19,7 @@ from refmodels.text.chat import chat_ids, stop_ids
 from refmodels.text.prompts import prompt_ids, stop_ids_in
 from refmodels.text.tokenizer import QWEN_PATTERN, Tokenizer, read_tokenizer
 from tests.support.goldens import case_source
+from tests.support.marks import quick_first
 from tests.support.paths import ROOT
 
 QWEN1_5_LIKE = (
@@ -198,8 +199,8 @@ def of_transformers(folder: Path, messages: list[dict[str, Any]], tools: Any = N
     return [int(i) for i in ids]
 
 
-@pytest.mark.parametrize("chat", CHATS)
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("chat", quick_first(CHATS))
+@pytest.mark.parametrize("name", quick_first(TEMPLATES))
 def test_ids_of_transformers(name: str, chat: str, tmp_path: Path) -> None:
     folder = folder_with(tmp_path, TEMPLATES[name])
     assert chat_ids("qwen2", opened(folder), CHATS[chat]) == of_transformers(folder, CHATS[chat])

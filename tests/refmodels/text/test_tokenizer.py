@@ -105,6 +105,7 @@ def every_format(tmp_path: Path, pieces: Path, byte_bpe: tokenizers.Tokenizer) -
 # Qwen v1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_QWEN.is_dir(), reason="the real Qwen vocabulary lies only in ../shared and is not shipped")
 def test_real_qwen_vocabulary_gives_the_golden_ids_and_texts() -> None:
     golden = json.loads((TOKENIZERS / "qwen.json").read_text(encoding="utf-8"))

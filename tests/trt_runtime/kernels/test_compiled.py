@@ -18,6 +18,7 @@ import pytest
 
 from refmodels.errors import LogitLockError
 from tests.support.kernel_cases import ADDRESSES, SPEC, SPECS, attention_shape, changed, norm_shape
+from tests.support.marks import quick_first
 
 pytest.importorskip("triton")
 from trt_runtime.kernels import attention, compiled, rms_norm
@@ -101,8 +102,8 @@ def test_capabilities_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         compile_kernels(SPEC, "fp16", capabilities=[80])
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
-@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("capability", quick_first([80, 86, 89, 90, 120]))
+@pytest.mark.parametrize("dtype", quick_first(["fp16", "fp32"]))
 def test_every_launch_is_among_the_compiled(capability: int, dtype: Any) -> None:
     """Keys agree for random shapes, of the toys and of shapes like real models'."""
     random_ = random.Random(capability)
@@ -167,6 +168,7 @@ def test_file_and_bytes_are_the_same(content: bytes, kernels: CompiledKernels, t
     assert loaded.manifest == kernels.manifest and loaded._files == kernels._files == archive(content)
 
 
+@pytest.mark.slow
 def test_damage_is_one_clear_error(content: bytes, kernels: CompiledKernels) -> None:
     """Every flipped bit either changes nothing that is read (a date in the archive) or is refused."""
     random_ = random.Random(1)

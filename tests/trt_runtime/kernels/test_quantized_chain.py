@@ -164,6 +164,7 @@ def test_what_is_not_chained(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(block.chain is None for block in quick.blocks) and quick.head.runner is None
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles() -> None:
     """For which no GPU is needed; also a check of its threads and shared memory: see the static_assert."""
     cubin = quantized_chain.compiled()

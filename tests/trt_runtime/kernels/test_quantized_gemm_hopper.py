@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.marks import quick_first
+
 pytest.importorskip("triton")
 
 from tests.support.gemm import check_gemm
@@ -30,14 +32,16 @@ def sums_of(tile: Tile, given: dict[str, Any]) -> torch.Tensor | None:
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="of CPU tensors")
-@pytest.mark.parametrize("code", ["int8", "fp8"])
+@pytest.mark.parametrize("code", quick_first(["int8", "fp8"]))
 @pytest.mark.parametrize(
     ("tile", "n", "k", "tokens", "gated", "processors"),
-    [
-        (Tile(tokens=128, rows=64, stages=2), 150, 656, 300, False, 4),
-        (Tile(tokens=256, rows=128, stages=3), 130, 400, 257, False, 1),
-        (Tile(tokens=128, rows=64, stages=2), 70, 272, 130, True, 3),
-    ],
+    quick_first(
+        [
+            (Tile(tokens=128, rows=64, stages=2), 150, 656, 300, False, 4),
+            (Tile(tokens=256, rows=128, stages=3), 130, 400, 257, False, 1),
+            (Tile(tokens=128, rows=64, stages=2), 70, 272, 130, True, 3),
+        ]
+    ),
 )
 def test_on_the_cpu(code: Any, tile: Tile, n: int, k: int, tokens: int, gated: bool, processors: int) -> None:
     """More units than blocks, more steps than buffers, and a rest in every direction."""

@@ -17,6 +17,7 @@ from export.bundle import export_model
 from refmodels.errors import LogitLockError
 from tests.support.command import logitlock
 from tests.support.goldens import case_source, needs_opset_24
+from tests.support.marks import quick_first
 from trt_runtime.bundle import INFO_NAME, MODEL_NAME, FileInfo, file_sha256
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 from trt_runtime.onnxruntime.errors import said
@@ -74,7 +75,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", quick_first(DAMAGE, 3))
 def test_damaged_graphs(good: Path, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]) -> None:
     bundle = tmp_path / "b"
     shutil.copytree(good, bundle)
@@ -95,6 +96,7 @@ def test_damaged_graphs(good: Path, tmp_path: Path, damage: str, capfd: pytest.C
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @needs_opset_24
 def test_a_run_that_fails(good: Path, tmp_path: Path) -> None:
     """The cache is written one slot late: at its end that is outside of it."""

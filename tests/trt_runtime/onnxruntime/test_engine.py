@@ -17,7 +17,8 @@ from export.bundle import export_model
 from refmodels.errors import LogitLockError
 from refmodels.recorder import Recorder
 from refmodels.taps import tap_names
-from tests.support.goldens import CASES, GOLDENS, case_source, needs_opset_24, slow_but_features
+from tests.support.goldens import CASES, GOLDENS, case_source, needs_opset_24, slow_but_two
+from tests.support.marks import quick_first
 from trt_runtime.bundle import read_bundle
 from trt_runtime.generation import GenerationConfig, generate
 from trt_runtime.onnxruntime import engine as onnxruntime_engine
@@ -47,7 +48,7 @@ def reference(case: str) -> TorchEngine:
     return TorchEngine(refmodels.load(case_source(case)))
 
 
-@pytest.mark.parametrize("case", slow_but_features(CASES))
+@pytest.mark.parametrize("case", slow_but_two(CASES))
 def test_goldens(case: str, exported: Exported) -> None:
     engine = OnnxRuntimeEngine(exported(case), threads=1)
     io = load_file(GOLDENS / case / "io.safetensors")
@@ -64,7 +65,7 @@ def test_goldens(case: str, exported: Exported) -> None:
         assert (last[:, 0] - io["decode_logits"][:, step]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("case", ["chatglm2", "baichuan2_13b", "qwen_ntk", "gpt2", "starcoder2_sliding"])
+@pytest.mark.parametrize("case", quick_first(["chatglm2", "baichuan2_13b", "qwen_ntk", "gpt2", "starcoder2_sliding"]))
 def test_taps_are_the_references_and_leave_the_logits_alone(case: str, exported: Exported) -> None:
     engine, model = OnnxRuntimeEngine(exported(case), threads=1), reference(case)
     assert engine.tap_names == tap_names(engine.spec)
@@ -96,7 +97,7 @@ def test_taps_are_the_references_and_leave_the_logits_alone(case: str, exported:
         )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", quick_first(["fp32", "fp16", "bf16"]))
 def test_caches_are_bound_in_place(
     precision: str, exported: Exported, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +137,7 @@ def test_the_log_would_show_a_copy(
     assert "in-place optimization not activated" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", quick_first(["fp32", "fp16", "bf16"]))
 def test_a_step_costs_the_same_for_any_capacity(precision: str, exported: Exported) -> None:
     positions = 65536
     engine = OnnxRuntimeEngine(exported("qwen2", precision, positions), emulate_rounding=True, threads=1)

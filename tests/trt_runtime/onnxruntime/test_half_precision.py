@@ -164,6 +164,7 @@ def test_emulation_is_within_two_ulp_of_torch(case: str, precision: str, tmp_pat
     assert unrounded.dtype == torch.float32 and not torch.equal(unrounded, emulated.float())
 
 
+@pytest.mark.slow
 def test_planted_overflow_is_reproduced(tmp_path: Path) -> None:
     reference, engine = engines("qwen2", "fp16", tmp_path, plant=True)
     expected, got = logits_of(reference, steps=0), logits_of(engine, steps=0)

@@ -139,6 +139,7 @@ def test_every_name_exists_in_full_tensorrt(full: Path) -> None:
     assert check(dump("tensorrt", environment(full)), RTX_ONLY) == []
 
 
+@pytest.mark.slow
 def test_the_table_of_dtypes_names_members_of_both(full: Path, rtx: dict[str, list[str]]) -> None:
     named = {dtype.tensorrt for dtype in DTYPE_TABLE.values()} - {None}
     assert named <= set(rtx["DataType"]) & set(dump("tensorrt", environment(full))["DataType"])

@@ -20,6 +20,7 @@ from refmodels.recorder import Recorder
 from refmodels.taps import tap_names
 from tests.support.command import logitlock
 from tests.support.goldens import GOLDENS, case_source, needs_opset_24
+from tests.support.marks import quick_first
 from tests.support.tensorrt_report import check_engine, equal_start, page
 from trt_runtime import open as engines
 from trt_runtime.bundle import AttentionMode, Bundle, EngineInfo, Profile, read_bundle
@@ -194,7 +195,9 @@ def test_a_plan_that_tensorrt_refuses_is_an_error_with_its_reason(tmp_path: Path
 
 
 @needs_opset_24
-@pytest.mark.parametrize("case", ["qwen_ntk", "baichuan_13b", "gpt_bigcode", "starcoder2_sliding", "chatglm2"])
+@pytest.mark.parametrize(
+    "case", quick_first(["qwen_ntk", "baichuan_13b", "gpt_bigcode", "starcoder2_sliding", "chatglm2"])
+)
 def test_generations_are_the_references(case: str, opened: Callable[[str], TensorRTEngine]) -> None:
     engine, reference = opened(case), TorchEngine(refmodels.load(case_source(case)))
     ids = random_ids(engine, 2, 20)
@@ -282,7 +285,7 @@ def test_a_step_that_cannot_be_captured_yet_runs_without_a_graph(opened: Callabl
 
 
 @needs_opset_24
-@pytest.mark.parametrize("case", ["qwen_ntk", "gpt_bigcode"])
+@pytest.mark.parametrize("case", quick_first(["qwen_ntk", "gpt_bigcode"]))
 def test_taps_are_the_references(case: str, opened: Callable[[str], TensorRTEngine]) -> None:
     engine, reference = opened(case), TorchEngine(refmodels.load(case_source(case)))
     assert engine.tap_names == tap_names(engine.spec)
@@ -361,6 +364,7 @@ def test_a_plan_of_another_model_is_an_error(name: str, opened: Callable[[str], 
 # Which engine opens a bundle
 
 
+@pytest.mark.slow
 def test_auto_takes_tensorrt_where_it_can_run(
     bundles: Callable[[str], Bundle], opened: Callable[[str], TensorRTEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,6 +388,7 @@ def test_auto_takes_tensorrt_where_it_can_run(
     assert not engines.serves_tensorrt(bundle)
 
 
+@pytest.mark.slow
 @needs_opset_24
 def test_diff_takes_the_same_engine(bundles: Callable[[str], Bundle], opened: Callable[[str], TensorRTEngine]) -> None:
     opened("gpt_bigcode")
@@ -395,6 +400,7 @@ def test_diff_takes_the_same_engine(bundles: Callable[[str], Bundle], opened: Ca
     assert result.engine.startswith("ONNX Runtime")
 
 
+@pytest.mark.slow
 def test_the_verbs_offer_the_engine(bundles: Callable[[str], Bundle]) -> None:
     directory = bundles("gpt_bigcode").directory
     outcome = logitlock("generate", "--bundle", directory, "--prompt", "x", "--engine", "tensorrt")

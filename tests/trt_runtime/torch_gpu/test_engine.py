@@ -21,8 +21,9 @@ from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
 from refmodels.families import FAMILIES
 from refmodels.model import Decoder
-from tests.support.goldens import CASES, case_source, slow_but_features
+from tests.support.goldens import CASES, case_source, slow_but_two
 from tests.support.gpu import needs_gpu
+from tests.support.marks import quick_first
 from tests.support.paths import ROOT
 from tests.support.torch_engines import FusedOnCpu, OnHost
 from trt_runtime import generation
@@ -61,7 +62,7 @@ def close(engine: Tensor, rounded: Tensor, truth: Tensor, bound: float) -> None:
 # Fused modules and static steps, on the CPU
 
 
-@pytest.mark.parametrize("case", slow_but_features(CASES))
+@pytest.mark.parametrize("case", slow_but_two(CASES))
 def test_fused_modules_are_the_reference(case: str) -> None:
     """Prefill of left-padded rows, in one piece and in two, then decode steps beyond a row that has ended."""
     decoder, truth = load(case), load(case, dtype=torch.float64)
@@ -87,7 +88,7 @@ def test_fused_modules_are_the_reference(case: str) -> None:
         assert torch.equal(caches[0].lengths, caches[1].lengths) and torch.equal(caches[0].mask, caches[1].mask)
 
 
-@pytest.mark.parametrize("case", VARIED)
+@pytest.mark.parametrize("case", quick_first(VARIED))
 def test_every_tap_of_fused_modules(case: str) -> None:
     decoder = load(case)
     prompts = random_prompts(decoder.spec.vocab_size, (20, 13, 9), seed=0)
@@ -179,6 +180,7 @@ def test_step_inputs_in_one_block(batch: int) -> None:
         assert torch.equal(found.to(torch.int64), expected)
 
 
+@pytest.mark.slow
 def test_static_steps_are_kept_by_cache_and_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two caches alternately, across three widths; a step lives as long as its cache and its cache's tensors."""
     monkeypatch.setattr(static_decode, "BUCKET", 4)
@@ -248,7 +250,7 @@ def test_advance_writes_what_a_loop_over_rows_would() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"stop_ids": (17, 40, 41, 42, 43)}, {"max_new_tokens": 1}, {"prefill_chunk": 4}],
+    quick_first([{}, {"stop_ids": (17, 40, 41, 42, 43)}, {"max_new_tokens": 1}, {"prefill_chunk": 4}], 3),
     ids=["length", "stop ids", "one token", "chunks"],
 )
 def test_running_ahead_changes_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

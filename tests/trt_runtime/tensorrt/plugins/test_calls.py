@@ -13,6 +13,7 @@ from onnx import helper
 from refmodels.attention import node_inputs
 from refmodels.errors import LogitLockError
 from tests.support.goldens import case_source
+from tests.support.marks import quick_first
 from trt_runtime.bundle import Precision
 from trt_runtime.kernels.launch import AttentionShape, NormShape
 
@@ -296,8 +297,8 @@ def test_aliases() -> None:
 
 
 @pytest.mark.usefixtures("on_a_device")
-@pytest.mark.parametrize(("case", "precision"), CASES)
-@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize(("case", "precision"), quick_first(CASES))
+@pytest.mark.parametrize("capability", quick_first([80, 90, 120]))
 def test_kernels_for_every_shape_are_among_those_compiled(case: str, precision: Precision, capability: int) -> None:
     """Attributes lose bits on their way through a plan (fp32); what serves them was compiled from the spec."""
     from trt_runtime.kernels import attention as attention_kernels
