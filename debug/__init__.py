@@ -14,8 +14,12 @@
     drift.py     errors per decode step                 bisect.py   the fewest layers to keep in fp32
     golden/      golden cases and checking them         record.py   recording a golden case
     evaluate/    accuracy, perplexity, KL, ROUGE, speed; the verb eval
+    check/       the facts of a checkpoint before any run; the verb check
     report/      results as tables and as one HTML page that works offline
-    command.py   the whole `logitlock` command          cli.py      the verbs verify, record, diff, trace, drift, bisect
+    environment.py    versions, devices and abilities of this machine
+    pytest_plugin.py  the fixture assert_aligned for tests of other projects
+    command.py   the whole `logitlock` command
+    cli.py       the verbs verify, record, diff, trace, drift, bisect and env
 
 May import at module level: the standard library, torch, safetensors, typer, rich, onnx_ir, onnxruntime, and the
 packages refmodels, trt_runtime and export; transformers, plotly and pandas only inside functions.  Nothing imports

@@ -41,10 +41,19 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class BisectResult:
-    """kl values: mean over all real prompt tokens, nats, against the fp64 reference.
+    """The smallest precision plan that was found within a budget.
 
-    contributions: KL of each linear layer alone in the lower precision, the largest first.  kl_low: with no layer kept;
-    kl_high: with every linear layer kept.  kl: of the simulated plan; kl_engine: of the exported plan.
+    Every KL is in nats, against the fp64 reference, and is the mean over all prompt tokens that are not padding.
+
+    Attributes:
+        plan: the linear layers to keep in fp32.
+        budget: the largest KL that was allowed.
+        contributions: KL with one linear layer alone in the lower precision, by layer, the largest first.
+        kl_low: KL with no layer kept in fp32.
+        kl_high: KL with every linear layer kept in fp32.
+        kl: KL of the plan, simulated in PyTorch.
+        kl_engine: KL of the exported plan.
+        runs: number of precision plans that were simulated.
     """
 
     plan: PrecisionPlan

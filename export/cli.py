@@ -12,11 +12,13 @@ import typer
 
 from export.bundle import export_model, quantized_spec
 from export.options import ExportOptions
+from export.precision import DTYPES, SCHEMES
 from export.progress import progress_bar
 from export.tensorrt.backends import default_backend
 from refmodels.checkpoints.load import resolve
 from refmodels.command import JsonFlag
 from refmodels.options import fields_in
+from refmodels.toys import TOYS
 from trt_runtime.bundle import LAYERS_NAME, read_bundle
 from trt_runtime.plan_layers import read_layers
 
@@ -29,6 +31,7 @@ def export(
         typer.Option(
             help="Model to export: a family name (the bundled toy), a Hugging Face directory, or a hub id.",
             show_default=False,
+            autocompletion=lambda: TOYS,
             rich_help_panel=_MODEL,
         ),
     ],
@@ -38,6 +41,7 @@ def export(
             help="Dtype of weights, activations and cache (fp32, fp16 or bf16), or a quantization scheme "
             "(int8, int4, int4-awq, int4-gptq, smoothquant or fp8) with the default options of `logitlock "
             "quantize`.",
+            autocompletion=lambda: [*DTYPES, *SCHEMES],
             rich_help_panel=_MODEL,
         ),
     ] = "fp16",
@@ -167,9 +171,9 @@ def export(
 
     Every bundle runs on ONNX Runtime; its TensorRT plan runs on NVIDIA GPUs.  TensorRT-RTX can build without a GPU.
 
-    Example: python -m export --model qwen --precision fp16
+    Example: logitlock export --model qwen --precision fp16
 
-    Example: python -m export --model Qwen/Qwen-7B --compute-capability 8.9 --max-seq 8192 --taps
+    Example: logitlock export --model Qwen/Qwen-7B --compute-capability 8.9 --max-seq 8192 --taps
     """
     options = ExportOptions(**fields_in(ExportOptions, locals()))
     source = resolve(model)

@@ -32,8 +32,8 @@ class AttentionInput:
         node: its name in an ONNX graph, if that is another.
         attribute: the node's attribute that is not 0 where an optional input is given.
         updated: it is an output as well, and the operator writes it in place.
-        late: callers of the torch operator may leave it out, so it comes after the facts in the schema.  So does every
-            input that is added from now on, in the last field.
+        late: callers of the torch operator may leave it out, so it comes after the facts in the schema.  A new input
+            must be late and the last field, so that existing calls keep their meaning.
         tensorrt: a TensorRT plan can have it.
     """
 
@@ -261,7 +261,7 @@ def from_torch(*arguments: Any) -> tuple[AttentionInputs, AttentionFacts]:
 
 
 def inputs_of(spec: ModelSpec) -> tuple[AttentionInput, ...]:
-    """Those that models of this spec have."""
+    """The attention inputs that a model of this spec has, in the order of `AttentionInputs`."""
     return tuple(row for row in ATTENTION_INPUTS if row.present(spec))
 
 

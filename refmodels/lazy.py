@@ -35,7 +35,7 @@ def public_names(module: dict[str, Any]) -> tuple[list[str], Callable[[str], Any
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*module, *homes})
+        return sorted({*homes, *(name for name in module if name.startswith("__"))})
 
     return sorted(homes), __getattr__, __dir__
 

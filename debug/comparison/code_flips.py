@@ -40,7 +40,10 @@ class CodeFlips:
         self._cache: dict[str, float] = {}
 
     def of(self, tap: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """[batch, tokens], for the tap of a linear layer with quantized inputs or of attention on a quantized cache."""
+        """The relative error that flips explain at a tap, [batch, tokens]; None for a tap that does not depend on them.
+
+        Taps of linear layers with quantized inputs and of attention on a quantized cache do.
+        """
         made = self.spec.taps[tap]
         if made.kind == "attention" and self.spec.cache_code is not None:
             largest = max(self._cache[f"blocks.{made.layer}.{part}"] for part in CACHE_PARTS)
@@ -65,7 +68,12 @@ class CodeFlips:
         return flips
 
     def of_cache(self, tap: str, codes: Tensor) -> Tensor | None:
-        """[batch, slots], for a quantized cache [batch, kv_heads, slots, head_dim]."""
+        """The relative error that flips explain in a quantized cache, [batch, slots]; None for a cache of floats.
+
+        Args:
+            tap: a key or value cache.
+            codes: its quantized values, [batch, kv_heads, slots, head_dim].
+        """
         code = self.spec.cache_code
         if code is None:
             return None

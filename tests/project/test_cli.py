@@ -87,9 +87,17 @@ def test_help_shows_names_whole_at_80_columns(verb: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("logitlock dr", "drift"), ("logitlock diff --ht", "--html"), ("logitlock inspect --js", "--json")],
+    [
+        ("logitlock dr", "drift"),
+        ("logitlock diff --ht", "--html"),
+        ("logitlock inspect --js", "--json"),
+        ("logitlock export --precision sm", "smoothquant"),
+        ("logitlock export --model chat", "chatglm2"),
+    ],
 )
-def test_shell_completion_knows_verbs_and_options(line: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shell_completion_knows_verbs_options_and_values(
+    line: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("_LOGITLOCK_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))

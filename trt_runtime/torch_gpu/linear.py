@@ -43,7 +43,8 @@ class FusedLinear(nn.Module, ABC):
     @property
     @abstractmethod
     def decode_weight(self) -> Tensor | None:
-        """The weights that a step of one row reads; None: nothing that another layer could prefetch."""
+        """The weights that a step of one row reads, which the layer before may prefetch; None if there are none to
+        prefetch."""
 
     @property
     def can_prefetch(self) -> bool:

@@ -115,7 +115,7 @@ class FusedQuantizedLinear(FusedLinear):
         residual: Tensor | int | None = None,
         out: Tensor | None = None,
     ) -> Product:
-        """This layer in a chain; arguments as `kernels.quantized_chain.Product`."""
+        """The product of a chain that computes this layer; see `kernels.quantized_chain.Product` for the arguments."""
         assert self.packed is not None
         return Product(
             rows=self.linear.out_features,
