@@ -108,7 +108,11 @@ def adjust(logits: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return scores
     if sampling.temperature != 1:
-        scores = scores / sampling.temperature
+        scaled = scores / sampling.temperature
+        if not bool(scaled.isfinite().all()):
+            # The temperature is tiny: differences to the best token become -inf, where all scores would be infinite.
+            scaled = ((scores.double() - scores.max()) / sampling.temperature).to(scores.dtype)
+        scores = scaled
     if 0 < sampling.top_k < scores.numel():
         scores[scores < scores.topk(sampling.top_k).values[-1]] = float("-inf")
     if sampling.top_p < 1:

@@ -101,6 +101,15 @@ def test_top_p_at_the_edges() -> None:
     assert tiny.isfinite().tolist() == [False, True, False], "one token is always left"
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-38, 1e-46, 1e-320])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}])
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature: float, options: dict[str, Any]) -> None:
+    logits, seen = torch.tensor([-30.0, 12.0, 12.5, 3.0]), torch.tensor([], dtype=torch.int64)
+    for kept in (logits, logits - 100, logits.double()):
+        sampling = Sampling(temperature=temperature, **options)
+        assert choose(kept, seen, sampling, torch.Generator().manual_seed(3)) == 2
+
+
 @pytest.mark.slow
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([1.0, float("-inf"), 0.0, 2.0, -1.0])
