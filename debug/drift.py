@@ -10,6 +10,7 @@ cache has is a fault of the cache, not of the modules.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from debug.capture.prompts import Prompts
 from debug.comparison.metrics import kl_divergence, top_margin
 from debug.comparison.results import TRUTH_ARITHMETIC, data_frame, to_plain
+from debug.executors.golden import GoldenEngine
 from export.progress import Progress, silent
 from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
@@ -39,7 +41,8 @@ class DriftStep:
 
     kl: nats, reference against engine; kl_mean over the rows.  floor_kl: the reference in the engine's dtype.  top1:
     share of rows with the reference's greedy token.  cache_error: relative L2 of all live keys and values, over all
-    layers; floor_cache_error.  reset_kl: as kl, of the engine with a new cache.
+    layers (of a golden case: over those recorded); floor_cache_error: the same of the reference in the engine's dtype.
+    reset_kl: as kl, of the engine with a new cache.
     """
 
     step: int
@@ -130,8 +133,10 @@ def measure_drift(
         reset: also repeat each step with a new cache (costs one prefill per step).
         progress: told of each decode step.
     Raises:
-        LogitLockError: prompts and steps exceed the engine's cache, or the reference's own logits are not finite.
+        LogitLockError: prompts and steps exceed the engine's cache, the engine has no cache to compare, or the
+            reference's own logits are not finite.
     """
+    layers = _cached_layers(engine, steps)
     with torch.inference_mode():
         runs = _decodings(engine, truth, rounded)
         logits = {name: run.begin(prompts, steps) for name, run in runs.items()}
@@ -145,7 +150,7 @@ def measure_drift(
                 # Dynamic NTK is chosen by the prompt, not by the generated tokens.
                 inputs = cache.next_step(ids, mask, prompt_lengths=prompts.mask.sum(1), last_logits_only=True)
                 again = _last(engine.run(inputs, cache))
-            found.append(_step(step, runs, logits, again))
+            found.append(_step(step, runs, logits, again, layers))
             if step < steps:
                 token = logits["truth"].argmax(-1)
                 logits = {name: run.feed(token) for name, run in runs.items()}
@@ -194,7 +199,9 @@ def _last(logits: Tensor) -> Tensor:
     return logits[:, -1].to("cpu", torch.float64)
 
 
-def _step(step: int, runs: dict[str, _Decoding], logits: dict[str, Tensor], again: Tensor | None) -> DriftStep:
+def _step(
+    step: int, runs: dict[str, _Decoding], logits: dict[str, Tensor], again: Tensor | None, layers: Sequence[int]
+) -> DriftStep:
     truth = logits["truth"]
     if not bool(truth.isfinite().all()):
         raise LogitLockError(
@@ -208,18 +215,34 @@ def _step(step: int, runs: dict[str, _Decoding], logits: dict[str, Tensor], agai
         kl_mean=float(kl.mean()),
         floor_kl=float(kl_divergence(truth, logits["rounded"]).max()),
         top1=float((logits["engine"].argmax(-1) == truth.argmax(-1)).double().mean()),
-        cache_error=_cache_error(runs["engine"].cache, runs["truth"].cache),
-        floor_cache_error=_cache_error(runs["rounded"].cache, runs["truth"].cache),
+        cache_error=_cache_error(runs["engine"].cache, runs["truth"].cache, layers),
+        floor_cache_error=_cache_error(runs["rounded"].cache, runs["truth"].cache, layers),
         reset_kl=None if again is None else float(kl_divergence(truth, again).max()),
     )
 
 
-def _cache_error(ours: KVCache, truth: KVCache) -> float:
+def _cached_layers(engine: Engine, steps: int) -> Sequence[int]:
+    """The layers whose cache can be compared: all, except of a golden case, which has what was recorded."""
+    every = range(engine.spec.layers)
+    if not isinstance(engine, GoldenEngine):
+        return every
+    parts = {i: [f"blocks.{i}.{part}" in engine.tap_names for part in ("key", "value")] for i in every}
+    layers = [i for i in every if all(parts[i])]
+    if not layers or steps:
+        raise LogitLockError(
+            f"{engine.case.directory} records "
+            + ("the cache of the prefill only" if layers else "no whole cache of any layer")
+            + ", so its drift cannot be measured; diff compares its logits"
+        )
+    return layers
+
+
+def _cache_error(ours: KVCache, truth: KVCache, layers: Sequence[int]) -> float:
     live = int(truth.lengths.max())
     real = truth.mask[:, :live]
     off = size = 0.0
     for mine, other in ((ours.key, truth.key), (ours.value, truth.value)):
-        for a, b in zip(mine, other, strict=True):
+        for a, b in ((mine[i], other[i]) for i in layers):
             actual, expected = (t[:, :, :live].to("cpu", torch.float64).transpose(1, 2)[real] for t in (a, b))
             off += float((actual - expected).square().sum())
             size += float(expected.square().sum())

@@ -74,13 +74,14 @@ def capture(engine: OnnxFileEngine, seed: int) -> Captured:
     group = Group(torch.arange(batch), torch.arange(0), torch.arange(tokens))
     by_width: dict[int, list[Candidate]] = {width: [] for width in _widths(spec)}
     logits = torch.empty(0)
-    for start in range(0, len(wanted), _CHUNK):
+    # One run at least, for the logits.
+    for start in range(0, max(len(wanted), 1), _CHUNK):
         chunk = wanted[start : start + _CHUNK]
         cache = engine.new_cache(batch=batch, capacity=tokens)
         foreign = ForeignStep(cache.next_step(ids), cache, None)
         engine.remember(foreign)
         outputs = engine.execute(engine.session(chunk), foreign, group)
-        logits = outputs[engine.roles.logits].reshape(batch, -1, spec.vocab_size).double()
+        logits = engine.logits_in(outputs, batch, tokens).double()
         for name in chunk:
             for source, rows in _layouts(name, outputs[name], batch, tokens, by_width):
                 by_width[rows.shape[1]].append(Candidate(source=source, rows=rows, nodes=(nodes[name],)))

@@ -41,7 +41,7 @@ class GoldenEngine(Engine):
     def __init__(self, directory: Path | str, dtype: str = "fp32", *, decode: bool = False) -> None:
         self.case = read_case(Path(directory), dtype)
         meta, expected = self.case.meta, self.case.expected
-        self.spec = resolve(self.case.directory, variant=self.case.variant).spec
+        self.spec = resolve(self.case.directory).spec
         self.max_positions = self.spec.max_positions
         self.dtype, self.device = DTYPES[dtype], torch.device("cpu")
         self._axes = CacheAxes("".join(past_layout(meta, self.spec)))

@@ -193,7 +193,7 @@ class OnnxFileEngine(Engine):
         """[rows, new tokens, width] of every tap."""
         rows, new = len(group.rows), len(group.new)
         tokens = new if self.roles.past else len(group.kept) + new
-        logits = outputs[self.roles.logits].reshape(rows, -1, self.spec.vocab_size)
+        logits = self.logits_in(outputs, rows, tokens)
         if logits.shape[1] == 1 < tokens:
             if bool((foreign.step.logit_index[group.rows] != group.new[-1]).any()):
                 raise LogitLockError(
@@ -214,6 +214,20 @@ class OnnxFileEngine(Engine):
                 if tap not in found:
                     found[tap] = check_width(self.spec, tap, source.read(outputs, rows, tokens))[:, -new:]
         return found
+
+    def logits_in(self, outputs: Mapping[str, Tensor], rows: int, tokens: int) -> Tensor:
+        """[rows, tokens or 1, vocab]: the logits of every token or of the last one.
+
+        Raises:
+            LogitLockError: the output has another shape.
+        """
+        found, vocab = outputs[self.roles.logits], self.spec.vocab_size
+        if found.shape[-1:] != (vocab,) or found.numel() not in (rows * tokens * vocab, rows * vocab):
+            raise LogitLockError(
+                f"{self.path}: the output {self.roles.logits} has the shape {list(found.shape)} for {rows} rows of "
+                f"{tokens} tokens; logits have the shape {[rows, tokens, vocab]}"
+            )
+        return found.reshape(rows, -1, vocab)
 
     def remember(self, foreign: ForeignStep) -> None:
         """Token ids and positions by slot, for a graph without a cache."""

@@ -155,7 +155,10 @@ class _Search:
     def best(self, tap: str, expected: Tensor, matches: Mapping[str, _Match]) -> _Match | None:
         """The nearest value, or the joined parts of qkv."""
         if tap == "logits":
-            logits = Candidate(source=Source(value=tap), rows=_rows(self.captured.logits), nodes=())
+            found = self.captured.logits
+            logits = Candidate(source=Source(value=tap), rows=_rows(found), nodes=())
+            if found.shape[1] == 1:
+                expected = expected.unflatten(0, (len(found), -1))[:, -1]
             return _compared(logits, expected)
         whole = self._nearest(self._candidates(tap, expected.shape[1], matches), expected)
         parts = self._parts(tap, expected, matches)

@@ -33,14 +33,6 @@ class GoldenCase:
     expected: dict[str, Tensor]
     file: str
 
-    @property
-    def variant(self) -> dict[str, Any] | None:
-        """Facts that no config key expresses; raises LogitLockError if they are not an object."""
-        variant = self.meta.get("variant")
-        if variant is not None and not isinstance(variant, dict):
-            raise LogitLockError(f"{self.directory / 'meta.json'}: variant is {variant!r}; it must be an object")
-        return variant
-
 
 def read_case(directory: Path, dtype: str) -> GoldenCase:
     """Read the files of a case, and check that the required tensors exist."""

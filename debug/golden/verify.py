@@ -84,7 +84,7 @@ def verify_case(directory: str | Path, *, dtype: str = "fp32", atol: float | Non
     # In half precision, the order of summation, and so the last bit, depends on the number of threads.
     threads = None if dtype == "fp32" else case.meta.get("threads")
     with _threads(threads), torch.inference_mode():
-        model = load(case.directory, dtype=DTYPES[dtype], numerics="upstream", variant=case.variant)
+        model = load(case.directory, dtype=DTYPES[dtype], numerics="upstream")
         found = _CaseComparison(case, model, dtype, atol).result()
         if dtype != "fp16" or found.passed:
             return found

@@ -90,7 +90,7 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     Args:
         model: a family name (the bundled toy), a directory in Hugging Face layout, or a hub id.  A family name wins
             over a directory of the same name; write ./qwen for the directory.
-        variant: facts that no config key says (see `spec_from_config`).
+        variant: facts that no config key says (see `spec_from_config`); None: those in the meta.json of a golden case.
     Raises:
         LogitLockError: no model is found, its config is missing, damaged or not supported, or its weights are damaged.
     """
@@ -103,7 +103,8 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     data = read_json(where)
     typed = {**data, "model_type": model_type_of(data, str(where))}
     family = family_of(typed, str(where))
-    config = Config(typed, variant or {}, str(where), Beside(directory))
+    variant = _recorded_facts(directory) if variant is None else variant
+    config = Config(typed, variant, str(where), Beside(directory))
     if data.get("model_type") is None:
         config.facts.append(f"model_type {typed['model_type']}, because architectures is {data['architectures']}")
     spec = read_spec(config)
@@ -132,6 +133,17 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
     for text in config.warnings:
         say_once(text)
     return found
+
+
+def _recorded_facts(directory: Path) -> Mapping[str, Any]:
+    """What `logitlock record` found in upstream's code, where the directory is a golden case."""
+    meta = directory / "meta.json"
+    if not ((directory / "io.safetensors").is_file() and meta.is_file()):
+        return {}
+    facts = read_json(meta).get("variant")
+    if facts is not None and not isinstance(facts, dict):
+        raise LogitLockError(f"{meta}: variant is {facts!r}; it must be an object")
+    return facts or {}
 
 
 def _stores_own_head(spec: ModelSpec, family: Family, beside: Beside) -> bool:

@@ -46,6 +46,29 @@ def test_parts_that_are_not_understood(
     logitlock("diff", case, "--model", GOLDENS / "qwen2_b1").assert_bad_input(said)
 
 
+def _cache_error(case: Path) -> float:
+    steps = json.loads(logitlock("drift", case, "--json").out)["steps"]
+    return float(steps[0]["cache_error"])
+
+
+@pytest.mark.parametrize("case", ["baichuan_7b", "baichuan2_13b"])
+def test_a_case_says_itself_which_baichuan_it_is(case: str) -> None:
+    assert logitlock("diff", GOLDENS / case).code == 0
+    assert logitlock("check", GOLDENS / case).code == 0
+
+
+def test_drift_of_a_case_counts_only_the_recorded_cache(tmp_path: Path) -> None:
+    case = tmp_path / "case"
+    shutil.copytree(GOLDENS / "gpt2_b1", case)
+    assert _cache_error(case) < 1e-6
+    tensors = load_file(case / "io.safetensors")
+    save_file(tensors | {"past.0.key": tensors["past.0.key"] * 1.5}, case / "io.safetensors")
+    assert _cache_error(case) > 0.1
+    del tensors["past.0.key"]
+    save_file(tensors, case / "io.safetensors")
+    logitlock("drift", case).assert_bad_input("records no whole cache of any layer")
+
+
 def test_upstream_may_be_anything(tmp_path: Path) -> None:
     case = tmp_path / "case"
     shutil.copytree(GOLDENS / "qwen2_b1", case)

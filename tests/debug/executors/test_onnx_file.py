@@ -306,6 +306,28 @@ def test_name_maps_of_another_form(content: dict[str, Any], said: str, tmp_path:
         read_name_map(tmp_path / "names.json", case_source("qwen2_b1").spec)
 
 
+@pytest.mark.parametrize("shape", [None, [1, 1], [5], [1, 2, 2], []])
+def test_logits_of_another_shape(shape: list[int] | None, tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    vocab = case_source("gpt2").spec.vocab_size
+    if shape is None:
+        node = helper.make_node("Identity", ["input_ids"], ["logits"])
+    else:
+        node = helper.make_node("ConstantOfShape", ["shape"], ["logits"])
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])
+    logits = helper.make_tensor_value_info("logits", TensorProto.INT64 if shape is None else TensorProto.FLOAT, None)
+    sizes = [*(shape or []), vocab]
+    constant = helper.make_tensor("shape", TensorProto.INT64, [len(sizes)], sizes)
+    graph = helper.make_graph([node], "wrong", [ids], [logits], [constant])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "x.onnx")
+    with pytest.raises(LogitLockError, match=r"the output logits has the shape \[.*\] for 2 rows of 13 tokens"):
+        propose_map(tmp_path / "x.onnx", refmodels.load(case_source("gpt2")))
+    with pytest.raises(LogitLockError, match="the output logits has the shape"):
+        diff(OnnxFileEngine(tmp_path / "x.onnx", case_source("gpt2").spec), "gpt2")
+
+
 @pytest.mark.parametrize("heads", [7, 4])
 def test_heads_that_do_not_divide_the_width(heads: int) -> None:
     with pytest.raises(LogitLockError, match=f"which is not .query, key, value. of {heads} heads"):
