@@ -23,7 +23,7 @@ from refmodels.text.generation_defaults import GenerationDefaults, generation_de
 from refmodels.text.prompts import prompt_ids, read_prompts, stop_ids_in
 from trt_runtime.bundle import read_bundle
 from trt_runtime.engine import Engine
-from trt_runtime.generation import GenerationConfig
+from trt_runtime.generation import GenerationConfig, check_prompts
 from trt_runtime.generation import generate as run_generation
 from trt_runtime.inspect_bundle import describe, show
 from trt_runtime.open import EngineChoice, open_engine
@@ -149,11 +149,13 @@ def generate(
         executor = TorchEngine(decoder, kernels=kernels_serve(decoder))
         directory = source.directory
     tokenizer = tokenizer_in(directory, executor.spec)
+    _check_stop_ids(stop_id or (), executor.spec.vocab_size)
     stops = (*stop_ids_in(directory, executor.spec, tokenizer, chat=chat), *(stop_id or ()))
     defaults = GenerationDefaults() if no_generation_config else generation_defaults(directory)
     sampling = sampling_of(defaults, **asked, seed=seed)
     config = dataclasses.replace(config, stop_ids=stops, sampling=sampling)
     ids = [prompt_ids(text, executor.spec, tokenizer, chat=chat, system=system) for text in prompts]
+    check_prompts(executor, ids)
     own = [name for name in asked if asked[name] is None and getattr(sampling, name) != getattr(Sampling(), name)]
     origin = f" ({' and '.join(own)} of {defaults.file.name})" if own and defaults.file is not None else ""
     live = stream and len(prompts) == 1 and not json_output
@@ -187,6 +189,12 @@ def inspect(
         print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
         show(found)
+
+
+def _check_stop_ids(ids: Iterable[int], vocabulary: int) -> None:
+    for number in ids:
+        if number >= vocabulary:
+            raise LogitLockError(f"--stop-id is {number}; the model has the token ids from 0 to {vocabulary - 1}")
 
 
 def _numbers(values: Iterable[int]) -> str:

@@ -108,6 +108,19 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def check_prompts(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises LogitLockError where a prompt is empty or longer than the model's positions."""
+    for number, prompt in enumerate(prompts, 1):
+        which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+        if not prompt:
+            raise LogitLockError(f"{which} is empty: it has no tokens")
+        if len(prompt) > engine.max_positions:
+            raise LogitLockError(
+                f"{which} has {len(prompt)} tokens, more than the {engine.max_positions} positions of "
+                f"{engine.spec.variant}"
+            )
+
+
 def generate(
     engine: Engine,
     tokenizer: Tokenizer | None,
@@ -131,14 +144,7 @@ def generate(
     """
     if config.stop_strings and tokenizer is None:
         raise LogitLockError("stop strings need a tokenizer, and there is none")
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise LogitLockError(f"prompt {row} has no tokens")
-        if len(prompt) > engine.max_positions:
-            raise LogitLockError(
-                f"prompt {row} has {len(prompt)} tokens, more than the {engine.max_positions} positions of "
-                f"{engine.spec.variant}"
-            )
+    check_prompts(engine, prompts)
     if not prompts:
         return []
     # The last token is never fed back, so it needs no slot.

@@ -7,7 +7,9 @@ A template is data of a checkpoint, so it runs in Jinja's immutable sandbox, and
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -20,6 +22,9 @@ from refmodels.files import read_text
 TEMPLATE_FILE = "chat_template.jinja"
 _MORE = "additional_chat_templates"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_STEPS, _SECONDS, _LENGTH = 200_000, 10.0, 1 << 26
+"""Limits of one rendering: rounds of loops and calls of macros, time, and characters or items of any one value."""
+_LIMITS = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +58,16 @@ class ChatTemplate:
         chat = {"messages": [_with_reasoning(message) for message in messages], "tools": tools}
         try:
             template = _compiled(self.templates[name])
-            return str(template.render(**self.variables, **_plain(chat), documents=None, add_generation_prompt=True))
+            _LIMITS.steps, _LIMITS.end = _STEPS, time.monotonic() + _SECONDS
+            pieces = template.generate(**self.variables, **_plain(chat), documents=None, add_generation_prompt=True)
+            return _joined(pieces)
         except jinja2.TemplateSyntaxError as error:
             raise LogitLockError(
                 f"the chat template of {self.where} is damaged: line {error.lineno}: {error}"
+            ) from None
+        except MemoryError:
+            raise LogitLockError(
+                f"the chat template of {self.where} makes a text that is larger than the memory"
             ) from None
         except Exception as error:
             # Whatever a template does wrong: raise_exception, an undefined value, a type, an unsafe operation.
@@ -113,6 +124,32 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def _step() -> bool:
+    """True, or an error once a rendering has taken too many steps or too long."""
+    from jinja2.exceptions import SecurityError
+
+    _LIMITS.steps -= 1
+    if _LIMITS.steps < 0 or time.monotonic() > _LIMITS.end:
+        raise SecurityError(f"its loops take more than {_STEPS} rounds or {_SECONDS:g} seconds")
+    return True
+
+
+def _check_length(length: int) -> None:
+    from jinja2.exceptions import SecurityError
+
+    if length > _LENGTH:
+        raise SecurityError(f"it makes a value of more than {_LENGTH} characters or items")
+
+
+def _joined(pieces: Iterable[Any]) -> str:
+    length, texts = 0, []
+    for piece in pieces:
+        texts.append(str(piece))
+        length += len(texts[-1])
+        _check_length(length)
+    return "".join(texts)
+
+
 @lru_cache(maxsize=8)
 def _compiled(source: str) -> Any:
     from jinja2 import nodes
@@ -120,6 +157,7 @@ def _compiled(source: str) -> Any:
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
+    from jinja2.visitor import NodeTransformer
 
     class Generation(Extension):
         """{% generation %} … {% endgeneration %} marks what the model has said; it is text like any other here."""
@@ -139,9 +177,53 @@ def _compiled(source: str) -> Any:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    def call(name: str, *arguments: nodes.Expr) -> nodes.Call:
+        return nodes.Call(nodes.EnvironmentAttribute(name), [*arguments], [], None, None)
+
+    class Bounded(NodeTransformer):
+        """Every round of a loop and every call of a macro is a step, and every text that is joined has a length."""
+
+        def visit_For(self, node: nodes.For) -> nodes.Node:
+            self.generic_visit(node)
+            # Rounds that the test leaves out count too.
+            if node.test is None:
+                node.body.insert(0, nodes.ExprStmt(call("step")))
+            else:
+                node.test = nodes.And(call("step"), node.test)
+            return node
+
+        def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+            self.generic_visit(node)
+            node.body.insert(0, nodes.ExprStmt(call("step")))
+            return node
+
+        def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+            self.generic_visit(node)
+            return call("joined", *node.nodes)
+
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**", "+"))
+        step = staticmethod(_step)
+        joined = staticmethod(lambda *parts: _joined(parts))
+
+        def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+            tree: nodes.Template = Bounded().visit(super()._parse(source, name, filename))
+            tree.set_environment(self)
+            tree.set_lineno(1)
+            return tree
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(value) if isinstance(value, str | list | tuple) else None for value in (left, right)]
+            if operator == "+" and None not in sizes:
+                _check_length(sum(size or 0 for size in sizes))
+            elif operator == "*":
+                for size, times in zip(sizes, (right, left), strict=True):
+                    _check_length((size or 0) * (times if isinstance(times, int) else 0))
+            elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+                _check_length(left.bit_length() * right)
+            return super().call_binop(context, operator, left, right)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": refuse,

@@ -42,6 +42,7 @@ class GenerationDefaults:
     Attributes:
         file: where it is said; None: nowhere.
         eos: ids that end a text: of generation_config.json, else of config.json; () where neither has any.
+        eos_file: which of the two says them.
         samples: do_sample.
         values: temperature, top_k, top_p and repetition_penalty, as far as they are given.
         unserved: the keys that change the result and are not served, with their values.
@@ -49,6 +50,7 @@ class GenerationDefaults:
 
     file: Path | None = None
     eos: tuple[int, ...] = ()
+    eos_file: Path | None = None
     samples: bool = False
     values: Mapping[str, float] = field(default_factory=dict)
     unserved: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +72,7 @@ def generation_defaults(directory: Path) -> GenerationDefaults:
     """
     files = [directory / name for name in ("generation_config.json", "config.json")]
     said = {path: read_json(path) for path in files if path.is_file()}
-    eos = next((ids for path, content in said.items() if (ids := _ids(content, path))), ())
+    eos_file, eos = next(((path, ids) for path, content in said.items() if (ids := _ids(content, path))), (None, ()))
     if not said:
         return GenerationDefaults()
     file, content = next(iter(said.items()))
@@ -82,6 +84,7 @@ def generation_defaults(directory: Path) -> GenerationDefaults:
     return GenerationDefaults(
         file=file,
         eos=eos,
+        eos_file=eos_file,
         samples=samples,
         values={
             key: _number(content[key], kind, f"{file}: {key}")

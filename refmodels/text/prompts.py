@@ -65,9 +65,16 @@ def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat:
     config.json, else the tokenizer's eos; and in a chat those of its format.
 
     Raises:
-        LogitLockError: eos_token_id is neither a number nor a list of numbers.
+        LogitLockError: eos_token_id is neither a number nor a list of numbers, or the model has no such token.
     """
-    stops = list(generation_defaults(directory).eos)
+    defaults = generation_defaults(directory)
+    stops = list(defaults.eos)
+    for stop in stops:
+        if stop >= spec.vocab_size:
+            raise LogitLockError(
+                f"{defaults.eos_file}: eos_token_id is {stop}; the model has the token ids from 0 to "
+                f"{spec.vocab_size - 1}"
+            )
     if not stops and tokenizer.special.eos is not None:
         stops.append(tokenizer.special.eos)
     if chat:

@@ -21,6 +21,7 @@ import base64
 import binascii
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,7 @@ def _load_byte_bpe(folder: Path, family: str) -> Tokenizer:
             )
     else:
         model = _bpe_from_vocabulary(folder, settings, family, library)
+    _check_distinct(model.get_vocab(with_added_tokens=True), path if path.is_file() else folder / "vocab.json")
     special = SpecialIds(
         **{
             name: model.token_to_id(surface)
@@ -264,6 +266,15 @@ def _load_byte_bpe(folder: Path, family: str) -> Tokenizer:
         found = [model.token_to_id(name) for name in GLM_PREFIX[family]]
         prefix = found if None not in found else []
     return ByteBpeTokenizer(model, special=_declared_ids(folder, special), prefix=prefix, suffix=suffix)
+
+
+def _check_distinct(vocabulary: Mapping[str, int], path: Path) -> None:
+    tokens: dict[int, str] = {}
+    for token, number in vocabulary.items():
+        other = tokens.setdefault(number, token)
+        if other != token:
+            first, second = sorted((other, token))
+            raise LogitLockError(f"{path} is damaged: the tokens {first!r} and {second!r} have the same id {number}")
 
 
 def _bpe_from_vocabulary(folder: Path, settings: dict[str, Any], family: str, library: Any) -> Any:

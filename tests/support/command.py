@@ -21,8 +21,7 @@ class Outcome:
         """Exit code 2 and one clear line, no traceback, nothing on stdout."""
         assert self.code == 2, self
         assert self.out == ""
-        # `generate` says which engine it opened and how it samples before it looks at the prompts.
-        lines = [line for line in self.err.splitlines() if not line.startswith(("engine: ", "sampling: "))]
+        lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
         for text in said:
             assert text in self.err, self.err

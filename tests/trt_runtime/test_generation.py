@@ -258,8 +258,8 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([[1], []], {}, "prompt 1 has no tokens"),
-        ([[1] * 65], {}, "prompt 0 has 65 tokens, more than the 64 positions"),
+        ([[1], []], {}, "prompt 2 of 2 is empty"),
+        ([[1] * 65], {}, "the prompt has 65 tokens, more than the 64 positions"),
         ([[1, 256]], {}, "token id 256"),
         ([[1]], {"stop_strings": ["x"]}, "need a tokenizer"),
     ],

@@ -16,6 +16,7 @@ import tokenizers
 from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec
 from refmodels.text.chat import chat_ids, stop_ids
+from refmodels.text.chat_template import ChatTemplate
 from refmodels.text.prompts import prompt_ids, stop_ids_in
 from refmodels.text.tokenizer import QWEN_PATTERN, Tokenizer, read_tokenizer
 from tests.support.goldens import case_source
@@ -301,3 +302,29 @@ def test_the_lower_bound_of_jinja2_is_transformers_own_and_what_runs_here() -> N
     """Below 3.1.6 the sandbox has known escapes."""
     assert '    "jinja2>=3.1.6",\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert tuple(map(int, metadata.version("jinja2").split("."))) >= (3, 1, 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "its loops take more than"),
+        ("{% for i in range(999) %}{% for j in range(999) if no %}{% endfor %}{% endfor %}", "its loops take more"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}", "its loops"),
+        (
+            "{% set s = namespace(t='a') %}{% for i in range(60) %}{% set s.t = s.t ~ s.t %}{% endfor %}",
+            "a value of more",
+        ),
+        (
+            "{% set s = namespace(t='a') %}{% for i in range(60) %}{% set s.t = s.t + s.t %}{% endfor %}",
+            "a value of more",
+        ),
+        ("{{ 'a' * 10**11 }}", "a value of more than"),
+        ("{{ 2 ** (10**11) }}", "a value of more than"),
+        ("{% for i in range(99999) %}{{ 'abc' * 999 }}{% endfor %}", "a value of more than"),
+        ("{{ 'a' | center(10**14) }}", "larger than the memory"),
+    ],
+)
+def test_a_template_without_end_is_stopped(text: str, said: str) -> None:
+    template = ChatTemplate(templates={"default": text}, where=Path("here"), variables={})
+    with pytest.raises(LogitLockError, match=said):
+        template.render([{"role": "user", "content": "hello"}])

@@ -12,6 +12,7 @@ import torch
 import refmodels
 from refmodels.errors import LogitLockError
 from refmodels.text.generation_defaults import generation_defaults
+from refmodels.text.prompts import stop_ids_in
 from tests.support.checkpoints import read_case, write_model
 from tests.support.marks import quick_first
 from tests.support.upstream import transformers_model
@@ -138,3 +139,16 @@ def test_what_changes_nothing_is_not_refused(tmp_path: Path) -> None:
     said = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_p": 0.1, "typical_p": 1.0, "max_new_tokens": 512}
     (tmp_path / "generation_config.json").write_text(json.dumps(said | {"bad_words_ids": None}))
     assert sampling_of(generation_defaults(tmp_path)) == Sampling()
+
+
+def test_a_stop_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    source = refmodels.resolve("qwen")
+    tokenizer = refmodels.load_tokenizer(source)
+    last = source.spec.vocab_size - 1
+    for number in (last, last + 1):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, number]}))
+        if number == last:
+            assert stop_ids_in(tmp_path, source.spec, tokenizer, chat=False) == (1, last)
+        else:
+            with pytest.raises(LogitLockError, match=f"generation_config.json: eos_token_id is {number}; the model"):
+                stop_ids_in(tmp_path, source.spec, tokenizer, chat=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -467,3 +468,16 @@ def test_a_missing_library_is_named_with_its_pip_command(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(LogitLockError, match=f"pip install {library}"):
         read_tokenizer(tmp_path, family=family)
+
+
+@pytest.mark.parametrize("ids", [lambda i: 0, lambda i: min(i, 300)])
+def test_tokens_with_the_same_id_are_refused(
+    ids: Callable[[int], int], byte_bpe: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    byte_bpe.save(str(path))
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = {token: ids(i) for token, i in content["model"]["vocab"].items()}
+    path.write_text(json.dumps(content))
+    with pytest.raises(LogitLockError, match=r"tokenizer\.json is damaged: the tokens .* have the same id"):
+        read_tokenizer(tmp_path, family="gpt")
