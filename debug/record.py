@@ -10,6 +10,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def _run(
     extra: dict[str, Tensor] = {"position_ids": positions} if told else {}
     result: dict[str, Tensor] = dict(extra)
     progress("prefill", 0, max(steps, 1))
-    with torch.inference_mode(), _hooks(model, spec, batch.ids.shape, result):
+    with _quiet(), _hooks(model, spec, batch.ids.shape, result):
         output = model(input_ids=batch.ids, attention_mask=mask, use_cache=True, **extra)
     logits = output.logits
     if not bool(torch.isfinite(logits[mask != 0]).all()):
@@ -170,7 +171,7 @@ def _run(
         mask = torch.cat((mask, torch.ones_like(token)), 1)
         position = position + 1
         extra = {"position_ids": position} if told else {}
-        with torch.inference_mode():
+        with _quiet():
             output = model(input_ids=token, attention_mask=mask, past_key_values=past, use_cache=True, **extra)
         past = output.past_key_values
         ids.append(token)
@@ -181,6 +182,14 @@ def _run(
     if told:
         result["decode_position_ids"] = torch.cat(step_positions, 1)
     return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inference without the announcements of transformers about its next versions."""
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 @contextmanager

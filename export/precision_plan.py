@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from export.precision import SCHEMES
 from refmodels.errors import LogitLockError
 from refmodels.files import check_file_output, write_text
 from refmodels.json_records import read_json, read_record
@@ -68,9 +69,13 @@ def read_plan(path: Path, spec: ModelSpec, precision: Precision) -> PrecisionPla
         LogitLockError: there is no such file, it is no plan, it has another schema or precision, or it names a module
             that the model does not have.
     """
-    plan = _read(path, precision)
-    if plan.schemes:
-        raise LogitLockError(f"{path} quantizes layers, but --precision is {precision}; it is for `logitlock quantize`")
+    plan = _read(path)
+    if plan.schemes or plan.precision in SCHEMES:
+        raise LogitLockError(
+            f"{path} is a plan for {plan.precision} that quantizes layers: it is for `logitlock quantize "
+            f"--precision-plan`; a plan for export keeps layers in fp32 beside {precision}"
+        )
+    _check_precision(path, plan, precision)
     if plan.precision == "fp32" and plan.float32:
         raise LogitLockError(f"{path} keeps modules in fp32, but everything is fp32; export it with fp16 or bf16")
     known = set(linear_taps(spec))
@@ -86,7 +91,8 @@ def read_schemes(path: Path, spec: ModelSpec, scheme: str | None) -> dict[str, s
     Raises:
         LogitLockError: as `read_plan`; the plan keeps layers in fp32; a pattern matches no layer.
     """
-    plan = _read(path, scheme)
+    plan = _read(path)
+    _check_precision(path, plan, scheme)
     if plan.float32:
         raise LogitLockError(f"{path} keeps modules in fp32, which a quantized model cannot; give them null in schemes")
     found: dict[str, str | None] = {}
@@ -98,13 +104,15 @@ def read_schemes(path: Path, spec: ModelSpec, scheme: str | None) -> dict[str, s
     return found
 
 
-def _read(path: Path, precision: str | None) -> PrecisionPlan:
+def _read(path: Path) -> PrecisionPlan:
     data = read_json(path)
     if data.get("schema") != SCHEMA:
         raise LogitLockError(
             f"{path} has precision plan schema {data.get('schema')!r}, this version reads schema {SCHEMA}"
         )
-    plan = read_record(PrecisionPlan, data, str(path))
+    return read_record(PrecisionPlan, data, str(path))
+
+
+def _check_precision(path: Path, plan: PrecisionPlan, precision: str | None) -> None:
     if plan.precision != precision:
         raise LogitLockError(f"{path} is a plan for {plan.precision}, but --precision is {precision}")
-    return plan

@@ -60,7 +60,7 @@ def check_model(model: str | Path, *, tokens: int | None = None) -> dict[str, An
         "directory": str(source.directory),
         "family": spec.family,
         "variant": spec.variant,
-        "facts": [f"model_type {source.config['model_type']}", *source.facts],
+        "facts": _facts(source),
         "spec": spec.to_dict(),
         "parameters": sum(shape.numel() for shape in parameter_shapes(spec).values()),
         "stored": _stored(source, refused),
@@ -149,6 +149,12 @@ def _chat(source: ModelSource, tokenizer: Tokenizer, refused: list[str]) -> str 
         if unused
         else ""
     )
+
+
+def _facts(source: ModelSource) -> list[str]:
+    """By what the model is known; where config.json lacks model_type, the first fact says by what that is known."""
+    said = f"model_type {source.config['model_type']}"
+    return [*([] if any(fact.startswith(said) for fact in source.facts) else [said]), *source.facts]
 
 
 def _serves(spec: ModelSpec) -> list[dict[str, Any]]:

@@ -133,6 +133,11 @@ def _huggingface(words: list[str], options: _Options) -> Engine:
     dtype, rest = (words[0], words[1:]) if words and words[0] in DTYPES else ("fp32", words)
     _check("hf", words, len(rest) < 2)
     directory = Path(rest[0]) if rest else options.source.directory
+    if rest and not directory.exists():
+        raise LogitLockError(
+            f"{':'.join(['hf', *words])!r} is not understood: {rest[0]} is no directory"
+            + (f" and none of the dtypes {', '.join(DTYPES)}" if rest is words else "")
+        )
     return HuggingFaceEngine(
         directory,
         options.source.spec,

@@ -17,6 +17,15 @@ DEFAULT_GROUP = 128
 _LEAST_GROUP = 16
 
 
+_METHODS_WITH = {
+    "alpha": ("smoothquant",),
+    "clip": ("awq", "gptq"),
+    "act_order": ("gptq",),
+    "damping": ("gptq",),
+}
+"""The options that only some methods have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
     """Options of quantization.
@@ -51,6 +60,19 @@ class QuantizeOptions:
             check_choice("inputs", self.inputs, Inputs)
         if self.cache is not None:
             check_choice("kv-cache", self.cache, EightBit)
+        if self.plan is None:
+            # The layers of a plan may have other methods.
+            self._check_method("rtn" if self.scheme is None else SCHEMES[self.scheme].method)
+
+    def _check_method(self, method: str) -> None:
+        for name, serves in _METHODS_WITH.items():
+            value = getattr(self.method, name)
+            if value != getattr(MethodOptions(), name) and method not in serves:
+                schemes = ", ".join(scheme for scheme, s in SCHEMES.items() if s.method in serves)
+                raise LogitLockError(
+                    f"--{name.replace('_', '-')} is for --precision {schemes}; it has no effect "
+                    + (f"with {self.scheme}" if self.scheme else "without one")
+                )
 
 
 def quantization_of(spec: ModelSpec, options: QuantizeOptions) -> QuantizationSpec:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import refmodels
 from export.bundle import export_model
 from export.cli import export
 from export.options import ExportOptions
 from export.precision import Precision
+from export.precision_plan import read_plan
+from export.quantization.method import MethodOptions
 from export.quantization.schemes import QuantizeOptions
 from refmodels.errors import LogitLockError
 from tests.support.goldens import GOLDENS
@@ -103,3 +107,28 @@ def test_options_and_fields_of_a_call(tmp_path: Path) -> None:
         export_model(case, options, precison="fp16")
     with pytest.raises(TypeError, match="'precision'"):
         export_model(case, output=tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method", "said"),
+    [
+        ("int8", {"clip": True}, "--clip is for --precision int4-awq, int4-gptq; it has no effect with int8"),
+        ("int8", {"alpha": 0.9}, "--alpha is for --precision smoothquant; it has no effect with int8"),
+        ("int4-awq", {"act_order": True}, "--act-order is for --precision int4-gptq; it has no effect with int4-awq"),
+        ("smoothquant", {"damping": 0.1}, "--damping is for --precision int4-gptq"),
+        (None, {"clip": False}, "it has no effect without one"),
+    ],
+)
+def test_options_of_other_methods_are_refused(scheme: str | None, method: dict[str, Any], said: str) -> None:
+    with pytest.raises(LogitLockError, match=said):
+        QuantizeOptions(scheme=scheme, cache="int8", method=MethodOptions(**method))
+    # The layers of a plan may have another method.
+    QuantizeOptions(scheme=scheme, cache="int8", plan=Path("plan.json"), method=MethodOptions(**method))
+
+
+def test_a_plan_of_quantization_is_not_for_export(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    for content in ({"precision": "int4"}, {"precision": "fp16", "schemes": {"blocks.0.*": "int8"}}):
+        plan.write_text(json.dumps({"schema": 1, **content}))
+        with pytest.raises(LogitLockError, match="that quantizes layers: it is for `logitlock quantize"):
+            read_plan(plan, refmodels.resolve("qwen").spec, "fp16")

@@ -75,6 +75,16 @@ def test_other_names_are_told_the_forms(text: str, part: str) -> None:
         assert form.text in str(caught.value) and f"{form.text} " in forms_help() and form.meaning in forms_help()
 
 
+def test_hf_with_an_unknown_dtype_or_directory() -> None:
+    source = case_source("qwen2")
+    with pytest.raises(
+        LogitLockError, match="'hf:fp99' is not understood: fp99 is no directory and none of the dtypes"
+    ):
+        open_executor("hf:fp99", source=source)
+    with pytest.raises(LogitLockError, match="'hf:fp16:nowhere' is not understood: nowhere is no directory$"):
+        open_executor("hf:fp16:nowhere", source=source)
+
+
 def test_executors_say_themselves_what_is_missing(tmp_path: Path) -> None:
     source = case_source("qwen2")
     if not torch.cuda.is_available():

@@ -154,6 +154,7 @@ def test_right_padding_keeps_its_slots(models: Callable[[str], Path], tmp_path: 
     assert result.passed, result.worst
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_seed_and_command(models: Callable[[str], Path], tmp_path: Path) -> None:
     model = models("qwen2")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -227,6 +228,7 @@ def test_bad_input(models: Callable[[str], Path], tmp_path: Path) -> None:
     logitlock("record", "--hf", model, "--out", out, "--lengths", "20,x").assert_bad_input("--lengths")
     logitlock("record", "--hf", model, "--out", out, "--lengths", "0").assert_bad_input("at least 1")
     logitlock("record", "--hf", model, "--out", out, "--lengths", "60").assert_bad_input("64 positions")
+    logitlock("record", "--hf", model, "--out", out, "--lengths", "999999999").assert_bad_input("64 positions")
     logitlock("record", "--hf", model, "--out", out, "--half", "int8").assert_bad_input("--half")
     logitlock("record", "--hf", model, "--out", out, "--prompt", "hi").assert_bad_input("prompt")
     assert not out.exists()
