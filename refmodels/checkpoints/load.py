@@ -136,7 +136,7 @@ def resolve(model: str | Path, *, variant: Mapping[str, Any] | None = None) -> M
 
 
 def _recorded_facts(directory: Path) -> Mapping[str, Any]:
-    """What `logitlock record` found in upstream's code, where the directory is a golden case."""
+    """The variant in the meta.json of a golden case; {} for any other directory."""
     meta = directory / "meta.json"
     if not ((directory / "io.safetensors").is_file() and meta.is_file()):
         return {}

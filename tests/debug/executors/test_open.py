@@ -81,7 +81,7 @@ def test_hf_with_an_unknown_dtype_or_directory() -> None:
         LogitLockError, match="'hf:fp99' is not understood: fp99 is no directory and none of the dtypes"
     ):
         open_executor("hf:fp99", source=source)
-    with pytest.raises(LogitLockError, match="'hf:fp16:nowhere' is not understood: nowhere is no directory$"):
+    with pytest.raises(LogitLockError, match=r"'hf:fp16:nowhere' is not understood: nowhere is no directory$"):
         open_executor("hf:fp16:nowhere", source=source)
 
 

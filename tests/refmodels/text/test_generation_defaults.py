@@ -150,5 +150,5 @@ def test_a_stop_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
         if number == last:
             assert stop_ids_in(tmp_path, source.spec, tokenizer, chat=False) == (1, last)
         else:
-            with pytest.raises(LogitLockError, match=f"generation_config.json: eos_token_id is {number}; the model"):
+            with pytest.raises(LogitLockError, match=rf"generation_config\.json: eos_token_id is {number}; the model"):
                 stop_ids_in(tmp_path, source.spec, tokenizer, chat=False)
