@@ -32,6 +32,7 @@ def result() -> BisectResult:
     return find_precision_plan(source, precision="bf16", budget=(free.kl_low + free.kl_high) / 2, prompts=prompts)
 
 
+@pytest.mark.slow
 def test_the_plan_keeps_within_the_budget(result: BisectResult) -> None:
     assert result.kl_high <= result.kl <= result.budget < result.kl_low
     assert 0 < len(result.plan.float32) < len(result.contributions)

@@ -75,6 +75,7 @@ def test_an_engine_that_overflows_is_shown_by_diff(tmp_path: Path) -> None:
     assert found.code == 1 and "NaN/Inf" in found.out and not found.err.count("Traceback")
 
 
+@pytest.mark.slow
 def test_a_trace_with_one_infinity_is_a_finding(tmp_path: Path) -> None:
     bad, trace = model(tmp_path / "m", lambda tensors: None), tmp_path / "t.safetensors"
     assert logitlock("trace", "reference:fp32", "--model", bad, "--steps", "1", "--out", trace).code == 0

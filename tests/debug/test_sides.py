@@ -56,6 +56,7 @@ def test_the_reference_itself_is_one_side_only(clean: Path) -> None:
     assert diff("reference:fp64", str(clean), model=MODEL, steps=1).other is None
 
 
+@pytest.mark.slow
 def test_golden_case_as_a_side() -> None:
     result = diff(str(GOLDENS / "gpt2"), "reference:fp32:upstream", steps=4)
     assert result.aligned and result.prompts == "those of gpt2" and result.other is not None

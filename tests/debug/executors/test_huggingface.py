@@ -36,7 +36,7 @@ pytest.importorskip("transformers")
 NATIVE = ["gpt2", "gpt_bigcode", "gpt_bigcode_mha_b1", "starcoder2_sliding", "qwen2"]
 
 
-@pytest.mark.parametrize("case", quick_first(NATIVE, 3))
+@pytest.mark.parametrize("case", quick_first(NATIVE))
 def test_huggingface_shows_what_the_reference_computes(case: str) -> None:
     source = case_source(case)
     engine = HuggingFaceEngine(source.directory, source.spec)

@@ -155,6 +155,7 @@ def test_right_padding_keeps_its_slots(models: Callable[[str], Path], tmp_path: 
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.slow
 def test_seed_and_command(models: Callable[[str], Path], tmp_path: Path) -> None:
     model = models("qwen2")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

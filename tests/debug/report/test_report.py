@@ -175,6 +175,7 @@ def test_offline(any_result: DiffResult, tmp_path: Path) -> None:
     assert not re.search(r"https?:|//[a-z]", own)
 
 
+@pytest.mark.slow
 def test_everything_is_there(any_result: DiffResult, tmp_path: Path) -> None:
     page = page_of(any_result, tmp_path, command="logitlock diff 'a b' --html x", environment={"torch": "9.9"})
     assert any_result.verdict.upper() in page.text
@@ -291,6 +292,7 @@ def test_values_are_escaped(diverged: DiffResult, drifted: DriftResult, tmp_path
     assert "<img" not in json.dumps(page.figures) and "&lt;img" in json.dumps(page.figures)
 
 
+@pytest.mark.slow
 def test_figures_are_what_plotly_knows(diverged: DiffResult, drifted: DriftResult, tmp_path: Path) -> None:
     from plotly.graph_objects import Figure
 
@@ -408,6 +410,7 @@ def test_flips_within_rounding() -> None:
     assert (logits.result().flips, logits.result().margin_flips) == (2, 1)
 
 
+@pytest.mark.slow
 def test_frames(diverged: DiffResult, drifted: DriftResult) -> None:
     frame = diverged.to_frame()
     assert len(frame) == len(diverged.taps) and not frame.duplicated(["tap", "step"]).any()

@@ -107,7 +107,7 @@ def test_compressed_tensors_decompresses_what_we_store(linear: LinearFormat) -> 
 
 
 @pytest.mark.parametrize(
-    ("toy", "scheme"), quick_first([("chatglm2", "int4-gptq"), ("baichuan", "fp8"), ("qwen", "smoothquant")])
+    ("toy", "scheme"), quick_first([("baichuan", "fp8"), ("chatglm2", "int4-gptq"), ("qwen", "smoothquant")])
 )
 def test_compressed_tensors_reads_a_whole_checkpoint_of_ours(toy: str, scheme: str, tmp_path: Path) -> None:
     """With their reading of quantization_config and their decompression, it is a float checkpoint with our weights."""

@@ -77,6 +77,7 @@ def test_megabytes_are_refused_by_their_start() -> None:
     check_size("word" + " " * 100_000 + "word", 100, words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [["generate"], ["diff", "reference:fp32"], ["trace", "reference", "--out", "t"]])
 def test_verbs_refuse_megabytes_at_once(verb: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

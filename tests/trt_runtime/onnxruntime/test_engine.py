@@ -182,6 +182,7 @@ def test_logits_are_not_overwritten_by_later_steps(exported: Exported) -> None:
     assert torch.equal(first, kept) and first.shape == (1, 1, engine.spec.vocab_size)
 
 
+@pytest.mark.slow
 def test_chunked_prefill_and_generation_equal_the_reference(exported: Exported) -> None:
     engine, model = open_engine(exported("qwen_ntk"), threads=1), reference("qwen_ntk")
     prompts = [list(range(40)), [7, 3], list(range(100, 111))]
@@ -218,6 +219,7 @@ def test_large_bundles_keep_one_session(exported: Exported, monkeypatch: pytest.
     assert len(engine._sessions) == 2
 
 
+@pytest.mark.slow
 def test_foreign_caches_and_bad_options(exported: Exported) -> None:
     engine = OnnxRuntimeEngine(exported("qwen2", "fp32", 64), threads=1)
     with pytest.raises(LogitLockError, match="longer than the 64 positions"):

@@ -176,6 +176,7 @@ def test_planted_overflow_is_reproduced(tmp_path: Path) -> None:
     assert plain.prefill(ids, plain.new_cache(batch=2, capacity=12)).isfinite().all(), "without emulation it is hidden"
 
 
+@pytest.mark.slow
 def test_the_arithmetic_is_said(tmp_path: Path) -> None:
     reference, engine = engines("qwen2_b1", "bf16", tmp_path)
     assert engine.arithmetic == "ONNX Runtime on the CPU, every node computed in float32 and rounded to bfloat16"
