@@ -117,7 +117,7 @@ def test_int4_packing(rows: int, pairs: int) -> None:
 
 
 def test_token_codes_are_what_the_kernel_computes() -> None:
-    x = torch.randn(3, 5, 64).half()
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).half()
     for code in ("int8", "fp8"):
         codes, scale = quantize_tokens(x, code)
         amax = x.float().abs().amax(-1, keepdim=True)
