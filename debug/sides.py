@@ -300,7 +300,8 @@ def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
         return resolve(model)
     for text in texts:
         said = ""
-        path = Path(text.split(":")[-1])
+        parts = [Path(part) for part in text.split(":")]
+        path = next((part for part in parts if (part / "config.json").is_file()), parts[-1])
         if text.endswith(".safetensors"):
             read_trace(Path(text))
             said, _ = trace_origin(Path(text))

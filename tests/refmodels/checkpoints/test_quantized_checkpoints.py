@@ -122,9 +122,9 @@ def test_token_codes_are_what_the_kernel_computes() -> None:
         codes, scale = quantize_tokens(x, code)
         amax = x.float().abs().amax(-1, keepdim=True)
         assert torch.equal(scale, amax / LIMITS[code])
-        assert float((codes.float() * scale - x.float()).abs().max()) <= float(amax.max()) * (
-            0.5 / 127 if code == "int8" else 2**-4
-        )
+        # Half a step, and the fp32 rounding of limit / amax, of the product with x, and of amax / limit.
+        bound = (0.5 / 127 if code == "int8" else 2**-4) + 3 * 2**-24
+        assert float((codes.float() * scale - x.float()).abs().max()) <= float(amax.max()) * bound
         assert float(codes.float().abs().amax()) == LIMITS[code]
     zero, scale = quantize_tokens(torch.zeros(1, 8), "int8")
     assert not zero.any() and float(scale) > 0
