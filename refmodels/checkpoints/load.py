@@ -211,6 +211,8 @@ def _find(model: str | Path) -> tuple[Path, str]:
         return directory, directory.resolve().name
     if directory.exists():
         raise LogitLockError(f"{model} is a file; a model is a directory with config.json and the weights{hint(model)}")
+    if directory.is_symlink():
+        raise LogitLockError(f"{model} is a link that leads nowhere, or to itself")
     if isinstance(model, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
         raise LogitLockError(
             f"there is no directory {str(model)!r}; a model is one of {', '.join(FAMILIES)}, a directory, or a hub id "

@@ -62,3 +62,11 @@ def test_errors_have_the_hint(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "gguf" / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "gguf" / "README.md").write_text("")
     logitlock("export", "--model", tmp_path / "gguf", "--output", out).assert_bad_input("with m.gguf, a GGUF file")
+
+
+def test_a_link_that_leads_nowhere_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("lost").symlink_to("absent")
+    for name in ("loop", "lost"):
+        logitlock("check", name).assert_bad_input(f"{name} is a link that leads nowhere")
