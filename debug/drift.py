@@ -25,6 +25,7 @@ from export.progress import Progress, silent
 from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
+from refmodels.taps import is_cache_tap
 from trt_runtime.engine import Engine
 from trt_runtime.torch_gpu.engine import TorchEngine
 
@@ -226,8 +227,9 @@ def _cached_layers(engine: Engine, steps: int) -> Sequence[int]:
     every = range(engine.spec.layers)
     if not isinstance(engine, GoldenEngine):
         return every
-    parts = {i: [f"blocks.{i}.{part}" in engine.tap_names for part in ("key", "value")] for i in every}
-    layers = [i for i in every if all(parts[i])]
+    cached = {name: tap.layer for name, tap in engine.spec.taps.items() if is_cache_tap(name)}
+    missing = {layer for name, layer in cached.items() if name not in engine.tap_names}
+    layers = [i for i in every if i not in missing]
     if not layers or steps:
         raise LogitLockError(
             f"{engine.case.directory} records "

@@ -354,7 +354,7 @@ def test_command_line(tmp_path: Path) -> None:
     result = json.loads(done.out)
     assert result["precision"] == "fp16" and read_bundle(result["bundle"]).info.model == "qwen2_b1"
     logitlock("export", *arguments).assert_bad_input("is not empty")
-    assert "Example: python -m export" in logitlock("export", "--help").out
+    assert "Example: logitlock export" in logitlock("export", "--help").out
 
 
 def test_default_output() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -174,7 +175,8 @@ def test_stop_ids_and_chat_of_a_resaved_glm4(tmp_path: Path) -> None:
     assert tokenizer.decode([end + 2, end + 4, 259, 52, end]) == "hello4"
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "hello"}]
     assert chat_ids("glm4", tokenizer, messages) == [end + 2, end + 4, first, 10, first + 1, 10, 259, first + 2]
-    assert stop_ids_in(folder, source.spec, tokenizer, chat=True) == (end, first + 1, first + 3)
+    spec = dataclasses.replace(source.spec, vocab_size=end + len(names))
+    assert stop_ids_in(folder, spec, tokenizer, chat=True) == (end, first + 1, first + 3)
     without_names = folder / "tokenizer_config.json"
     without_names.write_text("{}")
     assert load_tokenizer(source).token_id("<|observation|>") == first + 3

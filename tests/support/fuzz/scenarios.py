@@ -61,6 +61,7 @@ SCENARIOS = [
     Scenario("generate --model @bpe --chat --prompt-file @prompts.txt --max-new-tokens 2"),
     Scenario("generate --bundle @bundle --prompt-file @prompts.txt --max-new-tokens 2"),
     Scenario("generate --bundle @planned --prompt Hello --max-new-tokens 2 --engine onnxruntime"),
+    Scenario("check @bpe"),
     Scenario("inspect @bundle"),
     Scenario("inspect @bundle8 --json"),
     Scenario("inspect @planned"),
