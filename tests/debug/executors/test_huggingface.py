@@ -37,6 +37,7 @@ NATIVE = ["gpt2", "gpt_bigcode", "gpt_bigcode_mha_b1", "starcoder2_sliding", "qw
 
 
 @pytest.mark.parametrize("case", quick_first(NATIVE))
+@pytest.mark.slow
 def test_huggingface_shows_what_the_reference_computes(case: str) -> None:
     source = case_source(case)
     engine = HuggingFaceEngine(source.directory, source.spec)

@@ -151,6 +151,7 @@ def page_of(result: DiffResult, tmp_path: Path, **options: Any) -> Page:
 
 
 @pytest.mark.parametrize("kind", quick_first(get_args(get_type_hints(Culprit)["kind"])))
+@pytest.mark.slow
 def test_every_kind_of_culprit_has_its_words(kind: Any, diverged: DiffResult, tmp_path: Path) -> None:
     culprits = [dataclasses.replace(diverged.culprits[0], kind=kind)]
     page = tmp_path / "page.html"

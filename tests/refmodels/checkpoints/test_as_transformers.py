@@ -25,6 +25,7 @@ def unsaid() -> None:
 
 @pytest.mark.parametrize("layout", quick_first(["safetensors", "sharded safetensors", "bin", "sharded bin"]))
 @pytest.mark.parametrize("case", quick_first(["gpt2_b1", "qwen2_tied_b1"]))
+@pytest.mark.slow
 def test_a_head_of_its_own_in_a_tied_config(
     case: str, layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -324,6 +324,7 @@ def test_the_lower_bound_of_jinja2_is_transformers_own_and_what_runs_here() -> N
         ("{{ 'a' | center(10**14) }}", "larger than the memory"),
     ],
 )
+@pytest.mark.slow
 def test_a_template_without_end_is_stopped(text: str, said: str) -> None:
     template = ChatTemplate(templates={"default": text}, where=Path("here"), variables={})
     with pytest.raises(LogitLockError, match=said):
