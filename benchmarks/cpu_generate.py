@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from child import timed, versions
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "cpu_generate.json"
 GOALS = {"decode": 2.0, "prefill": 1.05}
@@ -65,14 +67,8 @@ def work(kind: str, model: Path, bundle: Path, threads: int) -> None:
     run, load = generate(model, bundle, threads)
     print(json.dumps({"load_s": load}), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
-        run(prompt, 1)
-        middle = time.perf_counter()
-        tokens = run(prompt, STEPS + 1)
-        end = time.perf_counter()
-        prefill = middle - start
+        result = timed(run, prompt, prompt, STEPS)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        result = {"prefill_s": prefill, "decode_s": end - middle - prefill, "tokens": tokens}
         print(json.dumps({**result, "rss_mb": (peak - baseline) / 1024}), flush=True)
 
 
@@ -220,7 +216,7 @@ def main() -> int:
         "goals": GOALS,
         "threads": options.threads,
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": _versions(),
+        "versions": versions(),
         "samples": [{k: v for k, v in s.items() if k not in WORKERS} for s in measured["samples"]],
     }
     for sample, measured_sample in zip(found["samples"], measured["samples"], strict=True):
@@ -246,12 +242,6 @@ def main() -> int:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")}
 
 
 if __name__ == "__main__":

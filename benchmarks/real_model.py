@@ -33,7 +33,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from child import ROOT, peak_rss
+from child import ROOT, peak_rss, versions
 from real_tasks import CHAT, CODE, DIFF_PROMPTS, LOGIT_PROMPTS, PASSAGE, TASKS, Task
 
 from refmodels.taps import split_name
@@ -361,17 +361,11 @@ def main() -> int:
                 found = child(given.work, given.threads, part, scheme)
                 data[part] = found if scheme is None else data.get(part, {}) | {scheme: found}
             data |= {"command": "python benchmarks/real_model.py --work DIR --peers PYTHON", "threads": given.threads}
-            data["versions"] = _versions()
+            data["versions"] = versions()
             RESULT.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for line in failures(data):
         print(line)
     return int(bool(failures(data)))
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")}
 
 
 if __name__ == "__main__":

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from child import Run, peak_rss, timed
+
 PROMPT, STEPS, WARM = 128, 32, 2
-Run = Callable[[list[int], int], list[int]]
 OURS = "logitlock"
 GROUPS: dict[str, dict[str, str]] = {
     "fp32": {
@@ -131,19 +130,7 @@ def work(runtime: str, folder: Path, ids: list[int], threads: int) -> dict[str, 
     load = time.perf_counter() - start
     first, second, third = (ids[i * PROMPT : (i + 1) * PROMPT] for i in range(3))
     run(first, WARM)
-    start = time.perf_counter()
-    run(second, 1)
-    middle = time.perf_counter()
-    tokens = run(third, STEPS + 1)
-    end = time.perf_counter()
-    prefill = middle - start
-    return {
-        "prefill_s": prefill,
-        "decode_s": end - middle - prefill,
-        "load_s": load,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "tokens": tokens,
-    }
+    return {**timed(run, second, third, STEPS), "load_s": load, "peak_bytes": peak_rss()}
 
 
 def prepare(runtime: str, folder: Path, model: Path, python: str) -> None:

@@ -26,7 +26,7 @@ from debug.comparison.metrics import kl_divergence
 from debug.comparison.results import to_plain
 from export.bundle import export_model
 from export.precision_plan import PrecisionPlan, linear_taps, write_plan
-from export.progress import Progress
+from export.progress import Progress, silent
 from refmodels.checkpoints.load import ModelSource, load
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
@@ -136,7 +136,7 @@ def find_precision_plan(
         raise LogitLockError("--precision fp32 has nothing to keep in fp32; use fp16 or bf16")
     if not budget > 0:
         raise LogitLockError(f"--budget-kl is {budget:g}; it must be positive (nats)")
-    report = progress or (lambda what, done, total: None)
+    report = progress or silent
     with torch.inference_mode():
         truth = _logits(TorchEngine(load(source, dtype=torch.float64)), prompts)
         if not bool(truth.isfinite().all()):

@@ -25,7 +25,6 @@ from export.progress import Progress, silent
 from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder
-from refmodels.taps import is_cache_tap
 from trt_runtime.engine import Engine
 from trt_runtime.torch_gpu.engine import TorchEngine
 
@@ -227,8 +226,7 @@ def _cached_layers(engine: Engine, steps: int) -> Sequence[int]:
     every = range(engine.spec.layers)
     if not isinstance(engine, GoldenEngine):
         return every
-    cached = {name: tap.layer for name, tap in engine.spec.taps.items() if is_cache_tap(name)}
-    missing = {layer for name, layer in cached.items() if name not in engine.tap_names}
+    missing = {tap.layer for tap in engine.spec.cache_taps if tap.name not in engine.tap_names}
     layers = [i for i in every if i not in missing]
     if not layers or steps:
         raise LogitLockError(

@@ -53,7 +53,7 @@ def parameters_of(spec: ModelSpec, taps: Collection[str], names: Collection[str]
 
 def check_plan_output(path: Path) -> None:
     """Raise LogitLockError if `write_plan` cannot write there."""
-    check_file_output(path, _WHAT, _MARK.encode())
+    check_file_output(path, _WHAT, _MARK)
 
 
 def write_plan(plan: PrecisionPlan, path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from torch import Tensor
@@ -52,7 +53,23 @@ class AttentionInput:
 
 
 _CACHE = ("batch", "kv_heads", "capacity", "head_dim")
-_ANGLES = ("batch", "tokens", "rotary_dim / 2")
+_ROTATION = partial(
+    AttentionInput,
+    axes=("batch", "tokens", "rotary_dim / 2"),
+    dtype="table",
+    present=lambda spec: spec.rope is not None,
+    when="the model has rotary embedding",
+    attribute="rotary_dim",
+)
+_CACHE_SCALE = partial(
+    AttentionInput,
+    axes=("kv_heads",),
+    dtype="working",
+    present=lambda spec: spec.cache_code is not None,
+    when="the cache is quantized",
+    late=True,
+    tensorrt=False,
+)
 
 
 class AttentionInputs(NamedTuple):
@@ -104,25 +121,13 @@ class AttentionInputs(NamedTuple):
     ]
     cos: Annotated[
         Tensor | None,
-        AttentionInput(
-            axes=_ANGLES,
-            dtype="table",
-            meaning="cosines that rotate the first rotary_dim elements of query and key, in the dtype of the table",
-            present=lambda spec: spec.rope is not None,
-            when="the model has rotary embedding",
-            attribute="rotary_dim",
+        _ROTATION(
+            meaning="cosines that rotate the first rotary_dim elements of query and key, in the dtype of the table"
         ),
     ] = None
     sin: Annotated[
         Tensor | None,
-        AttentionInput(
-            axes=_ANGLES,
-            dtype="table",
-            meaning="sines of the same rotation",
-            present=lambda spec: spec.rope is not None,
-            when="the model has rotary embedding",
-            attribute="rotary_dim",
-        ),
+        _ROTATION(meaning="sines of the same rotation"),
     ] = None
     query_scale: Annotated[
         Tensor | None,
@@ -148,27 +153,11 @@ class AttentionInputs(NamedTuple):
     ] = None
     key_scale: Annotated[
         Tensor | None,
-        AttentionInput(
-            axes=("kv_heads",),
-            dtype="working",
-            meaning="scales of the quantized keys: every query, also of the same step, sees code * scale",
-            present=lambda spec: spec.cache_code is not None,
-            when="the cache is quantized",
-            late=True,
-            tensorrt=False,
-        ),
+        _CACHE_SCALE(meaning="scales of the quantized keys: every query, also of the same step, sees code * scale"),
     ] = None
     value_scale: Annotated[
         Tensor | None,
-        AttentionInput(
-            axes=("kv_heads",),
-            dtype="working",
-            meaning="scales of the quantized values",
-            present=lambda spec: spec.cache_code is not None,
-            when="the cache is quantized",
-            late=True,
-            tensorrt=False,
-        ),
+        _CACHE_SCALE(meaning="scales of the quantized values"),
     ] = None
 
 
@@ -217,7 +206,6 @@ ATTENTION_INPUTS: tuple[AttentionInput, ...] = tuple(_rows())
 TENSORRT_INPUTS = tuple(row for row in ATTENTION_INPUTS if row.tensorrt)
 
 _FACTS = tuple(field.name for field in fields(AttentionFacts))
-_TORCH_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
 
 
 # The torch operators
@@ -237,7 +225,7 @@ def torch_schema(name: str, inputs: Sequence[AttentionInput] = ATTENTION_INPUTS,
         kind = f"Tensor({next(alias)}!)" if row.updated and not functional else "Tensor"
         written[row.name] = f"{kind}{'?' * row.optional} {row.name}{'=None' * row.late}"
     for field in fields(AttentionFacts):
-        written[field.name] = f"{_TORCH_TYPES[str(field.type)]} {field.name}"
+        written[field.name] = f"{field.type} {field.name}"
     result = f"({', '.join(['Tensor'] * (1 + sum(row.updated for row in inputs)))})" if functional else "Tensor"
     return f"{name}({', '.join(written[argument] for argument in torch_arguments(inputs))}) -> {result}"
 

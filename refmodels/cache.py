@@ -100,9 +100,13 @@ class KVCache:
 
     def by_tap(self) -> dict[str, Tensor]:
         """The buffers, by the names of their taps."""
-        tensors = {"key": self.key, "value": self.value}
-        caches = (tap for tap in self.spec.taps.values() if tap.kind == "cache")
-        return {tap.name: tensors[tap.part][tap.layer] for tap in caches if tap.layer is not None}
+        return {tap.name: self.at(tap.name) for tap in self.spec.cache_taps}
+
+    def at(self, tap: str) -> Tensor:
+        """The buffer of a cache tap."""
+        made = self.spec.taps[tap]
+        assert made.layer is not None
+        return (self.key if made.part == "key" else self.value)[made.layer]
 
     def next_step(
         self,

@@ -160,12 +160,12 @@ def writing(what: str, path: Path) -> Iterator[None]:
         raise
 
 
-def check_file_output(path: Path, what: str, mark: bytes | None = None) -> Path:
+def check_file_output(path: Path, what: str, mark: str | None = None) -> Path:
     """The path at which a file named `path` is written: links are followed.  Call it before the work.
 
     Args:
         what: how errors name the file, such as "report".
-        mark: bytes near the start of every such file.  An existing file is replaced only if it has them, or is empty;
+        mark: text near the start of every such file.  An existing file is replaced only if it has them, or is empty;
             None: never.
     Raises:
         LogitLockError: an empty or impossible path, no directory to put it into, one that cannot be written to, or
@@ -198,14 +198,14 @@ def check_file_output(path: Path, what: str, mark: bytes | None = None) -> Path:
     return target
 
 
-def _replaceable(file: Path, mark: bytes | None) -> bool:
+def _replaceable(file: Path, mark: str | None) -> bool:
     with file.open("rb") as stream:
         start = stream.read(_START)
-    return not start or (mark is not None and mark in start)
+    return not start or (mark is not None and mark.encode() in start)
 
 
 @contextlib.contextmanager
-def write_file(path: Path, what: str, mark: bytes | None = None) -> Iterator[Path]:
+def write_file(path: Path, what: str, mark: str | None = None) -> Iterator[Path]:
     """Write a file so that it appears whole or not at all.
 
     Yields a temporary path beside it; on success that is renamed to `path`, on any exception it is removed.
@@ -229,7 +229,7 @@ def write_file(path: Path, what: str, mark: bytes | None = None) -> Iterator[Pat
 def write_text(path: Path, text: str, what: str, mark: str | None = None) -> None:
     """Write a UTF-8 file as `write_file` does."""
     assert mark is None or mark in text[:_START]
-    with write_file(path, what, None if mark is None else mark.encode()) as temporary:
+    with write_file(path, what, mark) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

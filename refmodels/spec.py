@@ -187,6 +187,11 @@ class ModelSpec:
         """Every tensor that has a name, in the order of execution."""
         return make_taps(self)
 
+    @cached_property
+    def cache_taps(self) -> tuple[Tap, ...]:
+        """The taps that are cache tensors, in the order of execution."""
+        return tuple(tap for tap in self.taps.values() if tap.kind == "cache")
+
     @property
     def linears(self) -> tuple[str, ...]:
         """Linear layers that have a weight of their own, in the order of execution; a tied head has none."""

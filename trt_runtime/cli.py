@@ -20,12 +20,11 @@ from refmodels.errors import LogitLockError
 from refmodels.notices import LOGGER
 from refmodels.options import check_device
 from refmodels.text.generation_defaults import GenerationDefaults, generation_defaults
-from refmodels.text.prompts import prompt_ids, read_prompts, stop_ids_in
-from trt_runtime.bundle import read_bundle
+from refmodels.text.prompts import check_token_ids, prompt_ids, read_prompts, stop_ids_in
 from trt_runtime.engine import Engine
 from trt_runtime.generation import GenerationConfig, check_prompts
 from trt_runtime.generation import generate as run_generation
-from trt_runtime.inspect_bundle import describe, show
+from trt_runtime.inspect_bundle import inspect_bundle
 from trt_runtime.open import EngineChoice, open_engine
 from trt_runtime.sampling import Sampling, sampling_of
 from trt_runtime.torch_gpu.engine import TorchEngine, kernels_serve
@@ -149,7 +148,7 @@ def generate(
         executor = TorchEngine(decoder, kernels=kernels_serve(decoder))
         directory = source.directory
     tokenizer = tokenizer_in(directory, executor.spec)
-    _check_stop_ids(stop_id or (), executor.spec.vocab_size)
+    check_token_ids(stop_id or (), executor.spec, "--stop-id")
     stops = (*stop_ids_in(directory, executor.spec, tokenizer, chat=chat), *(stop_id or ()))
     defaults = GenerationDefaults() if no_generation_config else generation_defaults(directory)
     sampling = sampling_of(defaults, **asked, seed=seed)
@@ -184,17 +183,7 @@ def inspect(
 
     Example: logitlock inspect engines/qwen-fp16
     """
-    found = describe(read_bundle(bundle))
-    if json_output:
-        print(json.dumps(found, ensure_ascii=False, indent=2))
-    else:
-        show(found)
-
-
-def _check_stop_ids(ids: Iterable[int], vocabulary: int) -> None:
-    for number in ids:
-        if number >= vocabulary:
-            raise LogitLockError(f"--stop-id is {number}; the model has the token ids from 0 to {vocabulary - 1}")
+    inspect_bundle(bundle, json_output=json_output)
 
 
 def _numbers(values: Iterable[int]) -> str:

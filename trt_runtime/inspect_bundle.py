@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -11,7 +13,7 @@ from rich.table import Table
 
 from refmodels.taps import split_name
 from refmodels.terminal import new_console
-from trt_runtime.bundle import LAYERS_NAME, Bundle
+from trt_runtime.bundle import LAYERS_NAME, Bundle, read_bundle
 from trt_runtime.onnxruntime.graph_edits import load_graph
 from trt_runtime.plan_layers import PlanLayers, read_layers
 
@@ -86,8 +88,16 @@ def _weight(name: str, value: ir.Value) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print what `describe` returned as tables."""
+def inspect_bundle(directory: Path, *, json_output: bool) -> None:
+    """Print the contents of a bundle as tables or as one JSON document.  Errors as `read_bundle`."""
+    found = describe(read_bundle(directory))
+    if json_output:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
     console = new_console()
     spec = found["spec"]
     console.print(found["bundle"], style="bold", highlight=False)

@@ -9,15 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from refmodels.errors import LogitLockError
 from refmodels.text.generation_defaults import SAMPLING_DEFAULTS, GenerationDefaults
-
-_OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,8 @@ class Sampling:
 
     def describe(self) -> str:
         """The active options, in one phrase."""
-        named = [f"{name} {getattr(self, name):g}" for name, off in _OFF.items() if getattr(self, name) != off]
+        values = ((field, getattr(self, field.name)) for field in fields(self) if field.name != "seed")
+        named = [f"{field.name} {value:g}" for field, value in values if value != field.default]
         return ", ".join(named if self.temperature else ["greedy", *named])
 
     def __post_init__(self) -> None:

@@ -89,7 +89,7 @@ def write_trace(
     """
     room = _HEADER_ROOM + (steps + 1) * (len(engine.tap_names) + 4) * 160
     with (
-        write_file(path, "trace", b'"logitlock_trace"') as temporary,
+        write_file(path, "trace", '"logitlock_trace"') as temporary,
         torch.inference_mode(),
         temporary.open("wb") as stream,
     ):

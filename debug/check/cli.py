@@ -13,8 +13,7 @@ from debug.check.describe import check_model, rows
 from refmodels.command import JsonFlag
 from refmodels.errors import LogitLockError
 from refmodels.terminal import new_console
-from trt_runtime.bundle import read_bundle
-from trt_runtime.inspect_bundle import describe, show
+from trt_runtime.inspect_bundle import inspect_bundle
 
 
 def check(
@@ -61,8 +60,4 @@ def inspect(
     if (directory / "config.json").is_file() and not (directory / "bundle.json").is_file():
         check(path, json_output=json_output)
     else:
-        found = describe(read_bundle(directory))
-        if json_output:
-            print(json.dumps(found, ensure_ascii=False, indent=2))
-        else:
-            show(found)
+        inspect_bundle(directory, json_output=json_output)

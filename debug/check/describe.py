@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -23,19 +23,22 @@ from refmodels.checkpoints.load import (
     stream_parameters,
     tokenizer_in,
 )
-from refmodels.dtypes import DTYPE_TABLE, DTYPES
+from refmodels.dtypes import BY_TORCH, DTYPE_TABLE, DTYPES, torch_name
 from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.spec import ModelSpec
 from refmodels.text.chat_template import read_template
 from refmodels.text.generation_defaults import generation_defaults
 from refmodels.text.prompts import stop_ids_in
 from refmodels.text.tokenizer import Tokenizer
+from trt_runtime.bundle import Precision
 from trt_runtime.sampling import sampling_of
 
 T = TypeVar("T")
 
-_EXPORTED = ("fp32", "fp16", "bf16")
-_BY_SAFETENSORS = {d.safetensors: d.name for d in DTYPE_TABLE.values()}
+_EXPORTED = get_args(Precision)
+_BY_STORED_NAME = {d.safetensors: d.name for d in DTYPE_TABLE.values()} | {
+    torch_name(dtype): d.name for dtype, d in BY_TORCH.items()
+}
 
 
 def check_model(model: str | Path, *, tokens: int | None = None) -> dict[str, Any]:
@@ -90,9 +93,7 @@ def _stored(source: ModelSource, refused: list[str]) -> dict[str, int]:
     """How many elements of each dtype the weight files hold."""
     found: dict[str, int] = {}
     for tensor in (_try(lambda: Beside(source.directory).tensors, refused) or {}).values():
-        name = _BY_SAFETENSORS.get(tensor.dtype_name) or next(
-            (d.name for d in DTYPE_TABLE.values() if str(d.torch) == f"torch.{tensor.dtype_name}"), tensor.dtype_name
-        )
+        name = _BY_STORED_NAME.get(tensor.dtype_name, tensor.dtype_name)
         found[name] = found.get(name, 0) + torch.Size(tensor.shape).numel()
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 

@@ -162,7 +162,7 @@ def evaluate(
         if budget is not None and not budget >= 0:
             raise typer.BadParameter("must be a number of at least 0", param_hint=option)
     if markdown is not None:
-        check_file_output(markdown, "page", MARK.encode())
+        check_file_output(markdown, "page", MARK)
     named = [*([] if bundle is None else [bundle_side(bundle)]), *(sides or ())]
     with progress_bar("evaluate", quiet=json_output) as progress:
         result = evaluate_model(named, options, shapes=timed if speed else (), progress=progress)

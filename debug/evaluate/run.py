@@ -23,7 +23,7 @@ from debug.evaluate.speed import measure_speed
 from debug.evaluate.statistics import accuracy, loss, mean_loss
 from debug.executors.open import open_executor
 from debug.sides import source_of
-from export.progress import Progress
+from export.progress import Progress, silent
 from refmodels.checkpoints.load import ModelSource, checkpoint_hash, load_tokenizer
 from refmodels.errors import LogitLockError, NoTokenizerError
 from refmodels.files import read_text
@@ -95,7 +95,7 @@ def evaluate_model(
         assert not tasks and not texts
 
     notes: list[str] = []
-    say = progress or (lambda what, done, total: None)
+    say = progress or silent
     run = _Measurements(tokenizer=tokenizer, tasks=tasks, texts=texts, options=options, progress=say)
     other = other_result = other_answers = None
     with torch.inference_mode():

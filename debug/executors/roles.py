@@ -118,7 +118,7 @@ def _check(
     left_over: Sequence[ir.Value],
     outputs: Sequence[ir.Value],
 ) -> None:
-    wanted = {tap.name for tap in spec.taps.values() if tap.kind == "cache"}
+    wanted = {tap.name for tap in spec.cache_taps}
     problems = []
     if "input_ids" not in step:
         problems.append("no input of token ids")

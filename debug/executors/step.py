@@ -55,7 +55,7 @@ class ForeignStep:
 
     def write(self, tap: str, new: Tensor) -> None:
         """Write the new tokens' keys or values [batch, kv_heads, tokens, head_dim] to their slots, and report them."""
-        buffer = self.cache.by_tap()[tap]
+        buffer = self.cache.at(tap)
         rows, slots = torch.arange(new.shape[0])[:, None], self.step.cache_lengths[:, None] + torch.arange(new.shape[2])
         buffer[rows, :, slots] = new.transpose(1, 2).to(buffer.dtype)
         self.deliver(tap, buffer)

@@ -21,7 +21,7 @@ Case = tuple[str, str, str | None]
 
 def check_junit(path: Path) -> None:
     """Raise LogitLockError if `write_junit` cannot write there."""
-    check_file_output(path, _WHAT, _MARK.encode())
+    check_file_output(path, _WHAT, _MARK)
 
 
 def write_junit(cases: Iterable[Case], path: Path) -> None:

@@ -26,7 +26,7 @@ _MARK = '<meta name="generator" content="LogitLock">'
 def check_report(path: Path) -> None:
     """Raise LogitLockError if `write_report` would: plotly is not installed, or `path` cannot be written."""
     _plotly_js()
-    check_file_output(path, "report", _MARK.encode())
+    check_file_output(path, "report", _MARK)
 
 
 def write_report(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from export.precision import SCHEMES
-from export.progress import Progress
+from export.progress import Progress, silent
 from export.quantization.checkpoint import CheckpointWriter, write_folded
 from export.quantization.data import CalibrationData, calibration_data
 from export.quantization.fold import Site, input_tap
@@ -90,7 +90,7 @@ def quantize_model(
     with write_directory(output, "checkpoint") as draft:
         writer = CheckpointWriter(source, draft, quantization, Storage(layout=layout))
         with torch.no_grad():
-            run = _BlockQuantizer(source, quantization, method, device, progress or (lambda what, done, total: None))
+            run = _BlockQuantizer(source, quantization, method, device, progress or silent)
             reports = run.quantize(writer, data)
         writer.finish(
             {

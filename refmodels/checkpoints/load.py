@@ -179,7 +179,7 @@ def with_directory(source: ModelSource, directory: Path) -> ModelSource:
     where = directory / "config.json"
     config = {**read_json(where), "model_type": source.config["model_type"]}
     plain, beside = replace(source.spec, quantization=None), Beside(directory)
-    said = said_of_quantization(config, str(where), beside, lambda: beside.tensors)
+    said = said_of_quantization(config, str(where), beside)
     found = None
     if said is not None:
         modules = upstream_modules(plain, source.family)

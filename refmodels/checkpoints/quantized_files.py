@@ -6,7 +6,7 @@ quant_config.json before that, AutoAWQ with other names of the keys, and some ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from refmodels.checkpoints.beside import Beside
@@ -32,16 +32,13 @@ BITSANDBYTES = (".absmax", ".quant_map", ".nested_absmax", ".SCB", ".quant_state
 """Ends of the names of bitsandbytes' tensors."""
 
 
-def said_of_quantization(
-    config: Mapping[str, Any], where: str, beside: Beside, tensors: Callable[[], Collection[str]]
-) -> tuple[dict[str, Any], str] | None:
+def said_of_quantization(config: Mapping[str, Any], where: str, beside: Beside) -> tuple[dict[str, Any], str] | None:
     """The quantization, with a quant_method and keys as in `quantization_config`, and the place's name for errors.
 
     Args:
         config: the parsed config.json.
         where: how errors name it.
-        beside: the files beside it.
-        tensors: names of the checkpoint's tensors; called only if nothing else tells the method.
+        beside: the files beside it; the weight files are looked at only if nothing else tells the method.
     Raises:
         LogitLockError: bitsandbytes, or no method and nothing that tells it.
     """
@@ -58,17 +55,17 @@ def said_of_quantization(
         return None
     found = {_ALIASES.get(key, key): value for key, value in as_object(said, place).items()}
     method = found.get("quant_method")
-    found["quant_method"] = _told(said, tensors, place) if method is None else method
+    found["quant_method"] = _told(said, beside, place) if method is None else method
     if found["quant_method"] == "bitsandbytes":
         raise bitsandbytes(place)
     return found, place
 
 
-def _told(said: Mapping[str, Any], tensors: Callable[[], Collection[str]], place: str) -> str:
+def _told(said: Mapping[str, Any], beside: Beside, place: str) -> str:
     for method, keys in _MARKS.items():
         if any(said.get(key) is not None for key in keys):
             return method
-    names = tensors()
+    names = beside.tensors
     for suffix, method in _SUFFIXES.items():
         if any(name.endswith(f".{suffix}") for name in names):
             return method

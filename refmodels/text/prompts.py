@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,17 +69,19 @@ def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat:
     """
     defaults = generation_defaults(directory)
     stops = list(defaults.eos)
-    for stop in stops:
-        if stop >= spec.vocab_size:
-            raise LogitLockError(
-                f"{defaults.eos_file}: eos_token_id is {stop}; the model has the token ids from 0 to "
-                f"{spec.vocab_size - 1}"
-            )
+    check_token_ids(stops, spec, f"{defaults.eos_file}: eos_token_id")
     if not stops and tokenizer.special.eos is not None:
         stops.append(tokenizer.special.eos)
     if chat:
         stops += chat_stop_ids(spec.chat_format, tokenizer)
     return tuple(dict.fromkeys(stops))
+
+
+def check_token_ids(ids: Iterable[int], spec: ModelSpec, what: str) -> None:
+    """Raises LogitLockError, which begins with `what`, for an id that the model's vocabulary does not have."""
+    for number in ids:
+        if number >= spec.vocab_size:
+            raise LogitLockError(f"{what} is {number}; the model has the token ids from 0 to {spec.vocab_size - 1}")
 
 
 def read_prompts(texts: Sequence[str] | None, file: Path | None) -> list[str]:

@@ -85,7 +85,7 @@ def test_text(tmp_path: Path) -> None:
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 255)
     write_text(path, "old", "report", "old")
-    with pytest.raises(KeyError), write_file(path, "report", b"old") as temporary:
+    with pytest.raises(KeyError), write_file(path, "report", "old") as temporary:
         temporary.write_text("half")
         raise KeyError
     assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
