@@ -370,8 +370,8 @@ class DiffResult:
             raise LogitLockError(f"{where} lacks the object 'settings'")
         own = {name: value for name, value in settings.items() if name in _SETTINGS}
         context = {name: value for name, value in settings.items() if name not in _SETTINGS}
-        # Derived from the rest.
-        derived = ("schema", "settings", "first_wrong_tap", "other")
+        # Derived from the rest, or of an earlier diff.
+        derived = ("schema", "settings", "first_wrong_tap", "other", "baseline")
         record = {name: value for name, value in document.items() if name not in derived} | own | {"context": context}
         if isinstance(tokens := record.get("logit_tokens"), list):
             record["logit_tokens"] = [

@@ -44,12 +44,12 @@ def write_report(
         path: the file; it is overwritten.
         drift: a drift result of the same engine, to show as well.
         command: the command that was run, so that the reader can repeat it.
-        environment: names and values to show; None: versions and machine of this process.
+        environment: names and values to show; None: those of the result, or else versions and machine of this process.
     Raises:
         LogitLockError: plotly is not installed, or the file cannot be written.
     """
     check_report(path)
-    text = _page(result, drift, command, here() if environment is None else environment)
+    text = _page(result, drift, command, (result.environment or here()) if environment is None else environment)
     write_text(path, text, "report", _MARK)
 
 

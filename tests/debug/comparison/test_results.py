@@ -129,8 +129,13 @@ def test_baseline_is_shown_and_in_the_json(aligned: DiffResult, diverged: DiffRe
     arguments = ("diff", "reference:fp16", "--model", CASE, "--steps", 2, "--baseline", file)
     shown = logitlock(*arguments)
     assert shown.code == 0 and "fixed" in shown.out and "nonfinite -> aligned" in shown.out
-    kinds = {c["tap"]: c["kind"] for c in json.loads(logitlock(*arguments, "--json").out)["baseline"]["taps"]}
+    again = json.loads(logitlock(*arguments, "--json").out)
+    kinds = {c["tap"]: c["kind"] for c in again["baseline"]["taps"]}
     assert kinds["blocks.1.attn.qkv"] == kinds["logits"] == "fixed"
+    # That output is the next baseline.
+    file.write_text(json.dumps(again), encoding="utf-8")
+    later = logitlock(*arguments)
+    assert later.code == 0 and "no tap changed" in later.out, later.err
 
 
 def test_junit_has_a_case_per_tap(aligned: DiffResult, diverged: DiffResult, tmp_path: Path) -> None:

@@ -150,6 +150,12 @@ def page_of(result: DiffResult, tmp_path: Path, **options: Any) -> Page:
     return page
 
 
+def test_the_environment_is_that_of_the_result(aligned: DiffResult, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_report(dataclasses.replace(aligned, environment={"torch": "9.9.9+elsewhere"}), page)
+    assert "9.9.9+elsewhere" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("kind", quick_first(get_args(get_type_hints(Culprit)["kind"])))
 @pytest.mark.slow
 def test_every_kind_of_culprit_has_its_words(kind: Any, diverged: DiffResult, tmp_path: Path) -> None:
