@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
+# Many tests start a new Python: without its caches, each compiles the package and the rewritten tests again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo quick test lint fuzz docs notebooks clean
 
 # What a user has: the package alone.  torch comes first and by itself: a later, wider range would otherwise choose a
