@@ -34,6 +34,7 @@ from refmodels.checkpoints.load import (
 )
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
+from refmodels.files import copy_files
 from refmodels.options import with_fields
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import tap_names
@@ -111,7 +112,7 @@ def export_model(
             checkpoint = quantize_model(source, draft.directory / QUANTIZED_NAME, quantize, progress=progress)
             source = with_directory(source, checkpoint)
         identity = None if options.random_weights else pool.submit(checkpoint_hash, source)
-        draft.copy(path for name in ("config.json", *COMPANION_FILES) if (path := source.directory / name).is_file())
+        copy_files(source.directory, draft.directory, ("config.json", *COMPANION_FILES))
         if options.random_weights:
             tensors = random_parameters(spec, dtype=DTYPES[dtype])
         else:

@@ -20,7 +20,7 @@ import socket
 import stat
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,16 @@ def _put(temporary: Path, output: Path, what: str, *, overwrite: bool) -> None:
     if old is not None:
         shutil.rmtree(old)
     sync(output.parent)
+
+
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of a directory that match any pattern, such as "*.json" or "folder/*.txt", to the same place in
+    another one."""
+    for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def temporary_beside(target: Path) -> Path:

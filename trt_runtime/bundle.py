@@ -11,8 +11,7 @@ import functools
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -155,11 +154,6 @@ class BundleDraft:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.finished = False
-
-    def copy(self, files: Iterable[Path]) -> None:
-        """Copy files (tokenizer, config.json, ...) under their own names."""
-        for path in files:
-            shutil.copyfile(path, self.directory / path.name)
 
     def finish(self, info: BundleInfo) -> None:
         """Hash every file and write bundle.json."""

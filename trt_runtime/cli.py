@@ -22,7 +22,7 @@ from refmodels.options import check_device
 from refmodels.text.generation_defaults import GenerationDefaults, generation_defaults
 from refmodels.text.prompts import check_token_ids, prompt_ids, read_prompts, stop_ids_in
 from trt_runtime.engine import Engine
-from trt_runtime.generation import GenerationConfig, check_prompts
+from trt_runtime.generation import MAX_NEW_TOKENS, GenerationConfig, check_prompts
 from trt_runtime.generation import generate as run_generation
 from trt_runtime.inspect_bundle import inspect_bundle
 from trt_runtime.open import EngineChoice, open_engine
@@ -47,7 +47,10 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option(help="Put each prompt into the model's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system message, before the prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per prompt.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Maximum number of new tokens per prompt.", show_default=_OF_MODEL.format(MAX_NEW_TOKENS)),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(help="Sampling temperature; 0 takes the most likely token.", show_default=_OF_MODEL.format(0)),
@@ -76,8 +79,8 @@ def generate(
         bool,
         typer.Option(
             "--no-generation-config",
-            help="Leave out the sampling and the repetition penalty of the model's generation_config.json; its stop "
-            "ids stay.",
+            help="Leave out the sampling, the repetition penalty and the number of new tokens of the model's "
+            "generation_config.json; its stop ids stay.",
         ),
     ] = False,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text, which is cut off; repeatable.")] = None,
@@ -122,8 +125,10 @@ def generate(
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
     }
-    config = GenerationConfig(max_new_tokens=max_new_tokens, stop_strings=tuple(stop or ()))
     # From the options alone, before a model is opened.
+    config = GenerationConfig(
+        max_new_tokens=MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens, stop_strings=tuple(stop or ())
+    )
     Sampling(**{"temperature": 1.0, **{name: value for name, value in asked.items() if value is not None}})
     prompts = read_prompts(prompt, prompt_file)
     if not prompts:
@@ -153,6 +158,10 @@ def generate(
     defaults = GenerationDefaults() if no_generation_config else generation_defaults(directory)
     sampling = sampling_of(defaults, **asked, seed=seed)
     config = dataclasses.replace(config, stop_ids=stops, sampling=sampling)
+    length = ""
+    if max_new_tokens is None and defaults.file is not None and defaults.max_new_tokens is not None:
+        config = dataclasses.replace(config, max_new_tokens=defaults.max_new_tokens)
+        length = f"; at most {config.max_new_tokens} new tokens ({defaults.file.name})"
     ids = [prompt_ids(text, executor.spec, tokenizer, chat=chat, system=system) for text in prompts]
     check_prompts(executor, ids)
     own = [name for name in asked if asked[name] is None and getattr(sampling, name) != getattr(Sampling(), name)]
@@ -160,7 +169,7 @@ def generate(
     live = stream and len(prompts) == 1 and not json_output
     if not json_output and LOGGER.isEnabledFor(logging.WARNING):
         print(f"engine: {executor.arithmetic}", file=sys.stderr)
-        print(f"sampling: {sampling.describe()}{origin}; stop ids: {_numbers(stops)}", file=sys.stderr)
+        print(f"sampling: {sampling.describe()}{origin}; stop ids: {_numbers(stops)}{length}", file=sys.stderr)
     results = run_generation(
         executor, tokenizer, ids, config, on_text=(lambda _, text: print(text, end="", flush=True)) if live else None
     )

@@ -20,6 +20,10 @@ TextCallback = Callable[[int, str], None]
 """Called with (row, piece of text); the pieces of a row, joined, are its text."""
 
 
+MAX_NEW_TOKENS = 128
+"""New tokens per row where neither the user nor the model says how many."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Options of generation.
@@ -32,7 +36,7 @@ class GenerationConfig:
         prefill_chunk: number of tokens per chunk of a prompt; None: the whole prompt at once.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = MAX_NEW_TOKENS
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: Collection[int] = ()
     stop_strings: Sequence[str] = ()

@@ -35,7 +35,6 @@ from export.quantization.method import (
 from export.quantization.schemes import QuantizeOptions, plan_of, quantization_of
 from refmodels.cache import KVCache, StepInputs
 from refmodels.checkpoints.load import (
-    COMPANION_FILES,
     ModelSource,
     checkpoint_hash,
     empty_decoder,
@@ -104,7 +103,6 @@ def quantize_model(
                 "calibration": run.data_used,
                 "layers": reports,
             },
-            (path for name in COMPANION_FILES if (path := source.directory / name).is_file()),
         )
         write_folded(draft, run.folded)
     return output

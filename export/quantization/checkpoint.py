@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from refmodels.checkpoints.load import ModelSource, match_names, upstream_modules
+from refmodels.checkpoints.load import COMPANION_FILES, ModelSource, match_names, upstream_modules
 from refmodels.checkpoints.quantized_config import modelopt_file, write_config
 from refmodels.checkpoints.quantized_files import MODELOPT_NAME
 from refmodels.checkpoints.quantized_layouts import Storage
@@ -22,6 +22,7 @@ from refmodels.checkpoints.quantized_reader import QuantizedReader
 from refmodels.checkpoints.shards import WeightFiles
 from refmodels.checkpoints.weights import Part, to_checkpoint
 from refmodels.errors import LogitLockError
+from refmodels.files import copy_files
 from refmodels.quantization.arithmetic import QuantizedWeight
 from refmodels.quantization.formats import QuantizationSpec
 
@@ -91,7 +92,7 @@ class CheckpointWriter:
         for name, tensor in to_checkpoint(changed, floats).items():
             self._put(name, tensor)
 
-    def finish(self, provenance: Mapping[str, Any], copied: Iterable[Path]) -> None:
+    def finish(self, provenance: Mapping[str, Any]) -> None:
         """Write the unchanged parameters, the index, config.json, the provenance, and copies of other files."""
         for name, tensor in self.stored.items():
             if name not in self._written and not self.reader.replaces(name):
@@ -105,8 +106,7 @@ class CheckpointWriter:
             content = {"producer": producer, "quantization": modelopt_file(self.config)}
             _write_json(self.directory / MODELOPT_NAME, content)
         _write_json(self.directory / PROVENANCE_NAME, dict(provenance))
-        for path in copied:
-            (self.directory / path.name).write_bytes(path.read_bytes())
+        copy_files(self.source.directory, self.directory, COMPANION_FILES)
 
     def _check_shared(self) -> None:
         """Layers that share a module of the checkpoint must have one format."""

@@ -36,7 +36,7 @@ from refmodels.model import Decoder
 from refmodels.notices import say_once
 from refmodels.path_kinds import hint
 from refmodels.spec import ModelSpec, Numerics
-from refmodels.text.chat_template import TEMPLATE_FILE
+from refmodels.text.chat_template import MORE_TEMPLATES, TEMPLATE_FILE
 
 if TYPE_CHECKING:
     from refmodels.text.tokenizer import Tokenizer
@@ -52,9 +52,10 @@ COMPANION_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
     TEMPLATE_FILE,
+    MORE_TEMPLATES,
     MODELOPT_NAME,
 )
-"""Files beside config.json and the weights that belong into a bundle or a copy of a model."""
+"""Patterns of the files beside config.json and the weights that belong into a bundle or a copy of a model."""
 
 TOYS = Path(__file__).parents[1] / "toys"
 _PREFIXES = ("transformer.", "model.")

@@ -20,7 +20,7 @@ from refmodels.errors import LogitLockError
 from refmodels.files import read_text
 
 TEMPLATE_FILE = "chat_template.jinja"
-_MORE = "additional_chat_templates"
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _STEPS, _SECONDS, _LENGTH = 200_000, 10.0, 1 << 26
 """Limits of one rendering: rounds of loops and calls of macros, time, and characters or items of any one value."""
@@ -83,7 +83,7 @@ def read_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | N
         LogitLockError: chat_template is neither a text nor a list of objects with name and template.
     """
     files = {"default": folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
-    files |= {file.stem: file for file in sorted((folder / _MORE).glob("*.jinja"))}
+    files |= {file.stem: file for file in sorted(folder.glob(MORE_TEMPLATES))}
     where, said = folder / "tokenizer_config.json", settings.get("chat_template")
     if files:
         where, templates = next(iter(files.values())), {name: read_text(file) for name, file in files.items()}

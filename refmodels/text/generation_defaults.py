@@ -45,6 +45,7 @@ class GenerationDefaults:
         eos_file: which of the two says them.
         samples: do_sample.
         values: temperature, top_k, top_p and repetition_penalty, as far as they are given.
+        max_new_tokens: maximum number of new tokens; None: not given.
         unserved: the keys that change the result and are not served, with their values.
     """
 
@@ -53,6 +54,7 @@ class GenerationDefaults:
     eos_file: Path | None = None
     samples: bool = False
     values: Mapping[str, float] = field(default_factory=dict)
+    max_new_tokens: int | None = None
     unserved: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -91,6 +93,7 @@ def generation_defaults(directory: Path) -> GenerationDefaults:
             for key, kind in kinds.items()
             if content.get(key) is not None
         },
+        max_new_tokens=_most_new(content, file),
         unserved={
             key: content[key]
             for key, neutral in acting.items()
@@ -106,6 +109,13 @@ def _ids(content: Mapping[str, Any], file: Path) -> tuple[int, ...]:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise LogitLockError(f"{file}: eos_token_id is {declared!r}; it must be a token id or a list of them")
     return tuple(dict.fromkeys(values))
+
+
+def _most_new(content: Mapping[str, Any], file: Path) -> int | None:
+    value = content.get("max_new_tokens")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise LogitLockError(f"{file}: max_new_tokens is {value!r}; it must be an integer of at least 1")
+    return value
 
 
 def _number(value: object, kind: type[int] | type[float], where: str) -> float:

@@ -46,18 +46,23 @@ def prompt_ids(text: str, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool, 
     """The ids of a prompt, either bare or as the user's message in a chat, after a system message if one is given.
 
     Raises:
-        LogitLockError: a chat with a model that has no chat format, a system message without a chat, or a text that is
-            far longer than the model.
+        LogitLockError: a chat with a model that has no chat format, a system message without a chat, a text that is
+            far longer than the model, or a tokenizer whose ids the model's vocabulary does not have.
     """
     check_size(text, spec.max_positions, tokenizer.encode)
     if not chat:
         if system is not None:
             raise LogitLockError("a system message needs a chat: give --chat with --system")
-        return tokenizer.encode(text)
+        return _of_vocabulary(tokenizer.encode(text), spec)
     if spec.chat_format == "raw" and tokenizer.chat_template is None:
         raise LogitLockError(f"{spec.variant} has no chat format; leave --chat out")
     before = [] if system is None else [{"role": "system", "content": system}]
-    return chat_ids(spec.chat_format, tokenizer, [*before, {"role": "user", "content": text}])
+    return _of_vocabulary(chat_ids(spec.chat_format, tokenizer, [*before, {"role": "user", "content": text}]), spec)
+
+
+def _of_vocabulary(ids: list[int], spec: ModelSpec) -> list[int]:
+    check_token_ids(ids, spec, "the tokenizer is not of this model: one of the prompt's token ids")
+    return ids
 
 
 def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
@@ -74,6 +79,7 @@ def stop_ids_in(directory: Path, spec: ModelSpec, tokenizer: Tokenizer, *, chat:
         stops.append(tokenizer.special.eos)
     if chat:
         stops += chat_stop_ids(spec.chat_format, tokenizer)
+    check_token_ids(stops, spec, "the tokenizer is not of this model: one of the ids that end an answer")
     return tuple(dict.fromkeys(stops))
 
 

@@ -336,6 +336,18 @@ def test_progress_reaches_the_total(tmp_path: Path) -> None:
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
 
 
+def test_all_chat_templates_come_along(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", *read_case("qwen2_b1")[:2])
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(name)
+    bundle = export_model(model, precision="int8", output=tmp_path / "out")
+    for folder in (bundle, read_bundle(bundle).quantized_path):
+        assert folder is not None
+        for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+            assert (folder / name).read_text() == name
+
+
 def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
     config, tensors, _ = read_case("qwen2_b1")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5

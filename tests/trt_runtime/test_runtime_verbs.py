@@ -131,6 +131,12 @@ def test_generation_config_acts_and_is_said(tmp_path: Path, command: Command) ->
     code, _, said = command(*shared)
     assert code == 2 and "sets num_beams to 2, which is not supported: --no-generation-config" in said
     assert command(*shared, "--no-generation-config")[1] == plain
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2, "max_new_tokens": 3}')
+    code, text, said = command(*shared[:-2], "--json")
+    assert len(json.loads(text)["results"][0]["token_ids"]) == 3
+    assert "; at most 3 new tokens (generation_config.json)\n" in command(*shared[:-2])[2]
+    for more in (("--max-new-tokens", 5), ("--no-generation-config",)):
+        assert len(json.loads(command(*shared[:-2], "--json", *more)[1])["results"][0]["token_ids"]) > 3
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import refmodels
 from refmodels.errors import LogitLockError
 from refmodels.text.generation_defaults import generation_defaults
-from refmodels.text.prompts import stop_ids_in
+from refmodels.text.prompts import prompt_ids, stop_ids_in
 from tests.support.checkpoints import read_case, write_model
 from tests.support.marks import quick_first
 from tests.support.upstream import transformers_model
@@ -139,6 +140,27 @@ def test_what_changes_nothing_is_not_refused(tmp_path: Path) -> None:
     said = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_p": 0.1, "typical_p": 1.0, "max_new_tokens": 512}
     (tmp_path / "generation_config.json").write_text(json.dumps(said | {"bad_words_ids": None}))
     assert sampling_of(generation_defaults(tmp_path)) == Sampling()
+
+
+def test_the_number_of_new_tokens(tmp_path: Path) -> None:
+    assert generation_defaults(model(tmp_path, {"max_new_tokens": 512}, {})).max_new_tokens == 512
+    assert generation_defaults(model(tmp_path, {}, {})).max_new_tokens is None
+    for wrong in (0, "9", True, 2.5):
+        with pytest.raises(LogitLockError, match=r"max_new_tokens is .*; it must be an integer of at least 1"):
+            generation_defaults(model(tmp_path, {"max_new_tokens": wrong}, {}))
+
+
+def test_ids_of_another_models_tokenizer_are_refused(tmp_path: Path) -> None:
+    source = refmodels.resolve("qwen")
+    tokenizer = refmodels.load_tokenizer(source)
+    ids = prompt_ids("Sort: b a", source.spec, tokenizer, chat=False)
+    fits, smaller = (dataclasses.replace(source.spec, vocab_size=max(ids) + more) for more in (1, 0))
+    assert prompt_ids("Sort: b a", fits, tokenizer, chat=False) == ids
+    said = "the tokenizer is not of this model: one of the {} is "
+    with pytest.raises(LogitLockError, match=said.format("prompt's token ids")):
+        prompt_ids("Sort: b a", smaller, tokenizer, chat=False)
+    with pytest.raises(LogitLockError, match=said.format("ids that end an answer")):
+        stop_ids_in(tmp_path, dataclasses.replace(source.spec, vocab_size=2), tokenizer, chat=True)
 
 
 def test_a_stop_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
