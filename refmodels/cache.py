@@ -18,7 +18,7 @@ class StepInputs:
     """Tensors of one forward; the field names are the arguments of `Decoder.forward` and the inputs of the ONNX graph.
 
     input_ids [B, S]; cache_lengths [B]; attention_mask [B, T] with T = max(cache_lengths) + S, 1 where a slot holds a
-    real token; position_ids [B, S] unless the model has no positions; ntk_table [B] with dynamic NTK only;
+    real token; position_ids [B, S] unless the model has no positions; ntk_table [B] where the rope base grows only;
     logit_index [B, N]: which of the S tokens get logits.  All int64, on the CPU.  `new_mask` [B, S] bool tells the
     real tokens of this step.
     """
@@ -49,7 +49,7 @@ class KVCache:
 
     `key[i]`, `value[i]`: [batch, kv_heads, capacity, head_dim] of layer i; keys are stored rotated.  `lengths` [batch]:
     slots in use; `mask` [batch, capacity]: slots that hold a real token (False: padding or free); `ntk_table` [batch]:
-    the dynamic-NTK table that the row's prompt chose, which upstream hides in module state.  Metadata stay on the CPU.
+    the rope table of the row where the base grows, which upstream hides in module state.  Metadata stay on the CPU.
 
     Left pads occupy slots and are masked; trailing pads of a ragged batch do not advance the row, so the next tokens
     overwrite them.  A row without any real token in a step does not change.
@@ -165,11 +165,7 @@ class KVCache:
             positions = self.lengths[:, None] + steps
         else:
             positions = (real[:, None] + new.cumsum(1) - 1).clamp(min=0)
-        table = None
-        if self.spec.rope is not None and self.spec.rope.ntk_seq_length is not None:
-            totals = (new.sum(1) if prompt_lengths is None else prompt_lengths).tolist()
-            chosen = [ntk_table_index(int(n), self.spec.rope.ntk_seq_length) for n in totals]
-            table = torch.where(empty, torch.tensor(chosen, dtype=torch.int64), self.ntk_table)
+        wanted = new.sum(1) if prompt_lengths is None else prompt_lengths
         return StepInputs(
             input_ids=ids,
             cache_lengths=self.lengths.clone(),
@@ -177,8 +173,25 @@ class KVCache:
             logit_index=last_real(new)[:, None] if last_logits_only else steps.expand(self.batch, tokens).contiguous(),
             new_mask=new,
             position_ids=positions.contiguous() if self.spec.uses_position_ids else None,
-            ntk_table=table,
+            ntk_table=self._tables(wanted, empty, positions),
         )
+
+    def _tables(self, prompt_lengths: Tensor, empty: Tensor, positions: Tensor) -> Tensor | None:
+        """The rope table of each row, if the base grows.
+
+        Qwen's follows the prompt and stays.  The dynamic scaling of transformers takes the longest row of the batch at
+        every step and never shrinks (modeling_rope_utils.py 83-119 at 5.24.0); keys stay as they were rotated.
+        """
+        rope = self.spec.rope
+        if rope is None or not rope.grows:
+            return None
+        if rope.ntk_seq_length is not None:
+            chosen = torch.tensor([ntk_table_index(int(n), rope.ntk_seq_length) for n in prompt_lengths.tolist()])
+            return torch.where(empty, chosen, self.ntk_table)
+        assert rope.scaling is not None
+        longest = max([int(positions.max()) + 1, *prompt_lengths[empty].tolist()])
+        grown = [0, longest - rope.scaling.original_positions, *self.ntk_table[~empty].tolist()]
+        return torch.full((self.batch,), max(grown), dtype=torch.int64)
 
     def advance(self, step: StepInputs) -> None:
         """Commit a step that has run: its real tokens, and the pads before them, now occupy their slots."""

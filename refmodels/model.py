@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from refmodels.attention import AttentionFacts, AttentionInputs, Positions
 from refmodels.cache import KVCache, StepInputs
 from refmodels.errors import LogitLockError
-from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
+from refmodels.ops import (
+    by_head,
+    cached_attention,
+    fused_rms_norm,
+    heads_in_a_row,
+    join_qkv,
+    rope_rows,
+    select_tokens,
+    split_qkv,
+)
 from refmodels.positions import PositionTables, build_tables
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.recorder import active_recorder, tap
@@ -87,7 +96,7 @@ class Attention(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int, *, numerics: Numerics) -> None:
         super().__init__()
         a, h, path = spec.attention, spec.hidden_size, f"blocks.{layer}.attn"
-        self.layer = layer
+        self.layer, self.head_dim = layer, a.head_dim
         self.facts = AttentionFacts(
             heads=a.heads,
             kv_heads=a.kv_heads,
@@ -98,6 +107,11 @@ class Attention(nn.Module):
         )
         self.qkv = make_linear(spec, f"{path}.qkv", h, spec.qkv_width, bias=a.qkv_bias)
         self.out = make_linear(spec, f"{path}.out", a.heads * a.head_dim, h, bias=a.out_bias)
+        self.widths = (a.heads * a.head_dim, a.kv_heads * a.head_dim)
+        self.query_norm: nn.Module | None = None
+        self.key_norm: nn.Module | None = None
+        if a.head_norms:
+            self.query_norm, self.key_norm = (make_norm(a.head_dim, spec.norm) for _ in range(2))
         self.key_scale: nn.Parameter | None = None
         self.value_scale: nn.Parameter | None = None
         if spec.cache_code is not None:
@@ -111,10 +125,18 @@ class Attention(nn.Module):
         return tap(f"{block}.attn.out", self.out(tap(f"{block}.attn.context", context))), past
 
     def attend(self, qkv: Tensor, past: Past, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """`cached_attention` with this layer's facts: context, keys and values."""
+        """`cached_attention` with this layer's facts, on normalized heads: context, keys and values."""
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key, value = split_qkv(qkv, *self.widths)
+            query = self._normalized("query_norm", self.query_norm, query)
+            qkv = join_qkv(query, self._normalized("key_norm", self.key_norm, key), value)
         given = {**positions, "key_scale": self.key_scale, "value_scale": self.value_scale}
         key, value = past
         return cached_attention(AttentionInputs(qkv=qkv, key_cache=key, value_cache=value, **given), self.facts)
+
+    def _normalized(self, name: str, norm: nn.Module, x: Tensor) -> Tensor:
+        """Every head of x [batch, tokens, heads * head_dim], normalized."""
+        return tap(f"blocks.{self.layer}.attn.{name}", heads_in_a_row(norm(by_head(x, self.head_dim))))
 
 
 class Mlp(nn.Module):
@@ -139,7 +161,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); what is added is normalized as well if the spec says so."""
 
     def __init__(self, spec: ModelSpec, layer: int, *, numerics: Numerics) -> None:
         super().__init__()
@@ -148,12 +170,21 @@ class Block(nn.Module):
         self.attn = Attention(spec, layer, numerics=numerics)
         self.mlp_norm = make_norm(spec.hidden_size, spec.norm)
         self.mlp = Mlp(spec, f"{self.path}.mlp", stepwise=numerics == "upstream")
+        self.attn_post_norm: nn.Module | None = None
+        self.mlp_post_norm: nn.Module | None = None
+        if spec.sandwich_norms:
+            self.attn_post_norm, self.mlp_post_norm = (make_norm(spec.hidden_size, spec.norm) for _ in range(2))
 
     def forward(self, x: Tensor, past: Past, positions: Positions) -> tuple[Tensor, Past]:
         path = self.path
         attended, past = self.attn(tap(f"{path}.attn_norm", self.attn_norm(x)), past, positions)
+        if self.attn_post_norm is not None:
+            attended = tap(f"{path}.attn_post_norm", self.attn_post_norm(attended))
         x = tap(f"{path}.resid_mid", x + attended)
-        return tap(path, x + self.mlp(tap(f"{path}.mlp_norm", self.mlp_norm(x)))), past
+        added = self.mlp(tap(f"{path}.mlp_norm", self.mlp_norm(x)))
+        if self.mlp_post_norm is not None:
+            added = tap(f"{path}.mlp_post_norm", self.mlp_post_norm(added))
+        return tap(path, x + added), past
 
 
 class Decoder(nn.Module):

@@ -170,6 +170,28 @@ torch.library.register_fake(
 torch.library.register_fake("refmodels::cached_attention", _fake_attention, lib=_LIBRARY)
 
 
+def split_qkv(qkv: Tensor, query: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of qkv [batch, tokens, query + 2 * key], of these widths."""
+    queries, keys, values = qkv.split([query, key, key], -1)
+    return queries, keys, values
+
+
+def join_qkv(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The inverse of `split_qkv`."""
+    return torch.cat((query, key, value), -1)
+
+
+def by_head(x: Tensor, head_dim: int) -> Tensor:
+    """[batch, tokens, heads, head_dim] from x [batch, tokens, heads * head_dim]."""
+    heads: Tensor = x.unflatten(-1, (-1, head_dim))
+    return heads
+
+
+def heads_in_a_row(x: Tensor) -> Tensor:
+    """The inverse of `by_head`."""
+    return x.flatten(2)
+
+
 def rope_rows(position_ids: Tensor, ntk_table: Tensor, positions: int) -> Tensor:
     """Rows of the stacked NTK tables: [batch, tokens] from position_ids [batch, tokens] and ntk_table [batch]."""
     return position_ids + ntk_table[:, None] * positions

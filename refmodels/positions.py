@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from refmodels.dtypes import wide_dtype
-from refmodels.spec import ModelSpec, Numerics, RopeSpec
+from refmodels.spec import ModelSpec, Numerics, RopeScaling, RopeSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionTables:
     """Tables for positions (or slots) below `positions`; None if the model does not use the scheme.
 
-    rope_cos, rope_sin: [tables * positions, rope_dim / 2]; table t starts at row t * positions (dynamic NTK has one
-    table per factor, others have one).  logn: [positions].  alibi_slopes: [heads].
+    rope_cos, rope_sin: [tables * positions, rope_dim / 2]; table t starts at row t * positions (a base that grows has
+    one table per factor, others have one).  logn: [positions].  alibi_slopes: [heads].
     """
 
     positions: int
@@ -58,7 +58,7 @@ def rope_table(
 
     `exact`: fp64 arithmetic, rounded once to the wide dtype of `dtype`.  `upstream`: as `rope.table` says
     (modeling_qwen.py 1287-1308, modeling_baichuan.py 91-119, modeling_chatglm.py 121-152, transformers qwen2 86-126).
-    `alpha` is the dynamic-NTK factor: base * alpha ** (dim / (dim - 2)).
+    `alpha` is the dynamic-NTK factor: base * alpha ** (dim / (dim - 2)).  `rope.scaling`: see `inverse_frequencies`.
     """
     theta = rope.theta * alpha ** (rope.dim / (rope.dim - 2)) if alpha != 1.0 else rope.theta
     if numerics == "exact":
@@ -67,13 +67,59 @@ def rope_table(
         work = dtype
     else:
         work = wide_dtype(dtype)
-    inverse_frequency = 1.0 / (theta ** (torch.arange(0, rope.dim, 2, dtype=work) / rope.dim))
+    inverse_frequency = inverse_frequencies(rope, theta, work)
+    if numerics == "upstream" and rope.table == "working_frequencies":
+        inverse_frequency = inverse_frequency.to(dtype).to(work)
     index = torch.arange(positions, dtype=work)
     if rope.position_divisor != 1.0:
         index = index / rope.position_divisor
     angle = torch.outer(index, inverse_frequency)
     final = dtype if numerics == "upstream" and rope.table != "float32" else wide_dtype(dtype)
-    return angle.cos().to(final), angle.sin().to(final)
+    factor = 1.0 if rope.scaling is None else rope.scaling.attention_factor
+    return (angle.cos() * factor).to(final), (angle.sin() * factor).to(final)
+
+
+def inverse_frequencies(rope: RopeSpec, theta: float, dtype: torch.dtype) -> Tensor:
+    """Angle per position of each rotated pair [dim / 2], computed in `dtype`, with `rope.scaling` applied.
+
+    Source: transformers modeling_rope_utils.py at 5.24.0, _compute_linear_scaling_rope_parameters,
+    _compute_yarn_parameters and _compute_llama3_parameters, operation by operation.
+    """
+    frequency = theta ** (torch.arange(0, rope.dim, 2, dtype=dtype) / rope.dim)
+    scaling, inverse = rope.scaling, 1.0 / frequency
+    if scaling is None or scaling.kind == "dynamic":
+        return inverse
+    if scaling.kind == "linear":
+        return inverse / scaling.factor
+    if scaling.kind == "llama3":
+        return _llama3(scaling, inverse)
+    kept = 1 - _yarn_ramp(scaling, rope.dim, theta, dtype)
+    return 1.0 / (scaling.factor * frequency) * (1 - kept) + inverse * kept
+
+
+def _yarn_ramp(scaling: RopeScaling, dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """How far each pair is interpolated: 0 keeps its frequency, 1 divides it by the factor."""
+
+    def element(turns: float) -> float:
+        """The element that turns that often in the original length."""
+        return dim * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = element(scaling.beta_fast), element(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    # Upstream's way around a division by zero.
+    high += 0.001 if low == high else 0
+    return ((torch.arange(dim // 2, dtype=dtype) - low) / (high - low)).clamp(0, 1)
+
+
+def _llama3(scaling: RopeScaling, inverse: Tensor) -> Tensor:
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    original, wavelength = scaling.original_positions, 2 * math.pi / inverse
+    divided = torch.where(wavelength > original / low, inverse / scaling.factor, inverse)
+    smooth = (original / wavelength - low) / (high - low)
+    smoothed = (1 - smooth) * divided / scaling.factor + smooth * divided
+    return torch.where((wavelength < original / high) | (wavelength > original / low), divided, smoothed)
 
 
 def ntk_alpha(tokens: int, seq_length: int) -> float:
@@ -85,7 +131,11 @@ def ntk_alpha(tokens: int, seq_length: int) -> float:
 
 
 def ntk_alphas(rope: RopeSpec, positions: int) -> list[float]:
-    """The factors that prompts of at most `positions` tokens can get, one table each; [1.0] without NTK."""
+    """The factors that sequences of at most `positions` tokens can get, one table each; [1.0] if the base is fixed."""
+    scaling = rope.scaling
+    if scaling is not None and scaling.kind == "dynamic":
+        lengths = range(scaling.original_positions, max(positions, scaling.original_positions) + 1)
+        return [scaling.factor * n / scaling.original_positions - (scaling.factor - 1) for n in lengths]
     if rope.ntk_seq_length is None:
         return [1.0]
     return [float(2 ** (t + 1) - 1) for t in range(ntk_table_index(positions, rope.ntk_seq_length) + 1)]

@@ -26,7 +26,8 @@ MAX_POSITIONS = 1 << 30
 
 Numerics = Literal["exact", "upstream"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu"]
-RopeTable = Literal["float32", "working", "working_arithmetic"]
+RopeTable = Literal["float32", "working", "working_frequencies", "working_arithmetic"]
+RopeScalingKind = Literal["linear", "dynamic", "yarn", "llama3"]
 AttentionArithmetic = Literal[
     "exact",
     "sdpa",
@@ -48,13 +49,37 @@ class NormSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed for a longer context (transformers modeling_rope_utils.py, 5.24.0).
+
+    `kind` linear: all are divided by `factor`.  dynamic: the base grows with the longest sequence of the batch, at
+    every step beyond `original_positions`.  yarn (Peng et al., arXiv:2309.00071): pairs that turn less than `beta_slow`
+    times in `original_positions` are divided, those that turn more than `beta_fast` times are kept, those between are
+    interpolated, between whole elements if `truncate`.  llama3: the same by wavelength, between `original_positions` /
+    `low_frequency_factor` and / `high_frequency_factor`.  `attention_factor` multiplies cos and sin.
+    """
+
+    kind: RopeScalingKind
+    factor: float
+    original_positions: int
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RopeSpec:
     """Rotary position embedding of the first `dim` elements of each head (Su et al., arXiv:2104.09864).
 
     `interleaved` rotates pairs (0,1),(2,3)..; otherwise i with i + dim/2.  Positions are divided by
     `position_divisor` (linear interpolation).  `ntk_seq_length` switches Qwen's dynamic NTK on: the base grows with
-    the prompt length in multiples of it.  `table` says how upstream computes cos/sin: in fp32 ("float32"), in fp32
-    and then cast ("working"), or with the angles, too, computed in the working dtype ("working_arithmetic").
+    the prompt length in multiples of it.  `scaling`: the frequencies are changed for a longer context.  `table` says
+    how upstream computes cos/sin: in fp32 ("float32"), in fp32 and then cast ("working"), with the frequencies cast too
+    ("working_frequencies": transformers' own classes after `Module.to(dtype)`), or with the angles, too, computed in
+    the working dtype ("working_arithmetic").
     """
 
     dim: int
@@ -63,6 +88,12 @@ class RopeSpec:
     position_divisor: float = 1.0
     ntk_seq_length: int | None = None
     table: RopeTable = "float32"
+    scaling: RopeScaling | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Whether the base grows with the length: there is one table per factor, and each step selects one."""
+        return self.ntk_seq_length is not None or (self.scaling is not None and self.scaling.kind == "dynamic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +102,9 @@ class AttentionSpec:
 
     `scale_by_layer` divides the scale by (layer + 1) as well (GPT-2's scale_attn_by_inverse_layer_idx).  `window` keys,
     self included, are visible in layers >= `window_first_layer` that are not among `window_skips`.  `logn_seq_length`
-    switches Qwen's logn query scaling on.  `upstream_arithmetic` names upstream's implementation; see
+    switches Qwen's logn query scaling on.  `head_norms`: every query head and every key head is normalized before rope,
+    by the model's kind of norm with one weight for all query heads and one for all key heads (Qwen3).
+    `upstream_arithmetic` names upstream's implementation; see
     `refmodels.ops.cached_attention`.
     """
 
@@ -87,6 +120,7 @@ class AttentionSpec:
     window_first_layer: int = 0
     window_skips: tuple[int, ...] = ()
     logn_seq_length: int | None = None
+    head_norms: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +140,9 @@ class ModelSpec:
     `position`: "rope" (then `rope` is set), "alibi" or "learned".  `position_origin` says what position a token has
     under left padding: its index among the row's real tokens, or its cache slot (Qwen).  `max_positions` is the
     longest sequence (tokens) that the model's own configuration allows.  `head_normalized`: rows of the head are
-    divided by their L2 norm when the checkpoint is loaded (Baichuan2's NormHead).  `quantization`: the quantized
-    linear layers and cache; None: nothing is quantized.
+    divided by their L2 norm when the checkpoint is loaded (Baichuan2's NormHead).  `sandwich_norms`: the results of
+    attention and MLP are normalized too, before they are added to the residual stream (GLM-4-0414).  `quantization`:
+    the quantized linear layers and cache; None: nothing is quantized.
     """
 
     family: str
@@ -124,6 +159,7 @@ class ModelSpec:
     position_origin: Literal["token", "slot"] = "token"
     tied_head: bool = False
     head_normalized: bool = False
+    sandwich_norms: bool = False
     chat_format: str = "raw"
     quantization: QuantizationSpec | None = None
 
@@ -171,6 +207,35 @@ class ModelSpec:
                     f"spec of {self.variant}: {name} is {number}; it must be a finite number "
                     f"{'of at least' if zero else 'above'} 0"
                 )
+        if rope is not None and rope.scaling is not None:
+            self._check_scaling(rope, rope.scaling)
+
+    def _check_scaling(self, rope: RopeSpec, scaling: RopeScaling) -> None:
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        for name, number, most in (
+            ("factor", scaling.factor, math.inf),
+            ("attention_factor", scaling.attention_factor, math.inf),
+            ("original_positions", scaling.original_positions, MAX_POSITIONS),
+            ("beta_slow", scaling.beta_slow, math.inf),
+            ("beta_fast", scaling.beta_fast, math.inf),
+            ("low_frequency_factor", low, math.inf),
+        ):
+            if not (0 < number < math.inf and number <= most):
+                raise LogitLockError(
+                    f"spec of {self.variant}: rope.scaling.{name} is {number}; it must be a finite number above 0"
+                )
+        if scaling.kind == "llama3" and not low < high < math.inf:
+            raise LogitLockError(
+                f"spec of {self.variant}: rope.scaling.high_frequency_factor is {high}; it must be above "
+                f"low_frequency_factor, {low}"
+            )
+        if scaling.kind == "yarn" and rope.theta <= 1:
+            raise LogitLockError(f"spec of {self.variant}: rope.theta is {rope.theta}; YaRN needs one above 1")
+        if scaling.kind == "dynamic" and (scaling.factor < 1 or rope.dim <= 2 or rope.ntk_seq_length is not None):
+            raise LogitLockError(
+                f"spec of {self.variant}: dynamic rope.scaling needs a factor of at least 1, more than 2 rotated "
+                "elements and no ntk_seq_length"
+            )
 
     def scale(self, layer: int) -> float:
         """Factor on q.k in block `layer`."""
@@ -218,7 +283,7 @@ class ModelSpec:
 
     @property
     def uses_ntk(self) -> bool:
-        return self.rope is not None and self.rope.ntk_seq_length is not None
+        return self.rope is not None and self.rope.grows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `spec_from_dict` reads them back."""

@@ -73,7 +73,7 @@ def make_taps(spec: ModelSpec) -> dict[str, Tap]:
         block = "" if layer is None else f"blocks.{layer}."
         name, maker = ((block + own).removesuffix(".") for own in (part, part if module is None else module))
         if kind in ("linear", "norm"):
-            sums = (found[reads[0]].width,)
+            sums = sums or (found[reads[0]].width,)
         found[name] = Tap(
             name=name,
             layer=layer,
@@ -90,17 +90,25 @@ def make_taps(spec: ModelSpec) -> dict[str, Tap]:
     for i in range(spec.layers):
         norm = add(i, "attn_norm", "norm", [x], "tokens", hidden)
         qkv = add(i, "attn.qkv", "linear", [norm], "tokens", spec.qkv_width)
+        rows = [qkv]
+        if a.head_norms:
+            for part, heads in (("attn.query_norm", a.heads), ("attn.key_norm", a.kv_heads)):
+                rows.insert(-1, add(i, part, "norm", [qkv], "tokens", heads * a.head_dim, sums=(a.head_dim,)))
         for part in CACHE_PARTS:
-            add(i, part, "cache", [qkv], a.kv_heads, "capacity", a.head_dim, module="attn")
+            add(i, part, "cache", rows, a.kv_heads, "capacity", a.head_dim, module="attn")
         sums: tuple[int, Literal["slots"]] = (a.head_dim, "slots")
-        context = add(i, "attn.context", "attention", [qkv], "tokens", a.heads * a.head_dim, module="attn", sums=sums)
+        context = add(i, "attn.context", "attention", rows, "tokens", a.heads * a.head_dim, module="attn", sums=sums)
         out = add(i, "attn.out", "linear", [context], "tokens", hidden)
+        if spec.sandwich_norms:
+            out = add(i, "attn_post_norm", "norm", [out], "tokens", hidden)
         middle = add(i, "resid_mid", "residual", [x, out], "tokens", hidden, module="")
         norm = add(i, "mlp_norm", "norm", [middle], "tokens", hidden)
         gate = [add(i, "mlp.gate", "linear", [norm], "tokens", ffn)] if spec.mlp.gated else []
         up = add(i, "mlp.up", "linear", [norm], "tokens", ffn)
         act = add(i, "mlp.act", "activation", [*gate, up], "tokens", ffn, module="mlp")
         out = add(i, "mlp.out", "linear", [act], "tokens", hidden)
+        if spec.sandwich_norms:
+            out = add(i, "mlp_post_norm", "norm", [out], "tokens", hidden)
         x = add(i, "", "residual", [middle, out], "tokens", hidden)
     norm = add(None, "final_norm", "norm", [x], "logit_tokens", hidden)
     add(None, "logits", "linear", [norm], "logit_tokens", spec.vocab_size, module="head")

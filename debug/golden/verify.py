@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def verify_case(directory: str | Path, *, dtype: str = "fp32", atol: float | Non
 
     In half precision, the last bit is compared.  If this process has multiplied anything before, see
     `add_up_as_recorded`.  A CPU with fp16 instructions sums fp16 products in another order than a CPU without; cases
-    were recorded on both, and one of the two orders must give every bit.
+    were recorded on both, and one of the two orders must give every bit.  transformers keeps its rotary frequencies in
+    fp32 if it loads a model in a half dtype, and rounds them if a loaded model is cast; a case may be of either.
     """
     add_up_as_recorded()
     case = read_case(Path(directory), dtype)
@@ -86,10 +87,19 @@ def verify_case(directory: str | Path, *, dtype: str = "fp32", atol: float | Non
     with _threads(threads), torch.inference_mode():
         model = load(case.directory, dtype=DTYPES[dtype], numerics="upstream")
         found = _CaseComparison(case, model, dtype, atol).result()
-        if dtype != "fp16" or found.passed:
+        if dtype == "fp32" or found.passed:
             return found
-        with _SumsInFloat32():
-            again = _CaseComparison(case, model, dtype, atol).result()
+        if dtype == "fp16":
+            with _SumsInFloat32():
+                again = _CaseComparison(case, model, dtype, atol).result()
+            if again.passed:
+                return again
+        if model.spec.rope is None or model.spec.rope.table != "working":
+            return found
+        rope = replace(model.spec.rope, table="working_frequencies")
+        model = load(case.directory, dtype=DTYPES[dtype], numerics="upstream")
+        model.spec = replace(model.spec, rope=rope)
+        again = _CaseComparison(case, model, dtype, atol).result()
         return again if again.passed else found
 
 

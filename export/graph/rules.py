@@ -17,7 +17,16 @@ from export.graph.functions import inline
 from export.graph.lowering import Lowering, Rule, tap_of
 from refmodels.attention import AttentionFacts, AttentionInputs, inputs_of, node_attributes
 from refmodels.model import gelu_fast, gelu_new, quick_gelu
-from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
+from refmodels.ops import (
+    by_head,
+    cached_attention,
+    fused_rms_norm,
+    heads_in_a_row,
+    join_qkv,
+    rope_rows,
+    select_tokens,
+    split_qkv,
+)
 from refmodels.quantization.formats import LIMITS
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.recorder import tap
@@ -94,7 +103,7 @@ def attention(graph: Lowering, node: fx.Node) -> None:
 
 
 def getitem(graph: Lowering, node: fx.Node) -> None:
-    if node in graph.values:  # an output of cached_attention, named there
+    if node in graph.values:  # an output of cached_attention or split_qkv, named there
         return
     source, index = node.args
     assert isinstance(source, fx.Node)
@@ -115,6 +124,33 @@ def squeeze(graph: Lowering, node: fx.Node) -> None:
     axis = node.args[1]
     assert isinstance(axis, int)
     graph.emit("Squeeze", [graph.arg(node, 0, "self"), graph.constant(f"{name}.axis", [axis])], name)
+
+
+def lower_split_qkv(graph: Lowering, node: fx.Node) -> None:
+    parts = {u.args[1]: u for u in node.users}
+    named = [graph.define(parts[i], f"{label}_rows") for i, label in enumerate(("query", "key", "value"))]
+    query, key = node.args[1:]
+    assert isinstance(query, int) and isinstance(key, int)
+    widths = graph.constant(f"{named[0]}.widths", [query, key, key])
+    source = graph.arg(node, 0, "qkv")
+    graph.nodes.append(helper.make_node("Split", [source, widths], named, name=named[0], axis=-1))
+
+
+def lower_join_qkv(graph: Lowering, node: fx.Node) -> None:
+    rows = [graph.arg(node, i, name) for i, name in enumerate(("query", "key", "value"))]
+    graph.emit("Concat", rows, graph.define(node, "joined"), axis=-1)
+
+
+def lower_by_head(graph: Lowering, node: fx.Node) -> None:
+    head_dim = node.args[1]
+    assert isinstance(head_dim, int)
+    reshape(graph, node, "by_head", [0, 0, -1, head_dim])
+
+
+def reshape(graph: Lowering, node: fx.Node, label: str, shape: list[int]) -> None:
+    """0 keeps an axis, -1 stands for what is left."""
+    name = graph.define(node, label)
+    graph.emit("Reshape", [graph.arg(node, 0, "x"), graph.constant(f"{name}.shape", shape)], name)
 
 
 def tapped(graph: Lowering, node: fx.Node) -> None:
@@ -186,6 +222,10 @@ RULES: Mapping[Any, Rule] = {
     tap: tapped,
     rope_rows: lower_rope_rows,
     select_tokens: lower_select_tokens,
+    split_qkv: lower_split_qkv,
+    join_qkv: lower_join_qkv,
+    by_head: lower_by_head,
+    heads_in_a_row: lambda graph, node: reshape(graph, node, "rows", [0, 0, -1]),
     gelu_new: partial(stepwise_activation, op_type="GeluNew"),
     gelu_fast: partial(stepwise_activation, op_type="GeluFast"),
     quick_gelu: partial(stepwise_activation, op_type="QuickGelu"),

@@ -15,14 +15,26 @@ from refmodels.checkpoints.load import empty_decoder
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
 from refmodels.model import Decoder, gelu_fast, gelu_new, quick_gelu
-from refmodels.ops import cached_attention, fused_rms_norm, rope_rows, select_tokens
+from refmodels.ops import (
+    by_head,
+    cached_attention,
+    fused_rms_norm,
+    heads_in_a_row,
+    join_qkv,
+    rope_rows,
+    select_tokens,
+    split_qkv,
+)
 from refmodels.positions import build_tables
 from refmodels.quantization.linear import QuantizedLinear
 from refmodels.recorder import tap
 from refmodels.spec import ModelSpec, Numerics
 from trt_runtime.bundle import AttentionMode, Precision
 
-_LEAF_FUNCTIONS = (tap, cached_attention, fused_rms_norm, rope_rows, select_tokens, gelu_new, gelu_fast, quick_gelu)
+_LEAF_FUNCTIONS = (
+    *(tap, cached_attention, fused_rms_norm, rope_rows, select_tokens, gelu_new, gelu_fast, quick_gelu),
+    *(split_qkv, join_qkv, by_head, heads_in_a_row),
+)
 """Functions that the trace keeps as one node each."""
 
 

@@ -66,7 +66,9 @@ class Layout:
     """Module names of a checkpoint; those of a block are relative to `block`, which contains `{i}`.
 
     `qkv`: one fused module, or query and [key | value], or query, key and value.  `gate` and `up` may name one fused
-    module, [gate | up].  `conv1d`: linears are stored [in, out].  `fused_by_head`: see `Part.interleaved_heads`.
+    module, [gate | up].  `query_norm` and `key_norm` are the norms of heads, `attn_post_norm` and `mlp_post_norm` those
+    of what is added to the residual stream, in models that have them.  `conv1d`: linears are stored [in, out].
+    `fused_by_head`: see `Part.interleaved_heads`.
     """
 
     embed: str
@@ -81,6 +83,10 @@ class Layout:
     head: str
     gate: str | None = None
     position_embed: str | None = None
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    attn_post_norm: str = "post_self_attn_layernorm"
+    mlp_post_norm: str = "post_mlp_layernorm"
     conv1d: bool = False
     fused_by_head: bool = False
 
@@ -101,9 +107,9 @@ def weight_map(spec: ModelSpec, layout: Layout) -> WeightMap:
                 replace(part, name=f"{part.name}.bias", shape=shape) for part, shape in zip(parts, shapes, strict=True)
             )
 
-    def norm(parameter: str, name: str) -> None:
+    def norm(parameter: str, name: str, width: int = h) -> None:
         for suffix in ("weight", "bias") if spec.norm.kind == "layer" else ("weight",):
-            table[f"{parameter}.{suffix}"] = (Part(name=f"{name}.{suffix}", shape=(h,)),)
+            table[f"{parameter}.{suffix}"] = (Part(name=f"{name}.{suffix}", shape=(width,)),)
 
     table["embed.weight"] = (Part(name=f"{layout.embed}.weight", shape=(spec.vocab_size, h)),)
     if layout.position_embed is not None:
@@ -118,6 +124,9 @@ def weight_map(spec: ModelSpec, layout: Layout) -> WeightMap:
         ]
         norm(f"{ours}.attn_norm", f"{theirs}.{layout.attn_norm}")
         linear(f"{ours}.attn.qkv", qkv, bias=a.qkv_bias)
+        if a.head_norms:
+            norm(f"{ours}.attn.query_norm", f"{theirs}.{layout.query_norm}", a.head_dim)
+            norm(f"{ours}.attn.key_norm", f"{theirs}.{layout.key_norm}", a.head_dim)
         linear(f"{ours}.attn.out", [Part(name=f"{theirs}.{layout.attn_out}", shape=(h, query))], bias=a.out_bias)
         norm(f"{ours}.mlp_norm", f"{theirs}.{layout.mlp_norm}")
         up = Part(name=f"{theirs}.{layout.up}", shape=(ffn, h))
@@ -129,6 +138,9 @@ def weight_map(spec: ModelSpec, layout: Layout) -> WeightMap:
             linear(f"{ours}.mlp.gate", [gate], bias=spec.mlp.bias)
         linear(f"{ours}.mlp.up", [up], bias=spec.mlp.bias)
         linear(f"{ours}.mlp.out", [Part(name=f"{theirs}.{layout.mlp_out}", shape=(h, ffn))], bias=spec.mlp.bias)
+        if spec.sandwich_norms:
+            norm(f"{ours}.attn_post_norm", f"{theirs}.{layout.attn_post_norm}")
+            norm(f"{ours}.mlp_post_norm", f"{theirs}.{layout.mlp_post_norm}")
     norm("final_norm", layout.final_norm)
     if not spec.tied_head:
         table["head.weight"] = (Part(name=f"{layout.head}.weight", shape=(spec.vocab_size, h)),)

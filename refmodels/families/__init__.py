@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from refmodels.errors import LogitLockError
-from refmodels.families import baichuan, chatglm2, gpt, qwen
+from refmodels.families import baichuan, chatglm2, glm, gpt, llama, qwen
 from refmodels.families.config import Config, Family
 from refmodels.families.config_keys import refuse_others
 from refmodels.spec import ModelSpec
 
-FAMILIES: Mapping[str, Family] = {f.name: f for f in (chatglm2.FAMILY, baichuan.FAMILY, qwen.FAMILY, gpt.FAMILY)}
+FAMILIES: Mapping[str, Family] = {
+    f.name: f for f in (chatglm2.FAMILY, baichuan.FAMILY, qwen.FAMILY, gpt.FAMILY, llama.FAMILY, glm.FAMILY)
+}
 
 
 def model_type_of(config: Mapping[str, Any], where: str = "config.json") -> str:

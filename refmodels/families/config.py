@@ -153,20 +153,6 @@ class Config:
             )
         return _ACTIVATIONS[name]
 
-    def rope_theta(self, default: float) -> float:
-        """Base of the rotary embedding, from the old key or transformers 5's `rope_parameters`.
-
-        Raises:
-            LogitLockError: a rope type other than the default one.
-        """
-        # In transformers the older key wins.
-        nested = self.raw("rope_scaling") or self.raw("rope_parameters") or {}
-        kind = nested.get("rope_type", nested.get("type", "default")) if isinstance(nested, Mapping) else nested
-        if kind != "default":
-            raise LogitLockError(f"{self.where}: rope type {kind!r} is not supported; only 'default' is")
-        outside = self.get(float, "rope_theta", default=default)
-        return Config(nested, {}, f"{self.where}: rope_parameters").get(float, "rope_theta", default=outside)
-
     def divided(self, width: int, heads: int) -> int:
         if width % heads:
             raise LogitLockError(f"{self.where}: hidden size {width} is not a multiple of {heads} attention heads")

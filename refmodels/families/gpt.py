@@ -14,7 +14,8 @@ from dataclasses import replace
 from refmodels.checkpoints.weights import Layout
 from refmodels.errors import LogitLockError
 from refmodels.families.config import LLAMA_LAYOUT, Config, Family
-from refmodels.spec import AttentionArithmetic, AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from refmodels.families.rope import read_rope
+from refmodels.spec import AttentionArithmetic, AttentionSpec, MlpSpec, ModelSpec, NormSpec
 
 
 def _spec(config: Config) -> ModelSpec:
@@ -90,13 +91,14 @@ def _starcoder2(config: Config) -> ModelSpec:
     heads = config.get(int, "num_attention_heads")
     head_dim = config.get(int, "head_dim", default=config.divided(hidden, heads))
     bias = config.get(bool, "use_bias", default=True)
+    positions = config.get(int, "max_position_embeddings")
     return ModelSpec(
         family="gpt",
         variant="starcoder2",
         vocab_size=config.get(int, "vocab_size"),
         hidden_size=hidden,
         layers=config.get(int, "num_hidden_layers"),
-        max_positions=config.get(int, "max_position_embeddings"),
+        max_positions=positions,
         norm=NormSpec(kind="layer", eps=config.get(float, "norm_epsilon", default=1e-5)),
         attention=AttentionSpec(
             heads=heads,
@@ -115,7 +117,7 @@ def _starcoder2(config: Config) -> ModelSpec:
             bias=bias,
         ),
         position="rope",
-        rope=RopeSpec(dim=head_dim, theta=config.rope_theta(default=10000.0), table="working"),
+        rope=read_rope(config, head_dim=head_dim, positions=positions),
         tied_head=config.get(bool, "tie_word_embeddings", default=True),
     )
 

@@ -1,4 +1,4 @@
-"""Qwen v1 (1.8B, 7B, 14B, 72B; base and chat; both config generations) and Qwen2.
+"""Qwen v1 (1.8B, 7B, 14B, 72B; base and chat; both config generations), Qwen1.5 to Qwen3.
 
 Upstream of v1: modeling_qwen.py of Qwen/Qwen-7B (December 2023), and its first revision (August 2023), told apart by
 their config keys.
@@ -13,7 +13,7 @@ from refmodels.spec import AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
 
 def _spec(config: Config) -> ModelSpec:
-    return qwen2_spec(config) if config.data.get("model_type") == "qwen2" else _qwen1(config)
+    return _qwen1(config) if config.data.get("model_type") == "qwen" else qwen2_spec(config)
 
 
 def _qwen1(config: Config) -> ModelSpec:
@@ -79,10 +79,14 @@ _QWEN1 = Layout(
 
 FAMILY = Family(
     name="qwen",
-    model_types={"qwen": ("QWenLMHeadModel",), "qwen2": ("Qwen2ForCausalLM",)},
-    describes="Qwen 1.8B, 7B, 14B, 72B (dynamic NTK, logn), Qwen2",
+    model_types={
+        "qwen": ("QWenLMHeadModel",),
+        "qwen2": ("Qwen2ForCausalLM",),
+        "qwen3": ("Qwen3ForCausalLM",),
+    },
+    describes="Qwen 1.8B, 7B, 14B, 72B (dynamic NTK, logn), Qwen1.5, Qwen2, Qwen2.5, Qwen3 (dense)",
     spec=_spec,
-    layout=lambda spec: LLAMA_LAYOUT if spec.variant == "qwen2" else _QWEN1,
+    layout=lambda spec: _QWEN1 if spec.variant == "qwen" else LLAMA_LAYOUT,
     harmless=("softmax_in_fp32", "sliding_window"),
     ignored=(r".*rotary_emb\.inv_freq", r"transformer\.h\.\d+\.attn\.(bias|masked_bias|logn_tensor)"),
 )

@@ -1,47 +1,27 @@
-"""Qwen1.5, Qwen2 and Qwen2.5.  Upstream: transformers models/qwen2 (read at 5.24.0)."""
+"""Qwen1.5, Qwen2, Qwen2.5 and Qwen3.  Upstream: transformers models/qwen2 and models/qwen3 (read at 5.24.0)."""
 
 from __future__ import annotations
 
 from refmodels.errors import LogitLockError
 from refmodels.families.config import Config
-from refmodels.spec import MAX_LAYERS, AttentionSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from refmodels.families.llama import llama_spec
+from refmodels.spec import MAX_LAYERS, ModelSpec
 
 
 def qwen2_spec(config: Config) -> ModelSpec:
-    hidden = config.get(int, "hidden_size")
-    heads = config.get(int, "num_attention_heads")
-    head_dim = config.get(int, "head_dim", default=config.divided(hidden, heads))
-    layers = config.get(int, "num_hidden_layers", maximum=MAX_LAYERS)
-    window, limited = _windows(config, layers)
-    return ModelSpec(
+    window, limited = _windows(config, config.get(int, "num_hidden_layers", maximum=MAX_LAYERS))
+    third = config.data.get("model_type") == "qwen3"
+    bias = third and config.get(bool, "attention_bias", default=False)
+    return llama_spec(
+        config,
         family="qwen",
-        variant="qwen2",
-        vocab_size=config.get(int, "vocab_size"),
-        hidden_size=hidden,
-        layers=layers,
-        max_positions=config.get(int, "max_position_embeddings"),
-        norm=NormSpec(kind="rms", eps=config.get(float, "rms_norm_eps")),
-        attention=AttentionSpec(
-            heads=heads,
-            kv_heads=config.get(int, "num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            qkv_bias=True,
-            out_bias=False,
-            scale=head_dim**-0.5,
-            upstream_arithmetic="eager_multiply_float32",
-            window=window,
-            window_first_layer=min(limited, default=0),
-            window_skips=tuple(i for i in range(min(limited, default=layers), layers) if i not in limited),
-        ),
-        mlp=MlpSpec(
-            width=config.get(int, "intermediate_size"),
-            activation=config.activation("hidden_act"),
-            gated=True,
-            bias=False,
-        ),
-        position="rope",
-        rope=RopeSpec(dim=head_dim, theta=config.rope_theta(default=10000.0), table="working"),
-        tied_head=config.get(bool, "tie_word_embeddings", default=False),
+        variant="qwen3" if third else "qwen2",
+        qkv_bias=bias or not third,
+        out_bias=bias,
+        head_dim=128 if third else None,
+        head_norms=third,
+        window=window,
+        limited=limited,
         chat_format="qwen2",
     )
 

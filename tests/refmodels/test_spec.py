@@ -56,6 +56,9 @@ def test_real_vocabularies_decide_norm_head_and_others_must_say() -> None:
         spec_from_config(config)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
@@ -65,10 +68,30 @@ def test_real_vocabularies_decide_norm_head_and_others_must_say() -> None:
         ("qwen2", {"num_hidden_layers": 2**63}, "num_hidden_layers is 9223372036854775808; it must be at most 10000"),
         ("qwen2", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a finite number"),
         ("qwen", {"rotary_pct": float("inf")}, "rotary_pct is inf; it must be a finite number"),
-        ("qwen", {"model_type": "llama"}, "unknown model_type 'llama'"),
+        ("qwen", {"model_type": "mpt"}, "unknown model_type 'mpt'"),
         ("qwen", {"model_type": None, "architectures": None}, "no model_type"),
         ("qwen", {"use_cache_quantization": True}, "use_cache_quantization = True is not supported"),
-        ("qwen2", {"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported"),
+        (
+            "qwen2",
+            {"rope_scaling": {"type": "longrope"}},
+            "rope type 'longrope' is not supported; only default, linear",
+        ),
+        ("qwen2", {"rope_scaling": {"type": "linear"}}, "rope_scaling lacks the key 'factor'"),
+        ("qwen2", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope.scaling.factor is 0.0; it must be"),
+        ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "needs a factor of at least 1"),
+        (
+            "qwen2",
+            {"rope_scaling": {"rope_type": "default", "mrope_section": [2]}},
+            "mrope_section = .* is not supported",
+        ),
+        (
+            "qwen2",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1}}},
+            "rope_parameters differs by kind of layer",
+        ),
+        ("qwen2", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "it must be above low_frequency_factor, 1.0"),
+        ("qwen2", {"rope_theta": 1, "rope_scaling": {"type": "yarn"}}, "YaRN needs one above 1"),
+        ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported; only 1 is"),
         ("qwen2", {"hidden_act": "mish"}, "activation 'mish' is not supported"),
         ("qwen2", {"num_key_value_heads": 3}, "4 heads are not a multiple of 3 kv_heads"),
         ("chatglm2", {"rmsnorm": False}, "rmsnorm = False is not supported"),

@@ -46,7 +46,13 @@ def test_golden_configs_have_no_unknown_key(case: str) -> None:
     assert not sorted_keys(config, variant).unknown
 
 
-@pytest.mark.parametrize("name", ["Qwen2Config", "GPT2Config", "GPTBigCodeConfig", "Starcoder2Config"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Qwen2Config", "Qwen3Config", "GPT2Config", "GPTBigCodeConfig", "Starcoder2Config"),
+        *("LlamaConfig", "MistralConfig", "GlmConfig", "Glm4Config"),
+    ],
+)
 def test_what_transformers_saves_is_known(name: str) -> None:
     config = getattr(pytest.importorskip("transformers"), name)().to_dict()
     assert not sorted_keys(config).unknown
@@ -70,6 +76,15 @@ def test_unknown_keys_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "key7 and 3 more" in refmodels.resolve(tmp_path).warnings[0]
 
 
+def test_unknown_keys_of_rope_parameters_are_said() -> None:
+    config, _, _ = read_case("qwen2_b1")
+    read = Config(config | {"rope_scaling": {"type": "linear", "factor": 2.0, "frobnicate": 3}}, {}, "config.json")
+    read_spec(read)
+    assert read.warnings == [
+        "config.json: rope_scaling has keys that LogitLock does not know and leaves out: frobnicate"
+    ]
+
+
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
@@ -84,7 +99,7 @@ def test_unknown_keys_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFix
         ("gpt2_b1", {"pruned_heads": {"0": [1]}}, "pruned_heads = .* is not supported"),
         ("chatglm2_b1", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
         ("starcoder2_b1", {"norm_type": "rms_norm"}, "norm_type = 'rms_norm' is not supported"),
-        ("qwen2_b1", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        ("qwen2_b1", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope type 'longrope' is not supported"),
     ],
 )
 def test_what_changes_the_result_is_refused_by_name(case: str, change: dict[str, Any], message: str) -> None:
