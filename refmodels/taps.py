@@ -34,6 +34,7 @@ class Tap:
         module: the submodule of `Decoder` that makes it.
         reads: the taps that it is computed from, in the order of execution.  Token ids are not among them, nor is the
             cache as it was before the step.
+        columns: [start, stop) of the elements of the only tap that it reads; None: all of them.
         shape: dynamic axes are names: "batch", "tokens" (of the step), "logit_tokens" (tokens of the step that get
             logits), "capacity" (of the cache).
         sums: numbers of terms of the dot products that make it (of a norm: of its sum of squares); "slots" is the
@@ -48,6 +49,7 @@ class Tap:
     reads: tuple[str, ...]
     shape: tuple[int | str, ...]
     sums: tuple[int | Literal["slots"], ...] = ()
+    columns: tuple[int, int] | None = None
 
     @property
     def width(self) -> int:
@@ -68,6 +70,7 @@ def make_taps(spec: ModelSpec) -> dict[str, Tap]:
         *shape: int | str,
         module: str | None = None,
         sums: tuple[int | Literal["slots"], ...] = (),
+        columns: tuple[int, int] | None = None,
     ) -> str:
         """Enter a tap and return its name; `module` is its own name if not given, a name within the block if it is."""
         block = "" if layer is None else f"blocks.{layer}."
@@ -83,6 +86,7 @@ def make_taps(spec: ModelSpec) -> dict[str, Tap]:
             reads=tuple(reads),
             shape=("batch", *shape),
             sums=sums,
+            columns=columns,
         )
         return name
 
@@ -90,10 +94,12 @@ def make_taps(spec: ModelSpec) -> dict[str, Tap]:
     for i in range(spec.layers):
         norm = add(i, "attn_norm", "norm", [x], "tokens", hidden)
         qkv = add(i, "attn.qkv", "linear", [norm], "tokens", spec.qkv_width)
-        rows = [qkv]
-        if a.head_norms:
-            for part, heads in (("attn.query_norm", a.heads), ("attn.key_norm", a.kv_heads)):
-                rows.insert(-1, add(i, part, "norm", [qkv], "tokens", heads * a.head_dim, sums=(a.head_dim,)))
+        rows, start = [qkv], 0
+        for part, heads in (("attn.query_norm", a.heads), ("attn.key_norm", a.kv_heads)) if a.head_norms else ():
+            stop = start + heads * a.head_dim
+            columns = (start, stop)
+            rows.insert(-1, add(i, part, "norm", [qkv], "tokens", stop - start, sums=(a.head_dim,), columns=columns))
+            start = stop
         for part in CACHE_PARTS:
             add(i, part, "cache", rows, a.kv_heads, "capacity", a.head_dim, module="attn")
         sums: tuple[int, Literal["slots"]] = (a.head_dim, "slots")

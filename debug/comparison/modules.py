@@ -21,7 +21,7 @@ from debug.capture.capture import Forward
 from refmodels.attention import ATTENTION_INPUTS, AttentionFacts, AttentionInputs
 from refmodels.dtypes import wide_dtype
 from refmodels.model import Attention, Decoder, RmsNorm, activate
-from refmodels.ops import cached_attention, fused_rms_norm, select_tokens
+from refmodels.ops import by_head, cached_attention, fused_rms_norm, heads_in_a_row, join_qkv, select_tokens
 from refmodels.positions import ntk_alphas, rope_table
 from refmodels.quantization.arithmetic import quantize_groups, quantize_static
 from refmodels.quantization.formats import CODE_TYPES
@@ -117,7 +117,7 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
         # The final norm sees only the tokens whose logits are wanted.
         index = inputs.logit_index.to(decoder.device) if made.layer is None else None
         norm = decoder.get_submodule(made.module)
-        return make("norm", _norm, x=reads[0], index=index, **_norm_arguments(norm))
+        return make("norm", _norm, x=reads[0][..., slice(*made.columns or (None,))], index=index, **_norm_arguments(norm))
     if made.kind == "residual":
         trunk, branch = reads
         return make("residual", _residual, x=trunk, branch=branch, x_factor=1.0, branch_factor=1.0)
@@ -213,10 +213,11 @@ def _norm(
         x = select_tokens(x, index)
     if norm == "none":
         return x
+    x = by_head(x, len(weight))
     if norm == "layer":
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+        return heads_in_a_row(F.layer_norm(x, weight.shape, weight, bias, eps))
     y = fused_rms_norm(x, weight, eps=eps, weight_in_float=weight_in_float)
-    return y if bias is None else y + bias
+    return heads_in_a_row(y if bias is None else y + bias)
 
 
 def _residual(*, x: Tensor, branch: Tensor, x_factor: float, branch_factor: float) -> Tensor:
@@ -238,8 +239,12 @@ def _attention_arguments(decoder: Decoder, layer: int, part: str, forward: Forwa
     for name in ("key", "value"):
         before = forward.before[f"{path}.{name}"].to(device=device, dtype=stored)
         caches[f"{name}_cache"] = F.pad(before, (0, 0, 0, slots - before.shape[2]))
+    reads = spec.taps[f"{path}.attn.context"].reads
+    *normed, qkv = (forward.tensors[name].to(device=device, dtype=dtype) for name in reads)
+    if normed:
+        qkv = join_qkv(*normed, qkv[..., sum(attn.widths) :])
     given = AttentionInputs(
-        qkv=forward.tensors[f"{path}.attn.qkv"].to(device=device, dtype=dtype),
+        qkv=qkv,
         **caches,
         **decoder.positions_of(inputs),
         key_scale=attn.key_scale,

@@ -128,7 +128,7 @@ def squeeze(graph: Lowering, node: fx.Node) -> None:
 
 def lower_split_qkv(graph: Lowering, node: fx.Node) -> None:
     parts = {u.args[1]: u for u in node.users}
-    named = [graph.define(parts[i], f"{label}_rows") for i, label in enumerate(("query", "key", "value"))]
+    named = [graph.define(parts[i], f"{label}_to_norm") for i, label in enumerate(("query", "key", "value"))]
     query, key = node.args[1:]
     assert isinstance(query, int) and isinstance(key, int)
     widths = graph.constant(f"{named[0]}.widths", [query, key, key])
@@ -144,7 +144,7 @@ def lower_join_qkv(graph: Lowering, node: fx.Node) -> None:
 def lower_by_head(graph: Lowering, node: fx.Node) -> None:
     head_dim = node.args[1]
     assert isinstance(head_dim, int)
-    reshape(graph, node, "by_head", [0, 0, -1, head_dim])
+    reshape(graph, node, "heads_to_norm", [0, 0, -1, head_dim])
 
 
 def reshape(graph: Lowering, node: fx.Node, label: str, shape: list[int]) -> None:

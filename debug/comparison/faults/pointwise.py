@@ -12,6 +12,7 @@ from torch import Tensor
 from debug.comparison.faults.catalogue import ESTIMATED, Variants, fault
 from debug.comparison.faults.rotation import padding_before
 from debug.comparison.modules import Module
+from refmodels.ops import by_head
 
 # Norms
 
@@ -29,11 +30,13 @@ def norm_eps(m: Module, engine: Tensor) -> Variants:
 def _estimated_eps(m: Module, engine: Tensor) -> float | None:
     """The epsilon that explains the length of the engine's rows: y' = y sqrt((v + eps) / (v + eps'))."""
     bias = 0.0 if m["bias"] is None else m["bias"]
-    expected, engine = m() - bias, engine - bias
-    ratio = (engine * expected).sum(-1) / expected.square().sum(-1)
     x = m["x"]
     if m["index"] is not None:
         x = torch.take_along_dim(x, m["index"][:, :, None], 1)
+    # Heads that are normalized one by one are rows of their own.
+    x, expected, engine = (by_head(t, len(m["weight"])) for t in (x, m(), engine))
+    expected, engine = expected - bias, engine - bias
+    ratio = (engine * expected).sum(-1) / expected.square().sum(-1)
     spread = x.var(-1, unbiased=False) if m["norm"] == "layer" else x.square().mean(-1)
     found = (spread + m["eps"]) / ratio.square() - spread
     estimate = float(found.flatten().median())
@@ -47,7 +50,7 @@ def norm_weight(m: Module, _: Tensor) -> Variants:
     yield "1 added", {"weight": weight + 1}
     yield "1 subtracted", {"weight": weight - 1}
     for name, other in m.decoder.named_parameters():
-        if name.endswith("norm.weight") and other is not weight:
+        if name.endswith("norm.weight") and other is not weight and other.shape == weight.shape:
             yield f"that of {name}", {"weight": other}
 
 
