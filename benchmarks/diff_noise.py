@@ -20,7 +20,7 @@ import refmodels
 from debug.capture.prompts import random_prompts
 from debug.comparison.compare import MULTIPLE, diff_engine
 from export.bundle import export_model
-from refmodels.families import FAMILIES
+from refmodels.toys import TOYS
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
 
 RESULTS = Path(__file__).parent / "results" / "diff_noise.json"
@@ -62,7 +62,7 @@ def main() -> None:
     batches = parser.parse_args().batches
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as directory:
-        for model in FAMILIES:
+        for model in TOYS:
             for precision in ("fp32", "fp16", "bf16"):
                 for numerics in ("exact", "upstream"):
                     rows += measure(model, precision, numerics, batches, Path(directory))

@@ -35,11 +35,11 @@ from refmodels.checkpoints.load import (
     with_directory,
 )
 from refmodels.errors import LogitLockError, NoTokenizerError
-from refmodels.families import FAMILIES
 from refmodels.options import with_fields
 from refmodels.spec import ModelSpec, Numerics
 from refmodels.taps import is_cache_tap
 from refmodels.text.prompts import stop_ids_in
+from refmodels.toys import TOYS
 from trt_runtime.bundle import INFO_NAME, Bundle, read_bundle
 from trt_runtime.engine import Engine
 from trt_runtime.onnxruntime.engine import OnnxRuntimeEngine
@@ -309,7 +309,7 @@ def source_of(model: str | None, texts: Sequence[str]) -> ModelSource:
             said = bundle.info.model
         elif (path / "config.json").is_file():
             return resolve(path)
-        if said in FAMILIES or "/" in said:
+        if said in TOYS or "/" in said:
             return resolve(said)
         if said:
             near = (Path(), path.parent, path.parent.parent)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from refmodels import toys
 from refmodels.checkpoints.load import TOYS, parameter_shapes, resolve
 from refmodels.command import JsonFlag
 from refmodels.families import FAMILIES
@@ -32,7 +33,7 @@ def models(json_output: JsonFlag = False) -> None:
             f"{toy['parameters']:,} parameters, {toy['layers']} layers, vocabulary {toy['vocab_size']:,}, "
             f"{toy['max_positions']:,} positions"
             if toy
-            else "not in this installation",
+            else ("not in this installation" if row["name"] in toys.TOYS else "none"),
         )
     new_console().print(table)
 

@@ -117,7 +117,8 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
         # The final norm sees only the tokens whose logits are wanted.
         index = inputs.logit_index.to(decoder.device) if made.layer is None else None
         norm = decoder.get_submodule(made.module)
-        return make("norm", _norm, x=reads[0][..., slice(*made.columns or (None,))], index=index, **_norm_arguments(norm))
+        x = reads[0] if made.columns is None else reads[0][..., slice(*made.columns)]
+        return make("norm", _norm, x=x, index=index, **_norm_arguments(norm))
     if made.kind == "residual":
         trunk, branch = reads
         return make("residual", _residual, x=trunk, branch=branch, x_factor=1.0, branch_factor=1.0)

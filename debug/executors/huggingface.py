@@ -162,6 +162,9 @@ def places(spec: ModelSpec, layout: Layout) -> dict[str, Place]:
             found["embed"] = Place(modules=(theirs,), entering=True)
         found[f"{ours}.attn_norm"] = at(layout.attn_norm)
         found[f"{ours}.attn.qkv"] = at(*layout.qkv, by_head=layout.fused_by_head)
+        if spec.attention.head_norms:
+            found[f"{ours}.attn.query_norm"] = at(layout.query_norm)
+            found[f"{ours}.attn.key_norm"] = at(layout.key_norm)
         found[f"{ours}.attn.context"] = at(layout.attn_out, entering=True)
         found[f"{ours}.attn.out"] = at(layout.attn_out)
         found[f"{ours}.resid_mid"] = at(layout.mlp_norm, entering=True)
@@ -171,6 +174,9 @@ def places(spec: ModelSpec, layout: Layout) -> dict[str, Place]:
         found[f"{ours}.mlp.up"] = at(layout.up, half=1 if fused_mlp else None)
         found[f"{ours}.mlp.act"] = at(layout.mlp_out, entering=True)
         found[f"{ours}.mlp.out"] = at(layout.mlp_out)
+        if spec.sandwich_norms:
+            found[f"{ours}.attn_post_norm"] = at(layout.attn_post_norm)
+            found[f"{ours}.mlp_post_norm"] = at(layout.mlp_post_norm)
         found[ours] = Place(modules=(theirs,))
     return found | {"final_norm": Place(modules=(layout.final_norm,))}
 
@@ -311,6 +317,8 @@ class HuggingFaceEngine(Engine):
                 whole = whole.chunk(2, -1)[place.half]
             if place.by_head:
                 whole = regroup_heads(whole, self.spec.attention.heads)
+            # The norms of heads see [batch, tokens, heads, head_dim].
+            whole = whole.flatten(2)
             foreign.deliver(tap, foreign.logits_of(whole) if tap == "final_norm" else whole)
 
         return seen

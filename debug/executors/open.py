@@ -13,9 +13,9 @@ from debug.executors.golden import GoldenEngine
 from refmodels.checkpoints.load import ModelSource, load
 from refmodels.dtypes import DTYPES
 from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES
 from refmodels.path_kinds import hint
 from refmodels.spec import Numerics
+from refmodels.toys import TOYS
 from trt_runtime.engine import Engine
 from trt_runtime.open import open_engine
 from trt_runtime.torch_gpu.engine import TorchEngine
@@ -88,7 +88,7 @@ def open_executor(
         for path, parameters in ((text, []), (word, rest)):
             if form.word is None and form.matches(Path(path)):
                 return form.open([path, *parameters], options)
-    found = "; it is a model: name it with --model" if text in FAMILIES else hint(text)
+    found = "; it is a model: name it with --model" if text in TOYS else hint(text)
     raise LogitLockError(f"{text!r} names no executor; it must be one of {_forms()}{found}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from markdown_of import table
 
 import refmodels
-from refmodels.toys import toy_path
+from refmodels.toys import TOYS, toy_path
 
 DOCS = Path(__file__).parent.parent
 GOLDENS = DOCS.parent / "tests" / "goldens"
@@ -102,7 +102,7 @@ def rope_tables() -> str:
 
 def toys() -> str:
     """Exact match of the toys on held-out examples, from their reports."""
-    reports = {n: json.loads((toy_path(n) / "report.json").read_text(encoding="utf-8")) for n in refmodels.FAMILIES}
+    reports = {n: json.loads((toy_path(n) / "report.json").read_text(encoding="utf-8")) for n in TOYS}
     tasks = next(iter(reports.values()))["accuracy"]
     rows = [(task, *(f"{100 * report['accuracy'][task]:.1f}" for report in reports.values())) for task in tasks]
     return table(("task", *reports), rows)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from refmodels import toys
 from refmodels.checkpoints.beside import Beside
 from refmodels.checkpoints.quantized_config import read_config
 from refmodels.checkpoints.quantized_files import MODELOPT_NAME, bitsandbytes, of_bitsandbytes, said_of_quantization
@@ -28,7 +29,7 @@ from refmodels.checkpoints.shards import StoredTensor, WeightFiles
 from refmodels.checkpoints.weights import WeightMap
 from refmodels.dtypes import DTYPES, torch_name
 from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES, family_of, model_type_of, read_spec
+from refmodels.families import family_of, model_type_of, read_spec
 from refmodels.families.config import Config, Family
 from refmodels.families.config_keys import ConfigKeys, sort_keys
 from refmodels.json_records import read_json
@@ -200,7 +201,7 @@ def upstream_modules(spec: ModelSpec, family: Family) -> dict[str, tuple[str, ..
 
 
 def _find(model: str | Path) -> tuple[Path, str]:
-    if isinstance(model, str) and model in FAMILIES:
+    if isinstance(model, str) and model in toys.TOYS:
         toy = TOYS / model
         if not (toy / "config.json").is_file():
             raise LogitLockError(
@@ -216,7 +217,7 @@ def _find(model: str | Path) -> tuple[Path, str]:
         raise LogitLockError(f"{model} is a link that leads nowhere, or to itself")
     if isinstance(model, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
         raise LogitLockError(
-            f"there is no directory {str(model)!r}; a model is one of {', '.join(FAMILIES)}, a directory, or a hub id "
+            f"there is no directory {str(model)!r}; a model is one of {', '.join(toys.TOYS)}, a directory, or a hub id "
             "owner/name"
         )
     from refmodels.checkpoints.hub import download

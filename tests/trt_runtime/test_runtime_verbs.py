@@ -14,10 +14,10 @@ import pytest
 
 import refmodels
 from export.bundle import export_model
+from refmodels import toys
 from refmodels.checkpoints.load import TOYS, tokenizer_in
 from refmodels.command import main
 from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES
 from refmodels.spec import spec_from_dict
 from refmodels.text.prompts import stop_ids_in
 from tests.support.checkpoints import read_case, write_model
@@ -48,7 +48,7 @@ def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_model("qwen", precision="fp16", output=tmp_path_factory.mktemp("toy") / "qwen-fp16")
 
 
-@pytest.mark.parametrize("family", quick_first(FAMILIES))
+@pytest.mark.parametrize("family", quick_first(toys.TOYS))
 def test_greedy_tokens_of_fp32_engines_equal_the_references_on_every_toy(
     family: str, tmp_path: Path, command: Command
 ) -> None:

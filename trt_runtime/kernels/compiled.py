@@ -112,6 +112,7 @@ def _argument_types(launch: Launch) -> dict[str, str]:
 def needed_launches(spec: ModelSpec, dtype: ElementType, capability: int) -> list[Launch]:
     """One launch per kernel that the two operations of a model can need, at any shape, on `capability`."""
     found: list[Launch] = []
+    a = spec.attention
     if spec.norm.kind == "rms":
         plain = NormShape(
             rows=1,
@@ -124,7 +125,8 @@ def needed_launches(spec: ModelSpec, dtype: ElementType, capability: int) -> lis
         codes = {linear.input for linear in formats if linear.input_scale == "token"}
         for code in dict.fromkeys((None, *codes)):
             found += rms_norm.variants(replace(plain, quantized=code))
-    a = spec.attention
+        if a.head_norms:
+            found += rms_norm.variants(replace(plain, width=a.head_dim))
     longest = max(spec.max_positions, _LONG_CACHE)
     flags = shape_flags([row.name for row in inputs_of(spec) if row.tensorrt])
     for scale, window in sorted({(spec.scale(layer), spec.window(layer)) for layer in range(spec.layers)}):

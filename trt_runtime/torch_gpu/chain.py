@@ -131,6 +131,9 @@ def _block_chainable(block: Block) -> bool:
     attn, mlp = block.attn, block.mlp
     if not mlp.spec.gated or mlp.spec.activation != "silu" or not mergeable(mlp.gate, mlp.up):
         return False
+    # The kernel adds the residual to a linear layer's result, with no norm between.
+    if block.attn_post_norm is not None:
+        return False
     layers = (attn.qkv, attn.out, mlp.gate, mlp.out)
     return all(map(_norm_chainable, (block.attn_norm, block.mlp_norm))) and all(map(chainable, layers))
 

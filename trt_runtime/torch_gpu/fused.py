@@ -62,8 +62,8 @@ class FusedBlock(nn.Module):
         context, key, value = block.attn.attend(qkv, past, positions)
         if self.chain is not None and math.prod(hidden.shape[:-1]) == 1:
             return self.chain.run(context, hidden), (key, value)
-        hidden = self.out(context, residual=hidden)
-        return self.down(self._activated(hidden), residual=hidden), (key, value)
+        hidden = _added(self.out, context, block.attn_post_norm, hidden)
+        return _added(self.down, self._activated(hidden), block.mlp_post_norm, hidden), (key, value)
 
     def _activated(self, x: Tensor) -> Tensor:
         """The input of the MLP's last linear layer."""
@@ -190,6 +190,15 @@ def merged_gate_up(mlp: Mlp) -> FusedLinear | None:
     if isinstance(gate, FusedQuantizedLinear) and isinstance(up, FusedQuantizedLinear):
         return FusedQuantizedLinear(gate.linear, up.linear) if mergeable(gate.linear, up.linear) else None
     return None
+
+
+def _added(linear: FusedLinear, x: Tensor, norm: nn.Module | None, residual: Tensor) -> Tensor:
+    """residual + linear(x), in one kernel where there is one; or the result normalized before it is added."""
+    if norm is None:
+        summed: Tensor = linear(x, residual=residual)
+        return summed
+    normed: Tensor = norm(linear(x))
+    return residual + normed
 
 
 def _fused(linear: nn.Module) -> FusedLinear:

@@ -15,9 +15,9 @@ from debug.check.describe import check_model, rows
 from export.quantization.calibrate import quantize_model
 from export.quantization.data import calibration_data
 from export.quantization.schemes import QuantizeOptions
+from refmodels import toys
 from refmodels.checkpoints.load import TOYS
 from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES
 from refmodels.notices import say_once
 from tests.support.checkpoints import read_case, write_model
 from tests.support.command import logitlock
@@ -41,7 +41,7 @@ def toy(folder: Path, name: str = "qwen", **said: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", toys.TOYS)
 def test_toys_are_served_by_everything(name: str) -> None:
     found = check_model(name)
     assert not found["refused"] and found["family"] == name

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import refmodels
+from refmodels import toys
 from refmodels.checkpoints import load as checkpoint
 from refmodels.errors import LogitLockError
 from tests.support.checkpoints import read_case, write_index, write_model
@@ -319,11 +320,11 @@ def test_directories_that_are_no_models(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- toys and the hub
 
 
-def test_family_names_are_the_bundled_toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_toys_are_the_bundled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "TOYS", tmp_path)
     # A directory of that name in the working directory does not get in the way.
     monkeypatch.chdir(tmp_path)
-    for name in refmodels.FAMILIES:
+    for name in toys.TOYS:
         assert "toy" in refusal(name)
     config, tensors, _ = read_case("qwen_b1")
     write_model(tmp_path / "qwen", config, tensors)

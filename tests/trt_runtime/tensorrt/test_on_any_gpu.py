@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES
+from refmodels.toys import TOYS
 from tests.support.tensorrt_report import Row, check_engine, page
 from trt_runtime.bundle import AttentionMode, EngineInfo, Precision
 
@@ -59,7 +59,7 @@ def rows() -> Iterator[list[Row]]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TOYS)
 def test_an_engine_is_the_reference(
     family: str, attention: AttentionMode, precision: Precision, rows: list[Row], tmp_path: Path
 ) -> None:

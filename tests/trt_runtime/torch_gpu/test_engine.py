@@ -17,9 +17,9 @@ from debug.capture.prompts import random_prompts
 from debug.comparison.bounds import lower_bound
 from debug.comparison.compare import MULTIPLE, diff_engine
 from debug.comparison.results import verdict_line
+from refmodels import toys
 from refmodels.cache import KVCache
 from refmodels.errors import LogitLockError
-from refmodels.families import FAMILIES
 from refmodels.model import Decoder
 from tests.support.goldens import CASES, case_source, slow_but_two
 from tests.support.gpu import needs_gpu
@@ -37,7 +37,7 @@ from trt_runtime.torch_gpu.fused import FusedBlock
 from trt_runtime.torch_gpu.weight_storage import adjacent_view, make_adjacent
 
 # Some golden cases have a family's name.
-TOYS = {f"{family} toy": family for family in sorted(FAMILIES)}
+TOYS = {f"{toy} toy": toy for toy in sorted(toys.TOYS)}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # One case for each position scheme, mask form, head layout and kind of MLP.
 VARIED = ["chatglm2", "baichuan_13b", "baichuan2_7b", "qwen_ntk", "gpt2", "gpt_bigcode", "starcoder2_sliding", "qwen2"]
