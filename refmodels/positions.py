@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from refmodels.dtypes import wide_dtype
+from refmodels.errors import LogitLockError
 from refmodels.spec import ModelSpec, Numerics, RopeScaling, RopeSpec
+
+MOST_TABLE_BYTES = 256 << 20
+"""Memory of the tables of a base that grows with every position: a table for each length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +38,21 @@ class PositionTables:
 def build_tables(
     spec: ModelSpec, *, positions: int, numerics: Numerics, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PositionTables:
-    """Make the tables for a model that runs in `dtype`.  `positions` is the cache capacity (slots)."""
+    """Make the tables for a model that runs in `dtype`.  `positions` is the cache capacity (slots).
+
+    Raises:
+        LogitLockError: the base grows at every position, and the tables for so many would be larger than
+            `MOST_TABLE_BYTES`.
+    """
     cos = sin = logn = slopes = None
     if spec.rope is not None:
+        if spec.rope.scaling is not None and spec.rope.scaling.kind == "dynamic":
+            longest = longest_dynamic(spec.rope, positions)
+            if longest < positions:
+                raise LogitLockError(
+                    f"dynamic rope scaling has a table for each length above {spec.rope.scaling.original_positions}: "
+                    f"{spec.variant} is served with at most {longest} positions, not {positions}"
+                )
         pairs = [
             rope_table(spec.rope, positions=positions, alpha=alpha, numerics=numerics, dtype=dtype)
             for alpha in ntk_alphas(spec.rope, positions)
@@ -139,6 +155,16 @@ def ntk_alphas(rope: RopeSpec, positions: int) -> list[float]:
     if rope.ntk_seq_length is None:
         return [1.0]
     return [float(2 ** (t + 1) - 1) for t in range(ntk_table_index(positions, rope.ntk_seq_length) + 1)]
+
+
+def longest_dynamic(rope: RopeSpec, wanted: int) -> int:
+    """The most positions, up to `wanted`, whose fp32 tables of dynamic scaling fit in `MOST_TABLE_BYTES`."""
+    assert rope.scaling is not None
+    original = rope.scaling.original_positions
+    # Tables * positions * (cos and sin of dim / 2 elements in fp32): a quadratic inequality in the positions.
+    rows = MOST_TABLE_BYTES / (4 * rope.dim)
+    most = math.floor((original - 1 + math.sqrt((original - 1) ** 2 + 4 * rows)) / 2)
+    return min(wanted, max(most, original))
 
 
 def ntk_table_index(tokens: int, seq_length: int) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from refmodels.errors import LogitLockError
 from refmodels.families.config import LLAMA_LAYOUT, Config, Family
 from refmodels.families.rope import read_rope
+from refmodels.positions import longest_dynamic
 from refmodels.spec import MAX_LAYERS, AttentionSpec, MlpSpec, ModelSpec, NormSpec
 
 
@@ -49,9 +50,11 @@ def llama_spec(
     limited = range(layers) if limited is None else limited
     positions = config.get(int, "max_position_embeddings")
     rope = read_rope(config, head_dim=head_dim, positions=positions, rotated=rotated, interleaved=interleaved)
-    if rope.scaling is not None and rope.scaling.kind == "yarn":
-        # Model cards switch YaRN on without raising max_position_embeddings.
+    if rope.scaling is not None and rope.scaling.kind in ("yarn", "dynamic"):
+        # Model cards switch YaRN on without raising max_position_embeddings; for dynamic it is the original length.
         positions = max(positions, int(rope.scaling.factor * rope.scaling.original_positions))
+    if rope.scaling is not None and rope.scaling.kind == "dynamic":
+        positions = longest_dynamic(rope, positions)
     return ModelSpec(
         family=family,
         variant=variant,

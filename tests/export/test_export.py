@@ -186,7 +186,8 @@ def test_nodes_by_type(case: str) -> None:
     spec = source_of(case).spec
     graph = build_graph(spec, precision="fp16")
     counts = Counter(node.op_type for node in graph.model.graph.node if node.domain == "refmodels")
-    norms = {"FusedRmsNorm": 2 * spec.layers + 1} if spec.norm.kind == "rms" else {}
+    count = sum(tap.kind == "norm" for tap in spec.taps.values())
+    norms = {"FusedRmsNorm": count} if spec.norm.kind == "rms" else {}
     assert counts == {"CachedAttention": spec.layers, **norms}
     assert {f.name for f in graph.model.functions} == set(counts)
     for node in graph.model.graph.node:
