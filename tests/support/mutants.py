@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +41,10 @@ class Mutant:
     name: bool
 
 
-def run(model: str, precision: str, *, seed: int, steps: int = 3) -> Iterator[Mutant]:
-    """Every mutant of one model.  `model`: a golden case or a family name (its toy)."""
+def run(
+    model: str, precision: str, *, seed: int, steps: int = 3, only: Collection[str] | None = None
+) -> Iterator[Mutant]:
+    """The mutants of one model, all or some by name.  `model`: a golden case or a family name (its toy)."""
     source = case_source(model) if (GOLDENS / model).is_dir() else refmodels.resolve(model)
     spec = source.spec
     truth = refmodels.load(source, dtype=torch.float64)
@@ -67,6 +69,8 @@ def run(model: str, precision: str, *, seed: int, steps: int = 3) -> Iterator[Mu
                 found = [m for m in mutations(spec, layer) if m.name == name]
             planted.append((found[0], f"blocks.{layer}.{found[0].tap}".rstrip(".")))
         for number, (mutation, tap) in enumerate(planted):
+            if only is not None and mutation.name not in only:
+                continue
             broken = mutated(bundle, Path(directory) / str(number), mutation.apply)
             engine = OnnxRuntimeEngine(broken, emulate_rounding=True, threads=1)
             result = diff_engine(engine, truth, rounded, prompts, steps=steps)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -131,9 +132,9 @@ def _rotation(spec: ModelSpec, path: str) -> Found:
         attribute = next(a for a in node(model, turned).attribute if a.name == "interleaved")
         attribute.i = 1 - attribute.i
 
-    def other_tables(**facts: float) -> Fault:
+    def other_tables(**facts: Any) -> Fault:
         def fault(model: onnx.ModelProto) -> None:
-            other = dataclasses.replace(rope, **facts)  # type: ignore[arg-type]
+            other = dataclasses.replace(rope, **facts)
             stored = next(i for i in model.graph.initializer if i.name == "rope_cos")
             alphas = ntk_alphas(rope, 1) if rope.ntk_seq_length is None else None
             tables = 1 if alphas else _tables(spec, stored.dims[0])
@@ -176,6 +177,12 @@ def _rotation(spec: ModelSpec, path: str) -> Found:
             on_input(turned, "rope_sin.rows", lambda x: helper.make_node("Neg", [x], [f"{path}.sin.neg"])),
         ),
     ]
+    if rope.scaling is not None and rope.scaling.kind != "dynamic":
+        scaled = [
+            ("rope scaling missing", None),
+            ("rope scaling factor", dataclasses.replace(rope.scaling, factor=2 * rope.scaling.factor)),
+        ]
+        found += [(name, "key", "rope scaling missing or wrong", other_tables(scaling=s)) for name, s in scaled]
     if rope.dim < 2 * half:
         found.append(("rotary dim full", "key", "wrong rotary dim", other_tables(dim=2 * half)))
     elif half > 2:
@@ -315,6 +322,15 @@ def _pointwise(spec: ModelSpec, path: str) -> Found:
     norm = f"{path}.mlp_norm"
     ones = edit(f"{norm}.weight", np.ones_like)
     found.append(("norm weight missing", "mlp_norm", "norm weight missing", ones))
+    if spec.attention.head_norms:
+        normed, rows = f"{path}.attn.query_norm.norm", f"{path}.attn.query_norm"
+        missing = _replace_value(rows, normed, f"{path}.attn.heads_to_norm")
+        found.append(("query norm missing", "attn.query_norm", "norm missing", missing))
+        weight = edit(f"{path}.attn.key_norm.weight", np.ones_like)
+        found.append(("key norm weight missing", "attn.key_norm", "norm weight missing", weight))
+    if spec.sandwich_norms:
+        post = edit(f"{path}.attn_post_norm.weight", np.ones_like)
+        found.append(("post norm weight missing", "attn_post_norm", "norm weight missing", post))
     if spec.norm.kind == "rms":
         found.append(("norm eps", "mlp_norm", "wrong epsilon", constant(f"{norm}.eps", lambda e: 0.05)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from debug.comparison.faults.catalogue import Variants, fault
 from debug.comparison.modules import Module
 from refmodels.dtypes import torch_name
 from refmodels.ops import rotate
-from refmodels.positions import ntk_alpha
+from refmodels.positions import inverse_frequencies, ntk_alpha
 from refmodels.spec import RopeSpec
 
 
@@ -96,7 +97,8 @@ def rope_half(m: Module, _: Tensor) -> Variants:
         for dtype in (torch.float16, torch.bfloat16):
             name = torch_name(dtype)
             yield f"{name} cos and sin", {k: m[k].to(dtype).to(m[k].dtype) for k in ("cos", "sin")}
-            yield f"{name} angles", _half_angles(m, dtype)
+            yield f"{name} frequencies", _half_angles(m, dtype, torch.float32)
+            yield f"{name} angles", _half_angles(m, dtype, dtype)
 
 
 @fault("position interpolation missing or applied", "attention")
@@ -107,6 +109,28 @@ def rope_interpolation(m: Module, _: Tensor) -> Variants:
             if divisor != rope.position_divisor:
                 detail = f"positions divided by {divisor:g} instead of {rope.position_divisor:g}"
                 yield detail, m.rope(dataclasses.replace(rope, position_divisor=divisor))
+
+
+@fault("rope scaling missing or wrong", "attention")
+def rope_scaling(m: Module, _: Tensor) -> Variants:
+    if has_rope(m) and (scaling := rope_spec(m).scaling) is not None:
+        rope = rope_spec(m)
+
+        def changed(**facts: Any) -> dict[str, Tensor]:
+            return m.rope(dataclasses.replace(rope, scaling=dataclasses.replace(scaling, **facts)))
+
+        yield f"no {scaling.kind}", m.rope(dataclasses.replace(rope, scaling=None))
+        if scaling.kind != "linear":
+            yield f"linear instead of {scaling.kind}", changed(kind="linear", attention_factor=1.0)
+        if scaling.attention_factor != 1.0:
+            yield f"cos and sin without the factor {scaling.attention_factor:.6g}", changed(attention_factor=1.0)
+        for times in (0.25, 0.5, 2.0, 4.0):
+            factor = scaling.factor * times
+            yield f"factor {factor:g} instead of {scaling.factor:g}", changed(factor=factor)
+            original = int(scaling.original_positions * times)
+            if scaling.kind in ("yarn", "llama3") and original:
+                detail = f"original length {original} instead of {scaling.original_positions}"
+                yield detail, changed(original_positions=original)
 
 
 @fault("dynamic NTK missing or recomputed", "attention")
@@ -137,12 +161,16 @@ def padding_before(m: Module) -> Tensor:
     return hidden.gather(1, slots).to(m.decoder.device)
 
 
-def _half_angles(m: Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def _half_angles(m: Module, dtype: torch.dtype, angles: torch.dtype) -> dict[str, Tensor]:
+    """The rotation with frequencies in `dtype` and their products with positions in `angles`."""
     rope, ids = rope_spec(m), m.forward.inputs.position_ids
     assert ids is not None
-    frequency = (1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim)).to(dtype)
-    angle = ((ids.double() / rope.position_divisor).to(dtype)[..., None] * frequency).to(m["cos"])
-    return {"cos": angle.cos().to(dtype).to(m["cos"]), "sin": angle.sin().to(dtype).to(m["cos"])}
+    frequency = inverse_frequencies(rope, rope.theta, torch.float64).to(dtype).to(angles)
+    angle = ((ids.double() / rope.position_divisor).to(angles)[..., None] * frequency).to(m["cos"])
+    factor = 1.0 if rope.scaling is None else rope.scaling.attention_factor
+    return {
+        name: (turn(angle) * factor).to(dtype).to(m["cos"]) for name, turn in (("cos", torch.cos), ("sin", torch.sin))
+    }
 
 
 def head_counts(m: Module) -> list[int]:

@@ -18,8 +18,11 @@ from tests.support.goldens import case_source
 from tests.support.marks import quick_first
 from tests.support.mutants import LEAST, MODELS, Mutant, rates, run
 
+NORMED = ("qwen3_yarn_b1", "glm4_hf")
+"""Cases with norms of heads and rope scaling, and with norms of what is added."""
 
-@pytest.mark.parametrize("case", quick_first(MODELS, 3))
+
+@pytest.mark.parametrize("case", quick_first((*MODELS, *NORMED), 3))
 def test_modules_alone_give_what_they_give_in_the_decoder(case: str) -> None:
     source = case_source(case)
     decoder = refmodels.load(source, dtype=torch.float64)
@@ -47,7 +50,7 @@ def test_modules_alone_give_what_they_give_in_the_decoder(case: str) -> None:
 def test_no_fault_is_the_right_thing() -> None:
     """Every variant of every fault changes something somewhere: none is the module as it should be."""
     seen: Counter[str] = Counter()
-    for case in MODELS:
+    for case in (*MODELS, *NORMED):
         source = case_source(case)
         decoder = refmodels.load(source, dtype=torch.float64)
         prompts = random_prompts(source.spec.vocab_size, (20, 13, 9), seed=0)
@@ -85,6 +88,14 @@ def test_planted_faults_are_found_and_named(mutants: list[Mutant]) -> None:
     missed = [f"{m.model}: {m.mutation} -> {m.first_tap}, {m.first_diagnosis}" for m in mutants if not m.name]
     assert all(found[key] >= least for key, least in LEAST.items()), (found, missed)
     assert len(mutants) > 200
+
+
+@pytest.mark.slow
+def test_faults_of_the_newer_mechanisms_are_named() -> None:
+    names = ("query norm missing", "key norm weight missing", "rope scaling missing", "rope scaling factor")
+    found = list(run("qwen3_yarn_b1", "fp16", seed=1, only=names))
+    found += run("glm4_hf", "fp16", seed=1, only=("post norm weight missing",))
+    assert len(found) == 5 and [m for m in found if not m.name] == []
 
 
 @pytest.mark.slow
