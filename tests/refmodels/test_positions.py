@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import random
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from refmodels.errors import LogitLockError
+from refmodels.families import spec_from_config
 from refmodels.positions import (
     alibi_slopes,
     build_tables,
+    inverse_frequencies,
     logn_table,
+    longest_dynamic,
     ntk_alpha,
     ntk_alphas,
     ntk_table_index,
     rope_table,
 )
-from refmodels.spec import RopeSpec
-from tests.support.goldens import GOLDENS
+from refmodels.spec import RopeScaling, RopeSpec
+from tests.support.goldens import GOLDENS, case_source
 
 TABLES = load_file(GOLDENS / "_tables" / "tables.safetensors")
 POSITIONS = TABLES["positions"]
@@ -111,3 +120,75 @@ def test_stacked_tables_hold_one_table_a_factor() -> None:
     assert spec.rope is not None
     third, _ = rope_table(spec.rope, positions=100, alpha=7, numerics="exact", dtype=torch.float16)
     assert torch.equal(tables.rope_cos[200:300], third)
+
+
+CLASSES = {
+    "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
+    "glm": "GlmConfig", "glm4": "Glm4Config", "starcoder2": "Starcoder2Config",
+}  # fmt: skip
+
+
+def _config(chance: random.Random, kind: str, model_type: str) -> dict[str, Any]:
+    """A config with rope scaling: old and new keys, inside and outside, with options present or not."""
+    rope: dict[str, Any] = {chance.choice(("type", "rope_type")): kind, "factor": chance.choice((1.5, 4.0, 8.0))}
+    config: dict[str, Any] = {
+        "model_type": model_type, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 32, "vocab_size": 64, "num_hidden_layers": 1, "rms_norm_eps": 1e-6, "pad_token_id": 0,
+        "eos_token_id": 1, "max_position_embeddings": chance.choice((64, 4096, 32768)),
+        "head_dim": chance.choice((16, 32, 128)), chance.choice(("rope_scaling", "rope_parameters")): rope,
+    }  # fmt: skip
+    options: list[tuple[dict[str, Any], str, tuple[float, ...]]] = [
+        (rope, "rope_theta", (1e6, 5e5)),
+        (config, "rope_theta", (2e4, 1e6)),
+        (rope, "original_max_position_embeddings", (32, 2048, 8192)),
+    ]
+    if kind == "llama3":
+        rope |= {"low_freq_factor": chance.choice((1.0, 2.0)), "high_freq_factor": chance.choice((4.0, 8.0))}
+    if kind != "linear":
+        options += [(config, "original_max_position_embeddings", (128,))]
+    if kind == "yarn":
+        options += [
+            (rope, "attention_factor", (1.0, 1.3)),
+            (rope, "beta_fast", (16, 64)),
+            (rope, "beta_slow", (2, 0.5)),
+            (rope, "mscale", (1.0, 0.707)),
+            (rope, "mscale_all_dim", (1.0, 0.5)),
+            (rope, "truncate", (False, True)),
+        ]
+    if model_type.startswith("glm"):
+        options += [(place, "partial_rotary_factor", (0.25, 0.5, 1.0)) for place in (rope, config)]
+    for place, key, values in options:
+        if chance.random() < 0.4:
+            place[key] = chance.choice(values)
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_scaled_frequencies_are_those_of_transformers(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    functions = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
+    chance = random.Random(kind)
+    for _ in range(60):
+        model_type = chance.choice(sorted(CLASSES))
+        config = _config(chance, kind, model_type)
+        rope = spec_from_config(config).rope
+        assert rope is not None and rope.scaling is not None
+        theirs = getattr(transformers, CLASSES[model_type])(**copy.deepcopy(config))
+        expected, factor = functions[kind](theirs, "cpu")
+        assert torch.equal(inverse_frequencies(rope, rope.theta, torch.float32), expected), config
+        assert rope.scaling.attention_factor == pytest.approx(factor, rel=1e-15), config
+
+
+def test_dynamic_scaling_has_a_table_for_each_length() -> None:
+    rope = RopeSpec(dim=16, scaling=RopeScaling(kind="dynamic", factor=2.0, original_positions=32))
+    assert ntk_alphas(rope, 30) == [1.0]
+    assert ntk_alphas(rope, 34) == [1.0, 2 * 33 / 32 - 1, 2 * 34 / 32 - 1]
+    assert longest_dynamic(rope, 64) == 64
+    long = dataclasses.replace(rope, scaling=RopeScaling(kind="dynamic", factor=4.0, original_positions=4096))
+    most = longest_dynamic(long, 16384)
+    sizes = [(n - 4096 + 1) * n * 16 * 4 for n in (most, most + 1)]
+    assert sizes[0] <= 256 << 20 < sizes[1]
+    spec = dataclasses.replace(case_source("qwen2_dynamic").spec, rope=long)
+    with pytest.raises(LogitLockError, match=f"dynamic rope scaling .* at most {most} positions, not 16384"):
+        build_tables(spec, positions=16384, numerics="exact", dtype=torch.float32)

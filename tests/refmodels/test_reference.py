@@ -265,3 +265,21 @@ def test_custom_ops_are_sound_for_torch_export() -> None:
     arguments = (qkv, *caches, lengths, visible, cos, sin, None, None, 4, 2, 0.5, False, 0, "exact")
     torch.library.opcheck(torch.ops.refmodels.cached_attention.default, arguments)
     torch.library.opcheck(torch.ops.refmodels.fused_rms_norm.default, (qkv, torch.ones(64), 1e-6, False))
+
+
+def test_dynamic_scaling_follows_the_longest_row_and_never_shrinks() -> None:
+    model = open_case("qwen2_dynamic")
+    cache = model.new_cache(batch=2, capacity=50)
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :13] = 0
+    step = cache.next_step(random_ids(model, 2, 40), mask)
+    assert step.ntk_table is not None and step.ntk_table.tolist() == [8, 8]
+    model.run(step, cache)
+    for table in (9, 10):
+        step = cache.next_step(random_ids(model, 2, 1))
+        assert step.ntk_table is not None and step.ntk_table.tolist() == [table, table]
+        model.run(step, cache)
+    chunk = model.new_cache(batch=1, capacity=50).next_step(random_ids(model, 1, 5), prompt_lengths=torch.tensor([40]))
+    assert chunk.ntk_table is not None and chunk.ntk_table.tolist() == [8]
+    short = model.new_cache(batch=1, capacity=50).next_step(random_ids(model, 1, 20))
+    assert short.ntk_table is not None and short.ntk_table.tolist() == [0]
