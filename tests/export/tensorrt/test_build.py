@@ -45,6 +45,7 @@ VARIANTS = (
     "gpt2",
     "gpt_bigcode",
     "starcoder2_sliding",
+    "qwen3_yarn_b1",
 )
 OPTIONS = BuildOptions(max_batch=4, max_input=16, max_seq=64)
 HELPERS = {"shape_call", "signal", "wait", "NoOp", "Constant", "cast", "reshape"}
