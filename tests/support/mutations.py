@@ -14,11 +14,25 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from refmodels.positions import ntk_alphas, rope_table
 from refmodels.spec import ModelSpec
-from tests.support.mutate import Fault, edit, node, padding_visible, positions_off_by_one, swapped
+from tests.support.mutate import (
+    Fault,
+    both,
+    constant,
+    edit,
+    identity,
+    initializer,
+    insert_before,
+    node,
+    on_input,
+    padding_visible,
+    positions_off_by_one,
+    replace_input,
+    swapped,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,74 +54,6 @@ def mutations(spec: ModelSpec, layer: int) -> Iterator[Mutation]:
 
 
 Found = list[tuple[str, str, str, Fault]]
-
-
-# Edits
-
-
-def initializer(model: onnx.ModelProto, name: str, array: np.ndarray) -> str:
-    """A Constant node: shape inference cannot read small numbers from external data."""
-    constant = helper.make_node("Constant", [], [name], name=name, value=numpy_helper.from_array(array))
-    model.graph.node.insert(0, constant)
-    return name
-
-
-def replace_input(model: onnx.ModelProto, user: str, old: str, new: str) -> None:
-    inputs = node(model, user).input
-    assert old in inputs, f"{user} does not read {old}"
-    inputs[:] = [new if name == old else name for name in inputs]
-
-
-def insert_before(model: onnx.ModelProto, user: str, *nodes: onnx.NodeProto) -> None:
-    at = next(i for i, n in enumerate(model.graph.node) if n.name == user)
-    for new in reversed(nodes):
-        new.name = new.output[0]
-        model.graph.node.insert(at, new)
-
-
-def on_input(user: str, value: str, *nodes: Callable[[str], onnx.NodeProto]) -> Fault:
-    """Put nodes between `value` and `user`."""
-
-    def fault(model: onnx.ModelProto) -> None:
-        made, name = [], value
-        for make in nodes:
-            made.append(make(name))
-            name = made[-1].output[0]
-        insert_before(model, user, *made)
-        replace_input(model, user, value, name)
-
-    return fault
-
-
-def identity(name: str, keep: int = 0) -> Fault:
-    """The node passes one of its inputs on."""
-
-    def fault(model: onnx.ModelProto) -> None:
-        n = node(model, name)
-        n.op_type = "Identity"
-        n.input[:] = [n.input[keep]]
-        del n.attribute[:]
-
-    return fault
-
-
-def constant(name: str, change: Callable[[float], float]) -> Fault:
-    def fault(model: onnx.ModelProto) -> None:
-        value = node(model, name).attribute[0]
-        if value.type == onnx.AttributeProto.FLOAT:
-            value.f = change(value.f)
-        else:
-            value.i = int(change(value.i))
-
-    return fault
-
-
-def both(*faults: Fault) -> Fault:
-    def fault(model: onnx.ModelProto) -> None:
-        for each in faults:
-            each(model)
-
-    return fault
 
 
 # Rotation

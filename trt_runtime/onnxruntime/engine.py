@@ -117,6 +117,7 @@ class OnnxRuntimeEngine(Engine):
         self.keep_both_sessions = sum(file.bytes for file in info.files.values()) <= _BOTH_SESSIONS_BYTES
         self._tap_of = {value: tap for tap, value in info.taps.items()}
         self._sessions: dict[_Mode, _Session] = {}
+        self._graph: ir.Model | None = None
         self._session("plain")
 
     def run(self, step: StepInputs, cache: KVCache, *, recorder: Recorder | None = None) -> Tensor:
@@ -185,19 +186,15 @@ class OnnxRuntimeEngine(Engine):
 
     def _open(self, mode: _Mode) -> _Session:
         path, info = self.bundle.model_path, self.bundle.info
-        model = load_graph(path, files=info.files)
-        taps = () if mode == "plain" else tuple(info.taps.values())
         quantized = self.spec.quantization is not None
-        if info.precision != "fp32" or quantized:
-            model = inline_and_type(model)
-        if mode == "cut":
-            # After the bodies of norms are in place: what a norm makes codes of is one of the values that are fed.
-            cut_at(model, [info.taps[tap] for tap in self.tap_names if not is_cache_tap(tap)], prefix=_FED)
-        if quantized:
-            use_integer_kernels(model, weights_rounded=self.emulate_rounding)
-        if info.precision != "fp32":
-            compute_in_float(model, HALF_TYPES[info.precision], rounded=self.emulate_rounding)
-        promote(model, taps)
+        if mode == "tapped" and self._graph is not None:
+            model, self._graph = self._graph, None
+        else:
+            model = self._prepared(mode)
+        if mode == "plain" and self.keep_both_sessions and not quantized:
+            # The tapped graph is this one with more outputs.  Quantized layers have edits that depend on the taps.
+            self._graph = model
+        promote(model, () if mode == "plain" else tuple(info.taps.values()))
         if quantized:
             cache_as_bytes(model)
             # Or ONNX Runtime dequantizes all weights that no node reads any more before it drops them.
@@ -210,6 +207,22 @@ class OnnxRuntimeEngine(Engine):
         data = ir.to_proto(model).SerializeToString()
         providers = ["CPUExecutionProvider"]
         return _Session(ort.InferenceSession(data, options, providers=providers, disabled_optimizers=_WRONG))
+
+    def _prepared(self, mode: _Mode) -> ir.Model:
+        """The graph as ONNX Runtime computes it, with its own outputs."""
+        info = self.bundle.info
+        model = load_graph(self.bundle.model_path, files=info.files)
+        quantized = self.spec.quantization is not None
+        if info.precision != "fp32" or quantized:
+            model = inline_and_type(model)
+        if mode == "cut":
+            # After the bodies of norms are in place: what a norm makes codes of is one of the values that are fed.
+            cut_at(model, [info.taps[tap] for tap in self.tap_names if not is_cache_tap(tap)], prefix=_FED)
+        if quantized:
+            use_integer_kernels(model, weights_rounded=self.emulate_rounding)
+        if info.precision != "fp32":
+            compute_in_float(model, HALF_TYPES[info.precision], rounded=self.emulate_rounding)
+        return model
 
 
 def _describe(dtype: torch.dtype, spec: ModelSpec, *, emulated: bool) -> str:

@@ -7,6 +7,8 @@ each result to the half type by an explicit Cast; ONNX Runtime never removes suc
 
 from __future__ import annotations
 
+import functools
+
 import onnx_ir as ir
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
@@ -116,6 +118,7 @@ def _is_bare_product(node: ir.Node) -> bool:
     )
 
 
+@functools.cache
 def _ops_with_kernel(dtype: ir.DataType) -> frozenset[str]:
     """Standard ops that ONNX Runtime's CPU provider runs on this dtype."""
     name = BY_ONNX[dtype].onnxruntime

@@ -49,7 +49,7 @@ def run(engine: Engine, steps: int = 3) -> DiffResult:
 
 def of_bundle(bundle: Path, target: Path, *faults: mutate.Fault) -> DiffResult:
     return run(
-        OnnxRuntimeEngine(mutate.mutated(bundle, target, mutations.both(*faults)), emulate_rounding=True, threads=1)
+        OnnxRuntimeEngine(mutate.mutated(bundle, target, mutate.both(*faults)), emulate_rounding=True, threads=1)
     )
 
 
