@@ -306,7 +306,7 @@ def bias_times(draw: Draw) -> Planted | None:
     if not biased(draw):
         return None
     tap, ranks = draw.chance.choice(biased(draw)), draw.chance.choice([2, 4, 8])
-    name = Name(r"bias", (ranks, ranks - 1))
+    name = Name(r"bias", (ranks, ranks - 1), said=r"twice|doubl" if ranks == 2 else None)
     return Planted(tap=tap, apply=edit_bias(tap, lambda b: b * ranks), names=(name,), numbers=f"{ranks} times")
 
 
