@@ -389,10 +389,10 @@ class _Diff:
         with ready_at(self.truth, error.tap) as truth, ready_at(self.rounded, error.tap) as rounded:
             return diagnose(
                 error.tap,
-                self.capture.forwards[error.step],
+                self.capture.forwards,
                 truth,
                 rounded,
-                bound=error.floor_bound,
+                bounds=[e.floor_bound for e in self.taps if e.tap == error.tap],
                 multiple=self.multiple,
                 dtype=self.capture.dtype,
             )

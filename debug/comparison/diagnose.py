@@ -1,170 +1,230 @@
-"""Why a module is wrong: try every known fault on the reference module, and see which one reproduces the engine.
+"""Why a module is wrong: plant hypotheses in the reference module, and see which one reproduces the engine.
 
-The module runs in fp64 on the engine's own inputs.  A fault is named if, with it, the engine's output is within the
-same multiple of the noise floor as a healthy module.
+The module runs in fp64 on the engine's own inputs.  A hypothesis is a fault of the catalogue, whose numbers are fitted
+to the engine, or two faults at once.  It explains the engine if, with it, the output is as near to the engine's as a
+healthy module's is, wherever the module runs: in the prefill and in every decode step, in every row.  Where the engine
+is right without it, the fault is said to be in the rest only ("in decode only").  Of several explanations the simplest
+comes first: an exact fault before one number, one number before many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from debug.capture.capture import Forward
-from debug.comparison.faults import CATALOGUE
-from debug.comparison.faults.generic import rounded_sums, stored_as, transformed
-from debug.comparison.metrics import ErrorStats, compare
-from debug.comparison.modules import Module, module_at
-from debug.comparison.results import Diagnosis, Evidence, TokenView
+from debug.comparison.candidates import Candidate, candidates, changed
+from debug.comparison.evidence import evidence_of
+from debug.comparison.faults.catalogue import ESTIMATED
+from debug.comparison.faults.generic import rounded_sums, stored_as
+from debug.comparison.intervals import described, interval, roundest
+from debug.comparison.metrics import compare
+from debug.comparison.modules import Module
+from debug.comparison.regions import region
+from debug.comparison.results import Diagnosis, Evidence
+from debug.comparison.stage import Stage, by_token, stages_of
 from refmodels.dtypes import torch_name
 from refmodels.model import Decoder
-from refmodels.taps import is_cache_tap
 
 _MOST = 5
 """Maximum number of diagnoses per tap: two faults may be equal on these inputs, but a long list does not help."""
-_PAIRS = 3
+_PAIRS = 4
 """If no single fault explains a module, the number of best faults that are tried in pairs."""
 _ALIKE = 1.5
 """Local errors within this factor do not tell two faults apart."""
 
 
 def diagnose(
-    tap: str, forward: Forward, truth: Decoder, rounded: Decoder, *, bound: float, multiple: float, dtype: torch.dtype
+    tap: str,
+    forwards: Sequence[Forward],
+    truth: Decoder,
+    rounded: Decoder,
+    *,
+    bounds: Sequence[float],
+    multiple: float,
+    dtype: torch.dtype,
 ) -> tuple[list[Diagnosis], Evidence]:
     """The faults that explain the engine's output at `tap`, the best one first (none: unknown), and where the error is.
 
     Args:
-        tap, forward: the culprit and a forward in which it is wrong.
+        tap, forwards: the culprit and every forward of the capture.
         truth, rounded: the reference in fp64 and in the engine's dtype and numerics.
-        bound: the lower bound of the tap's relative floor (`debug.comparison.bounds.lower_bound`).
+        bounds: lower bound of the tap's relative floor in each forward (`debug.comparison.bounds.lower_bound`).
         multiple: number of noise floors that a healthy module may be off.
         dtype: the engine's dtype.
     """
     try:
-        module = module_at(truth, tap, forward)
+        stages = stages_of(tap, forwards, truth, rounded, bounds=bounds, multiple=multiple)
     except KeyError:
         # The executor does not record the module's inputs.
         return [], Evidence()
-    engine = forward.tensors[tap].to(truth.device, torch.float64)
-    expected = module()
-    before = _compare(engine, expected, module, dtype)
-    floor = _compare(module_at(rounded, tap, forward)(), expected, module, dtype)
-    # Absolute, per token: a fault may make the output larger or smaller, but the rounding of its inputs stays.
-    whole = max(floor.rel_l2 if floor.rel_l2 == floor.rel_l2 else 0.0, bound)
-    allowed = floor.token_rel.nan_to_num(nan=0.0, posinf=0.0).clamp(min=whole)
-    size = _token_norms(expected, module)
-
-    def tried(name: str, output: Tensor) -> Diagnosis:
-        after = _compare(engine, output, module, dtype)
-        # An output that is all zero has only its own error.
-        limit = torch.maximum(allowed, allowed * size / _token_norms(output, module).clamp(min=1e-300))
-        ratio = float((after.token_rel / limit).nan_to_num(nan=float("inf")).max())
-        return Diagnosis(fault=name, local_before=before.rel_l2, local_after=after.rel_l2, ratio_after=ratio)
-
-    def explains(diagnosis: Diagnosis) -> bool:
-        return diagnosis.ratio_after <= multiple and diagnosis.local_after < before.rel_l2
-
-    single = [(tried(name, module(**changes)), changes) for name, changes in _faults(module, engine)]
-    found = [diagnosis for diagnosis, _ in single if explains(diagnosis)]
-    found += [d for name, output in transformed(module, expected, engine) if explains(d := tried(name, output))]
-    if not found:
-        found = _of_rounding(module, engine, expected, before, dtype)
-    if not found:
-        # Two faults in one module: combine each of the best faults with every other one.
-        helping = sorted((s for s in single if s[0].local_after < before.rel_l2), key=lambda s: s[0].local_after)
-        for first, changes in helping[:_PAIRS]:
-            changed = replace(module, arguments={**module.arguments, **changes})
-            for name, more in _faults(changed, engine):
-                if more.keys().isdisjoint(changes) and explains(d := tried(f"{first.fault}; {name}", changed(**more))):
-                    found.append(d)
-    best = min((d.local_after for d in found), default=0.0)
-    # Faults that explain it equally well stay in the order of the catalogue, in which exact faults precede estimates.
-    found.sort(key=lambda d: max(d.local_after, _ALIKE * best))
-    return found[:_MOST], _evidence(module, engine, expected, before, allowed)
+    search = _Search(stages, multiple, dtype)
+    first = stages[0]
+    before = compare(by_token(first.engine, first.module), by_token(first.expected, first.module), first.real, dtype)
+    return search.result(), evidence_of(first.module, first.engine, first.expected, before, first.allowed)
 
 
-def _faults(module: Module, engine: Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and changed arguments of every fault of the module's kind."""
-    for fault in CATALOGUE:
-        if fault.kind == module.kind:
-            for detail, changes in fault.variants(module, engine):
-                yield fault.full_name(detail), changes
+@dataclass(frozen=True, kw_only=True)
+class _Tried:
+    """A candidate, the first stage's module with and without its last fault, and what is left of the local error."""
+
+    candidate: Candidate
+    planted: Module
+    base: Module
+    after: float
+    ratio: float
+    where: str = ""
+    numbers: int = 0
 
 
-def _of_rounding(
-    module: Module, engine: Tensor, expected: Tensor, before: ErrorStats, dtype: torch.dtype
-) -> list[Diagnosis]:
-    """Faults of rounding, which no exact output explains, recognized from the pattern of the error."""
-    real = _real(module)
-    shown, right = (_by_token(t, module)[real].flatten(1) for t in (engine, expected))
-    narrow = stored_as(shown, dtype)
-    if narrow is not None:
-        name, after = f"output rounded to {torch_name(narrow)}", right.to(narrow).double()
-    elif rounded_sums(module, shown - right, right, dtype):
-        name, after = f"wrong dtype accumulate: sums rounded in {torch_name(dtype)}", right
-    else:
-        return []
-    left = float((shown - after).norm() / right.norm())
-    return [Diagnosis(fault=name, local_before=before.rel_l2, local_after=left, ratio_after=0.0)]
+class _Search:
+    def __init__(self, stages: Sequence[Stage], multiple: float, dtype: torch.dtype) -> None:
+        self.stages, self.multiple, self.dtype = stages, multiple, dtype
+        self.before = self._left(stages[0], stages[0].expected)[0]
+
+    def result(self) -> list[Diagnosis]:
+        first = self.stages[0]
+        single = list(self._tried(first.module))
+        found = self._explaining(single)
+        if not found:
+            rounding = self._of_rounding()
+            if rounding:
+                return rounding
+            # Two faults in one module: plant every fault on top of each of the best ones.
+            helping = sorted((t for t in single if t.after < self.before), key=lambda t: t.after)[:_PAIRS]
+            for t in helping:
+                found += self._explaining(list(self._tried(t.planted, t.candidate)))
+        best = min((t.after for t in found), default=0.0)
+        # Faults that explain it equally well: the simplest first, then in the order of the catalogue.
+        found.sort(key=lambda t: (max(t.after, _ALIKE * best), t.numbers))
+        return self._diagnoses(found, _ALIKE * best)
+
+    def _tried(self, module: Module, before: Candidate | None = None) -> list[_Tried]:
+        first, found = self.stages[0], []
+        for candidate, planted in candidates(module, first.engine, before):
+            after, ratio = self._left(first, planted().double())
+            found.append(_Tried(candidate=candidate, planted=planted, base=module, after=after, ratio=ratio))
+        return found
+
+    def _left(self, stage: Stage, output: Tensor) -> tuple[float, float]:
+        """Relative error of the engine against an output, and the largest of a token in noise floors."""
+        off, allowed, size = stage.errors(output)
+        ratio = float((off / allowed).nan_to_num(nan=float("inf")).max())
+        after = float(off.norm() / size.norm().clamp(min=1e-300))
+        return after if after == after else float("inf"), ratio
+
+    def _explains(self, stage: Stage, output: Tensor) -> tuple[Tensor, bool]:
+        """[tokens] the tokens that it does not explain, and whether it explains the others as a healthy module would.
+
+        A worst token may be off by the multiple, which has a factor of 2 for its being the worst (see
+        `debug.comparison.compare.MULTIPLE`); all tokens together may not.
+        """
+        off, allowed, _ = stage.errors(output)
+        ratio = (off / allowed).nan_to_num(nan=float("inf"))
+        bad = ratio > self.multiple
+        kept = ~bad & (stage.before > self.multiple)
+        whole = float(off[kept].norm() / allowed[kept].norm()) if bool(kept.any()) else 0.0
+        return bad, whole <= self.multiple / 2
+
+    def _explaining(self, tried: Sequence[_Tried]) -> list[_Tried]:
+        """Those that explain the engine in all forwards, with the region in which they do."""
+        found = []
+        for t in tried:
+            if t.after >= self.before and t.ratio > self.multiple:
+                continue
+            place = self._region(t)
+            if place is not None:
+                where, numbers = place
+                found.append(replace(t, where=where, numbers=t.candidate.numbers + numbers))
+        return found
+
+    def _region(self, t: _Tried) -> tuple[str, int] | None:
+        bad, needed, places = [], [], []
+        for i, stage in enumerate(self.stages):
+            module = t.candidate.on(stage.module, stage.engine) if i else t.planted
+            output = module().double()
+            unexplained, good = self._explains(stage, output)
+            wrong = stage.before > self.multiple
+            if not good or bool((unexplained & wrong).any()):
+                return None
+            bad.append(unexplained.cpu())
+            needed.append(wrong.cpu())
+            places.append(stage.place)
+        if not any(bool(n.any()) for n in needed):
+            return None
+        return region(torch.cat(places), torch.cat(needed), torch.cat(bad))
+
+    def _diagnoses(self, found: Sequence[_Tried], alike: float) -> list[Diagnosis]:
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        diagnoses: list[Diagnosis] = []
+        for t in found:
+            if len(diagnoses) == _MOST:
+                break
+            fit, ends, name, value = t.candidate.fit, None, t.candidate.name(), None
+            if fit is not None and fit is t.candidate.faults[-1].detail:
+                ends = self._interval(t)
+                value = roundest(fit.value, *ends)
+                number = described(fit.value, *ends, half=half)
+                name = t.candidate.name(number) + (f" {ESTIMATED}" if fit.numbers else "")
+                # Another value of the same number that the interval holds already is no other diagnosis.
+                words = t.candidate.words() + (f", {t.where}" if t.where else "")
+                if any(d.words == words and _within(fit.value, d) for d in diagnoses):
+                    continue
+            where = f", {t.where}" if t.where else ""
+            diagnoses.append(
+                Diagnosis(
+                    fault=name + where,
+                    local_before=self.before,
+                    local_after=t.after,
+                    ratio_after=t.ratio,
+                    words=t.candidate.words() + where,
+                    value=value,
+                    low=ends[0] if ends else None,
+                    high=ends[1] if ends else None,
+                    note=self._tie(t, found[0]) if diagnoses and t.after <= alike else "",
+                )
+            )
+        return diagnoses
+
+    def _interval(self, t: _Tried) -> tuple[float, float]:
+        fit, stage = t.candidate.fit, self.stages[0]
+        assert fit is not None and fit.changes is not None
+
+        def explains(value: float) -> bool:
+            assert fit is not None and fit.changes is not None
+            bad, good = self._explains(stage, changed(t.base, fit.changes(value))().double())
+            return good and not bool((bad & (stage.before > self.multiple)).any())
+
+        return interval(explains, fit.value, fit.least, fit.most)
+
+    def _tie(self, t: _Tried, best: _Tried) -> str:
+        """What would tell two explanations apart that are equally good here."""
+        stage = self.stages[0]
+        one, two = (stage.rows(c.planted().double()) for c in (t, best))
+        if float((one - two).norm()) <= 1e-9 * float(two.norm()):
+            return (
+                "the same as the first on these inputs; other prompts (longer, or of unequal lengths) tell them apart"
+            )
+        return "within the noise of the first; the fp32 bundle, whose noise is smaller, tells them apart"
+
+    def _of_rounding(self) -> list[Diagnosis]:
+        """Faults of rounding, which no exact output explains, recognized from the pattern of the error."""
+        first = self.stages[0]
+        shown, right = first.rows(first.engine), first.rows(first.expected)
+        narrow = stored_as(shown, self.dtype)
+        if narrow is not None:
+            name, after = f"output rounded to {torch_name(narrow)}", right.to(narrow).double()
+        elif rounded_sums(first.module, shown - right, right, self.dtype):
+            name, after = f"wrong dtype accumulate: sums rounded in {torch_name(self.dtype)}", right
+        else:
+            return []
+        left = float((shown - after).norm() / right.norm())
+        return [Diagnosis(fault=name, local_before=self.before, local_after=left, ratio_after=0.0, words=name)]
 
 
-def _evidence(module: Module, engine: Tensor, expected: Tensor, before: ErrorStats, allowed: Tensor) -> Evidence:
-    ratios = before.token_rel / allowed
-    worst = ratios.nan_to_num(nan=float("inf")).argsort(descending=True)[:_MOST].tolist()
-    tokens = [
-        TokenView(
-            row=int(before.token_of[i, 0]),
-            position=int(before.token_of[i, 1]),
-            local=float(before.token_rel[i]),
-            ratio=float(ratios[i]),
-        )
-        for i in worst
-    ]
-    off, size = ((_by_token(t, module)[_real(module)]) for t in (engine - expected, expected))
-    heads: list[float] = []
-    names: list[str] = []
-    if is_cache_tap(module.tap) or module.part in ("attn.qkv", "attn.context"):
-        head_dim = module.decoder.spec.attention.head_dim
-        errors, sizes = (t.reshape(len(t), -1, head_dim).square().sum((0, 2)).sqrt() for t in (off, size))
-        heads = (errors / sizes.clamp(min=1e-300)).tolist()
-        names = _head_names(module)
-    shares = off.flatten(1).square().sum(0)
-    shares = shares / shares.sum().clamp(min=1e-300)
-    top = shares.topk(min(_MOST, len(shares)))
-    channels = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    # Report channels only if a few of them stand out.
-    few = float(top.values.sum()) > 0.5 and len(shares) > 4 * _MOST
-    return Evidence(tokens=tokens, heads=heads, head_names=names, channels=channels if few else [])
-
-
-def _head_names(module: Module) -> list[str]:
-    attention = module.decoder.spec.attention
-    queries = [f"query {i}" for i in range(attention.heads)]
-    kinds = ("key", "value") if module.part == "attn.qkv" else (module.part,)
-    others = [f"{kind} {i}" for kind in kinds for i in range(attention.kv_heads)]
-    return queries + others if module.part == "attn.qkv" else others if is_cache_tap(module.tap) else queries
-
-
-def _compare(actual: Tensor, expected: Tensor, module: Module, dtype: torch.dtype) -> ErrorStats:
-    return compare(_by_token(actual, module), _by_token(expected, module), _real(module), dtype)
-
-
-def _by_token(tensor: Tensor, module: Module) -> Tensor:
-    """A cache tensor by slot: [batch, slots, kv_heads, head_dim]."""
-    if not is_cache_tap(module.tap):
-        return tensor
-    return tensor[:, :, : module.forward.inputs.attention_mask.shape[1]].transpose(1, 2)
-
-
-def _real(module: Module) -> Tensor:
-    inputs = module.forward.inputs
-    return inputs.attention_mask != 0 if is_cache_tap(module.tap) else inputs.new_mask
-
-
-def _token_norms(tensor: Tensor, module: Module) -> Tensor:
-    rows = _by_token(tensor, module)[_real(module)].double().flatten(1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms
+def _within(value: float, diagnosis: Diagnosis) -> bool:
+    low, high = diagnosis.low, diagnosis.high
+    return low is not None and high is not None and low <= value <= high

@@ -95,6 +95,10 @@ class Diagnosis:
     the worst token.  significance: for a deviation below the noise of single tokens (see
     `debug.comparison.systematic`), its size over all tokens in standard deviations of the noise; None for faults above
     the floor.
+
+    words: the fault with {} in place of its fitted number.  value, low, high: this number, and the interval within
+    which the fault explains the engine; None without one.  note: what would tell the fault from the first of the list,
+    if it explains the engine as well.
     """
 
     fault: str
@@ -102,6 +106,11 @@ class Diagnosis:
     local_after: float
     ratio_after: float
     significance: float | None = None
+    words: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

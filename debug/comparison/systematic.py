@@ -23,7 +23,7 @@ from torch import Tensor
 
 from debug.capture.capture import Forward
 from debug.comparison.faults import CATALOGUE
-from debug.comparison.faults.catalogue import ESTIMATED
+from debug.comparison.faults.catalogue import ESTIMATED, Fit
 from debug.comparison.modules import Module, module_at
 from debug.comparison.results import Diagnosis
 from refmodels.model import Decoder
@@ -90,5 +90,5 @@ def _small_faults(module: Module, engine: Tensor) -> list[tuple[str, Tensor]]:
         for fault in CATALOGUE
         if fault.small and fault.kind == module.kind
         for detail, changes in fault.variants(module, engine)
-        if ESTIMATED not in detail
+        if not (isinstance(detail, Fit) and detail.numbers) and ESTIMATED not in str(detail)
     ]

@@ -120,7 +120,7 @@ def _diagnosis(culprit: Culprit, result: DiffResult) -> str:
     systematic = culprit.kind == "systematic"
     rows = [
         [
-            escape(d.fault),
+            escape(d.fault + (f" ({d.note})" if d.note else "")),
             number(d.local_before),
             number(d.local_after),
             (number(d.significance) if d.significance is not None else "") if systematic else number(d.ratio_after),

@@ -125,6 +125,8 @@ def _print_culprit(console: Console, culprit: Culprit) -> None:
         console.print(
             f"    {found.fault}: local error {found.local_before:.3g} -> {found.local_after:.3g}", highlight=False
         )
+        if found.note:
+            console.print(f"      {found.note}", highlight=False)
     if not culprit.diagnosis:
         console.print("    unknown: no fault of the catalogue explains it", highlight=False)
     evidence = culprit.evidence

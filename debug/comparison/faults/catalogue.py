@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from debug.comparison.modules import Kind, Module
 
-Variants = Iterator[tuple[str, dict[str, Any]]]
-"""(detail, changed arguments); the detail completes the fault's name and may be empty."""
+ESTIMATED = "(estimated)"
+"""Ends the detail of a variant whose number was fitted to the engine."""
+MANY = 1000
+"""`Fit.numbers` of a fit with a free number per row, per column or per group."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """The detail of a variant that has numbers.
+
+    words: the detail, with {} in place of the number, if it is one.  value: the number.  changes: the changed arguments
+    for another value of the number, for its interval and for other forwards; None: they cannot be had.  numbers: how
+    many free numbers were fitted to the engine; 0: the value is from a list.  key: what the same variant has in common
+    in all forwards, if not the words (which may contain further numbers).  least, most: the range of the number.
+
+    A fit is checked in all forwards: it should be yielded in each of them, also in those in which the engine is right.
+    """
+
+    words: str
+    value: float = 0.0
+    changes: Callable[[float], dict[str, Any]] | None = field(default=None, compare=False)
+    numbers: int = 1
+    key: str | None = None
+    least: float = float("-inf")
+    most: float = float("inf")
+
+    def text(self, number: str | None = None) -> str:
+        return self.words.replace("{}", f"{self.value:.5g}" if number is None else number)
+
+    def __str__(self) -> str:
+        return f"{self.text()} {ESTIMATED}" if self.numbers else self.text()
+
+
+Detail = str | Fit
+Variants = Iterator[tuple[Detail, dict[str, Any]]]
+"""(detail, changed arguments); the detail completes the fault's name and may be empty.
+
+A string is a simple fact.  A `Fit` has numbers; a string that ends with `ESTIMATED` counts as one with a single number.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +64,12 @@ class Fault:
     variants: Callable[[Module, Tensor], Variants]
     small: bool = False
 
-    def full_name(self, detail: str) -> str:
-        return f"{self.name}: {detail}" if detail else self.name
+    def full_name(self, detail: Detail, number: str | None = None) -> str:
+        text = detail.text(number) if isinstance(detail, Fit) and number is not None else str(detail)
+        return f"{self.name}: {text}" if text else self.name
 
 
 CATALOGUE: list[Fault] = []
-ESTIMATED = "(estimated)"
-"""Ends the detail of a variant whose number was fitted to the engine."""
 
 
 _Function = Callable[[Module, Tensor], Variants]

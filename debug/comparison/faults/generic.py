@@ -8,21 +8,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from debug.comparison.faults.catalogue import ESTIMATED
+from debug.comparison.faults.catalogue import Detail, Fit
 from debug.comparison.modules import Module
 from refmodels.dtypes import unit_roundoff
 from refmodels.taps import is_cache_tap
 
 _LOWER = {
-    torch.float32: (torch.float16, torch.bfloat16, torch.float8_e4m3fn),
-    torch.float16: (torch.bfloat16, torch.float8_e4m3fn),
-    torch.bfloat16: (torch.float8_e4m3fn,),
+    torch.float32: (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16),
+    torch.float16: (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16),
+    torch.bfloat16: (torch.float8_e4m3fn, torch.float8_e5m2),
 }
+"""The narrowest first: a number of a narrow dtype is one of a wide dtype too."""
 _NOISE = 4.0
 """Largest error of a rounded sum, as a multiple of a random walk of roundings: partial sums also grow."""
 
 
-def transformed(module: Module, expected: Tensor, engine: Tensor) -> Iterator[tuple[str, Tensor]]:
+def transformed(module: Module, expected: Tensor, engine: Tensor) -> Iterator[tuple[Detail, Tensor]]:
     """(fault, output) for each way to change the right output of a module; shapes as those of its tap.
 
     expected, engine: the reference's and the engine's output, fp64.
@@ -31,8 +32,9 @@ def transformed(module: Module, expected: Tensor, engine: Tensor) -> Iterator[tu
     yield "sign of the output reversed", -expected
     size = float(expected.square().sum())
     factor = float((expected * engine).sum()) / size if size else 1.0
-    if abs(factor - 1) > 1e-6 and factor > 0:
-        yield f"output scaled by {factor:.5g} {ESTIMATED}", expected * factor
+    if factor > 0:
+        words = "output scaled by {}"
+        yield Fit(words=words, value=factor, changes=lambda f: {"output": expected * f}), expected * factor
     axis = 2 if is_cache_tap(module.tap) else 1
     if expected.shape[axis] > 1:
         for shift in (1, -1):

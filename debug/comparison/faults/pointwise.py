@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debug.comparison.faults.catalogue import ESTIMATED, Variants, fault
+from debug.comparison.faults.catalogue import Fit, Variants, fault
 from debug.comparison.faults.rotation import padding_before
 from debug.comparison.modules import Module
 from refmodels.ops import by_head
@@ -21,10 +23,13 @@ from refmodels.ops import by_head
 def norm_eps(m: Module, engine: Tensor) -> Variants:
     known = [e for e in (0.0, 1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3) if not math.isclose(e, m["eps"])]
     for eps in known:
-        yield f"{eps:g} instead of {m['eps']:g}", {"eps": eps}
+        # A value of the list within the interval of the estimate is no fact either.
+        words = f"{{}} instead of {m['eps']:g}"
+        yield Fit(words=words, value=eps, changes=lambda e: {"eps": e}, numbers=0, least=0.0), {"eps": eps}
     estimate = _estimated_eps(m, engine)
     if estimate is not None:
-        yield f"{estimate:.3g} instead of {m['eps']:g} {ESTIMATED}", {"eps": estimate}
+        words = f"{{}} instead of {m['eps']:g}"
+        yield Fit(words=words, value=estimate, changes=lambda e: {"eps": e}, least=0.0), {"eps": estimate}
 
 
 def _estimated_eps(m: Module, engine: Tensor) -> float | None:
@@ -122,6 +127,10 @@ def gate_missing(m: Module, _: Tensor) -> Variants:
         yield "activated up alone", {"gate": m["up"], "up": ones}
 
 
+def _one(argument: str, value: float) -> dict[str, Any]:
+    return {argument: value}
+
+
 @fault("residual missing or doubled", "residual")
 def residual(m: Module, engine: Tensor) -> Variants:
     yield "residual missing", {"x_factor": 0.0}
@@ -132,7 +141,9 @@ def residual(m: Module, engine: Tensor) -> Variants:
         part: Tensor = m[name]
         factor = float(((engine - m[other]) * part).sum() / part.square().sum().clamp(min=1e-300))
         what = "branch" if name == "branch" else "residual"
-        yield f"{what} scaled by {factor:.5g} {ESTIMATED}", {f"{name}_factor": factor}
+        argument = f"{name}_factor"
+        changes = partial(_one, argument)
+        yield Fit(words=f"{what} scaled by {{}}", value=factor, changes=changes), {argument: factor}
     norm = "mlp_norm" if m.part == "" else "attn_norm"
     yield "residual taken after the norm", {"x": m.forward.tensors[f"blocks.{m.layer}.{norm}"].to(m["x"])}
 
