@@ -18,7 +18,7 @@ from torch import Tensor
 from debug.capture.capture import Forward
 from debug.comparison.candidates import Candidate, candidates, changed
 from debug.comparison.evidence import evidence_of
-from debug.comparison.faults.catalogue import ESTIMATED
+from debug.comparison.faults.catalogue import ESTIMATED, MANY
 from debug.comparison.faults.generic import rounded_sums, stored_as
 from debug.comparison.intervals import described, interval, roundest
 from debug.comparison.metrics import compare
@@ -35,6 +35,10 @@ _PAIRS = 4
 """If no single fault explains a module, the number of best faults that are tried in pairs."""
 _ALIKE = 1.5
 """Local errors within this factor do not tell two faults apart."""
+
+_OVERFIT = 3.0
+"""A fit with a number per row or column leaves less than the noise, as it fits some of it too: with 1.25 tokens per
+number, the least that is fitted, 0.45 of it."""
 
 
 def diagnose(
@@ -94,13 +98,16 @@ class _Search:
             if rounding:
                 return rounding
             # Two faults in one module: plant every fault on top of each of the best ones.
+            # A number per row and another fault would explain anything.
+            single = [t for t in single if t.candidate.numbers < MANY]
             helping = sorted((t for t in single if t.after < self.before), key=lambda t: t.after)[:_PAIRS]
             for t in helping:
-                found += self._explaining(list(self._tried(t.planted, t.candidate)))
-        best = min((t.after for t in found), default=0.0)
+                both = self._tried(t.planted, t.candidate)
+                found += self._explaining([b for b in both if b.candidate.numbers < MANY])
+        best = _best(found)
         # Faults that explain it equally well: the simplest first, then in the order of the catalogue.
         found.sort(key=lambda t: (max(t.after, _ALIKE * best), t.numbers))
-        return self._diagnoses(found, _ALIKE * best)
+        return self._diagnoses(_simplest(found, _ALIKE * best), _ALIKE * best)
 
     def _tried(self, module: Module, before: Candidate | None = None) -> list[_Tried]:
         first, found = self.stages[0], []
@@ -174,6 +181,8 @@ class _Search:
                 if any(d.words == words and _within(fit.value, d) for d in diagnoses):
                     continue
             where = f", {t.where}" if t.where else ""
+            if any(d.fault == name + where for d in diagnoses):
+                continue
             diagnoses.append(
                 Diagnosis(
                     fault=name + where,
@@ -223,6 +232,25 @@ class _Search:
             return []
         left = float((shown - after).norm() / right.norm())
         return [Diagnosis(fault=name, local_before=self.before, local_after=left, ratio_after=0.0, words=name)]
+
+
+def _best(found: Sequence[_Tried]) -> float:
+    """The local error that the best explanation leaves, of those that cannot have fitted the noise if there are any."""
+    least = min((t.numbers // MANY for t in found), default=0)
+    few = min((t.after for t in found if t.numbers // MANY == least), default=0.0)
+    many = min((t.after for t in found if t.numbers // MANY > least), default=float("inf"))
+    return min(few, _OVERFIT * many)
+
+
+def _simplest(found: Sequence[_Tried], alike: float) -> list[_Tried]:
+    """Without those that need far more numbers than another, or more numbers of the same fault."""
+    kept: list[_Tried] = []
+    for t in found:
+        simpler = [k for k in kept if k.after <= alike and k.numbers < t.numbers]
+        same = any([p.fault for p in k.candidate.faults] == [p.fault for p in t.candidate.faults] for k in simpler)
+        if not same and not (simpler and t.numbers >= MANY):
+            kept.append(t)
+    return kept
 
 
 def _within(value: float, diagnosis: Diagnosis) -> bool:

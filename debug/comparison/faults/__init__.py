@@ -6,7 +6,18 @@ direction), each with a few words that describe it.  If the mistake is a number 
 estimated from the engine's output.  A new fault is one decorated function in the file of its kind.
 """
 
-from debug.comparison.faults import attention, linear, pointwise, quantized, rotation
+from debug.comparison.faults import attention, grids, linear, linear_fit, pointwise, quantized, rotation, weight_fit
 from debug.comparison.faults.catalogue import CATALOGUE, Fault
 
-__all__ = ["CATALOGUE", "Fault", "attention", "linear", "pointwise", "quantized", "rotation"]
+__all__ = [
+    "CATALOGUE",
+    "Fault",
+    "attention",
+    "grids",
+    "linear",
+    "linear_fit",
+    "pointwise",
+    "quantized",
+    "rotation",
+    "weight_fit",
+]

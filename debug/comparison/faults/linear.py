@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from debug.comparison.faults.catalogue import Variants, fault
 from debug.comparison.modules import Module, float_weight, linear_of
-from refmodels.quantization.arithmetic import quantize_weight
-from refmodels.quantization.formats import LinearFormat
 from refmodels.quantization.linear import QuantizedLinear
 
 
@@ -106,29 +103,6 @@ def norm_head(m: Module, engine: Tensor) -> Variants:
 def tied_head(m: Module, _: Tensor) -> Variants:
     if m.tap == "logits" and not m.decoder.spec.tied_head:
         yield "", {"weight": m.decoder.embed.weight}
-
-
-@fault("weight quantized wrongly", "linear")
-def quantized(m: Module, _: Tensor) -> Variants:
-    if isinstance(linear_of(m.decoder, m.tap), QuantizedLinear):
-        return  # see debug.comparison.faults.quantized
-    # Quantization starts from the weights in the dtype that the engine would have had.
-    weight: Tensor = m["weight"].to(m.forward.tensors[m.tap].dtype).to(m["weight"].dtype)
-    for linear in (LinearFormat(weight="int8"), LinearFormat(weight="int4")):
-        code = linear.weight
-        rows = quantize_weight(weight, linear)
-        yield f"{code}, scale by output channel", {"weight": rows.dequantized()}
-        yield f"{code}, scale by input channel", {"weight": quantize_weight(weight.t(), linear).dequantized().t()}
-        for offset in (1, -1):
-            yield f"{code}, zero point off by {offset:+d}", {"weight": rows.dequantized() + offset * rows.scale}
-        whole = quantize_weight(weight.reshape(1, -1), linear).dequantized().view_as(weight)
-        yield f"{code}, one scale for all", {"weight": whole}
-        for group in (32, 64, 128):
-            if weight.shape[1] % group == 0:
-                yield (
-                    f"{code}, groups of {group}",
-                    {"weight": quantize_weight(weight, replace(linear, group=group)).dequantized()},
-                )
 
 
 @fault("another layer's weights", "linear")
