@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from debug.comparison.faults import CATALOGUE, Fault
@@ -94,7 +95,11 @@ class Candidate:
 
 def variants(module: Module, engine: Tensor, fault: Fault | None) -> Iterator[tuple[Detail, dict[str, Any]]]:
     if fault is not None:
-        yield from fault.variants(module, engine)
+        try:
+            yield from fault.variants(module, engine)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            # These inputs do not determine what the fault would fit.
+            return
         return
     for detail, output in transformed(module, module().double(), engine):
         yield detail, {"output": output}
@@ -111,8 +116,9 @@ def changed(module: Module, changes: dict[str, Any]) -> Module:
 def candidates(module: Module, engine: Tensor, before: Candidate | None = None) -> Iterator[tuple[Candidate, Module]]:
     """Every fault of the module's kind, planted.  `before`: a candidate that `module` already has."""
     faults = before.faults if before is not None else ()
-    for fault in (*(f for f in CATALOGUE if f.kind == module.kind), None):
-        if any(p.fault is fault for p in faults):
+    known = sorted((f for f in CATALOGUE if f.kind == module.kind), key=lambda f: f.rare)
+    for fault in (*known, None):
+        if any(p.fault is fault for p in faults) or (faults and fault is not None and fault.first):
             # The same mistake twice is another variant of it.
             continue
         for detail, changes in variants(module, engine, fault):

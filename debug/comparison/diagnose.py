@@ -19,7 +19,7 @@ from debug.capture.capture import Forward
 from debug.comparison.candidates import Candidate, candidates, changed
 from debug.comparison.evidence import evidence_of
 from debug.comparison.faults.catalogue import ESTIMATED, MANY
-from debug.comparison.faults.generic import rounded_sums, stored_as
+from debug.comparison.faults.generic import on_a_grid, rounded_sums, stored_as
 from debug.comparison.intervals import described, interval, roundest
 from debug.comparison.metrics import compare
 from debug.comparison.modules import Module
@@ -39,6 +39,9 @@ _ALIKE = 1.5
 _OVERFIT = 3.0
 """A fit with a number per row or column leaves less than the noise, as it fits some of it too: with 1.25 tokens per
 number, the least that is fitted, 0.45 of it."""
+
+_MORE = 2
+"""An explanation with so many numbers more than another, which is as good, is none."""
 
 
 def diagnose(
@@ -226,6 +229,11 @@ class _Search:
         narrow = stored_as(shown, self.dtype)
         if narrow is not None:
             name, after = f"output rounded to {torch_name(narrow)}", right.to(narrow).double()
+        elif (grid := on_a_grid(shown, right, self.dtype)) is not None:
+            name, after = grid
+            if float((shown - after).norm()) > 0.5 * float((shown - right).norm()):
+                # The values lie on a grid, but not because the right ones were rounded to it.
+                return []
         elif rounded_sums(first.module, shown - right, right, self.dtype):
             name, after = f"wrong dtype accumulate: sums rounded in {torch_name(self.dtype)}", right
         else:
@@ -248,7 +256,8 @@ def _simplest(found: Sequence[_Tried], alike: float) -> list[_Tried]:
     for t in found:
         simpler = [k for k in kept if k.after <= alike and k.numbers < t.numbers]
         same = any([p.fault for p in k.candidate.faults] == [p.fault for p in t.candidate.faults] for k in simpler)
-        if not same and not (simpler and t.numbers >= MANY):
+        far = any(k.numbers <= t.numbers - _MORE for k in simpler)
+        if not same and not far:
             kept.append(t)
     return kept
 

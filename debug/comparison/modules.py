@@ -108,6 +108,7 @@ def module_at(decoder: Decoder, tap: str, forward: Forward) -> Module:
             table=decoder.embed.weight,
             position_table=decoder.position_embed.weight if learned else None,
             factor=1.0,
+            position_factor=1.0,
         )
     if made.kind in ("cache", "attention"):
         assert made.layer is not None
@@ -180,12 +181,18 @@ def rounded_input(layer: QuantizedLinear, x: Tensor, rounding: str) -> Tensor:
 
 
 def _embed(
-    *, ids: Tensor, positions: Tensor | None, table: Tensor, position_table: Tensor | None, factor: float
+    *,
+    ids: Tensor,
+    positions: Tensor | None,
+    table: Tensor,
+    position_table: Tensor | None,
+    factor: float,
+    position_factor: float,
 ) -> Tensor:
     x = F.embedding(ids.clamp(0, len(table) - 1), table) * factor
     if position_table is not None:
         assert positions is not None
-        x = x + F.embedding(positions.clamp(0, len(position_table) - 1), position_table)
+        x = x + F.embedding(positions.clamp(0, len(position_table) - 1), position_table) * position_factor
     return x
 
 
@@ -194,10 +201,13 @@ def _norm_arguments(norm: nn.Module) -> dict[str, Any]:
         facts = norm.norm
         return {
             "norm": "rms", "weight": norm.weight, "bias": None, "eps": facts.eps,
-            "weight_in_float": facts.weight_in_float,
+            "weight_in_float": facts.weight_in_float, "statistic": None,
         }  # fmt: skip
     assert isinstance(norm, nn.LayerNorm)
-    return {"norm": "layer", "weight": norm.weight, "bias": norm.bias, "eps": norm.eps, "weight_in_float": False}
+    return {
+        "norm": "layer", "weight": norm.weight, "bias": norm.bias, "eps": norm.eps,
+        "weight_in_float": False, "statistic": None,
+    }  # fmt: skip
 
 
 def _norm(
@@ -209,12 +219,17 @@ def _norm(
     bias: Tensor | None,
     eps: float,
     weight_in_float: bool,
+    statistic: Callable[[Tensor, float], Tensor] | None,
 ) -> Tensor:
+    """`statistic`: another normalization, a function of the input and epsilon."""
     if index is not None:
         x = select_tokens(x, index)
     if norm == "none":
         return x
     x = by_head(x, len(weight))
+    if statistic is not None:
+        y = statistic(x, eps) * weight
+        return heads_in_a_row(y if bias is None else y + bias)
     if norm == "layer":
         return heads_in_a_row(F.layer_norm(x, weight.shape, weight, bias, eps))
     y = fused_rms_norm(x, weight, eps=eps, weight_in_float=weight_in_float)

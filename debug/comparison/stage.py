@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,6 +77,16 @@ def stages_of(
     bound = max(bounds)
     joined = [_stage(tap, join(g), truth, rounded, bound) for g in groups if g]
     first = joined[0]
+    bad = first.before > multiple
+    if bool(bad.any()) and not bool(bad.all()):
+        # Only some tokens are wrong: fit to these.
+        where = first.real.nonzero()[bad.cpu()]
+        mask = torch.zeros_like(first.real)
+        mask[where[:, 0], where[:, 1]] = True
+        forward = first.module.forward
+        forward = dataclasses.replace(forward, inputs=dataclasses.replace(forward.inputs, new_mask=mask))
+        joined.insert(0, _stage(tap, forward, truth, rounded, bound))
+        return joined
     if first.module.kind == "linear":
         work = first.module["weight"].numel() * first.engine.shape[0]
         most = max(8, int(_WORK / work))

@@ -36,27 +36,35 @@ class Run:
     forwards: tuple[Forward, ...]
     dtype: torch.dtype
 
-    def named(self, tap: str, change: Change, *, steps: Collection[int] | None = None) -> list[Diagnosis]:
-        """The diagnoses, if the module of `tap` is wrong in the forwards of `steps` (None: in all)."""
+    def named(
+        self, tap: str, change: Change, *, steps: Collection[int] | None = None, exact: bool = False
+    ) -> list[Diagnosis]:
+        """The diagnoses, if the module of `tap` is wrong in the forwards of `steps` (None: in all).
+
+        A correct engine rounds like the reference in its dtype; `exact`: leave this rounding out.
+        """
         forwards, bounds = [], []
         for forward in self.forwards:
             with torch.inference_mode():
                 module = module_at(self.truth, tap, forward)
-                output = change(module) if steps is None or forward.step in steps else module()
-            # A correct engine rounds like the reference in its dtype: keep that rounding, too.
-            noise = forward.tensors[tap].double() - module()[..., : forward.tensors[tap].shape[-2], :]
-            tensors = {**forward.tensors, tap: (output[..., : noise.shape[-2], :] + noise).to(self.dtype)}
-            forwards.append(replace(forward, tensors=tensors))
+                right = module()
+                output = change(module) if steps is None or forward.step in steps else right
+            own = forward.tensors[tap]
+            right, output = (t[..., : own.shape[-2], :] for t in (right, output))
+            size = output.norm(dim=-1, keepdim=True) / right.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+            noise = 0.0 if exact else (own.double() - right) * size
+            forwards.append(replace(forward, tensors={**forward.tensors, tap: (output + noise).to(self.dtype)}))
             slots = self.forwards[-1].inputs.attention_mask.shape[1]
             bounds.append(lower_bound(self.truth.spec, tap, self.dtype, slots=slots))
         with torch.inference_mode():
-            return diagnose(
+            found, _ = diagnose(
                 tap, forwards, self.truth, self.rounded, bounds=bounds, multiple=MULTIPLE, dtype=self.dtype
-            )[0]
+            )
+        return found
 
-    def first(self, tap: str, change: Change, *, steps: Collection[int] | None = None) -> str:
+    def first(self, tap: str, change: Change, *, steps: Collection[int] | None = None, exact: bool = False) -> str:
         """The first name; "unknown" without one."""
-        found = self.named(tap, change, steps=steps)
+        found = self.named(tap, change, steps=steps, exact=exact)
         return found[0].fault if found else "unknown"
 
 

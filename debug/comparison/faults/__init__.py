@@ -6,16 +6,31 @@ direction), each with a few words that describe it.  If the mistake is a number 
 estimated from the engine's output.  A new fault is one decorated function in the file of its kind.
 """
 
-from debug.comparison.faults import attention, grids, linear, linear_fit, pointwise, quantized, rotation, weight_fit
+from debug.comparison.faults import (
+    attention,
+    embedding,
+    grids,
+    inputs,
+    linear,
+    linear_fit,
+    norm_fit,
+    pointwise,
+    quantized,
+    rotation,
+    weight_fit,
+)
 from debug.comparison.faults.catalogue import CATALOGUE, Fault
 
 __all__ = [
     "CATALOGUE",
     "Fault",
     "attention",
+    "embedding",
     "grids",
+    "inputs",
     "linear",
     "linear_fit",
+    "norm_fit",
     "pointwise",
     "quantized",
     "rotation",

@@ -56,13 +56,17 @@ class Fault:
     """A named mistake.
 
     kind: kind of module this fault applies to.  variants: takes the right module and the engine's output.  small: the
-    fault can be smaller than the rounding of half precision (see `debug.comparison.systematic`).
+    fault can be smaller than the rounding of half precision (see `debug.comparison.systematic`).  rare: of two faults
+    that explain the engine equally well, the other one comes first.  first: it has so many variants, or such long fits,
+    that it is only tried as the first of two faults.
     """
 
     name: str
     kind: Kind
     variants: Callable[[Module, Tensor], Variants]
     small: bool = False
+    rare: bool = False
+    first: bool = False
 
     def full_name(self, detail: Detail, number: str | None = None) -> str:
         text = detail.text(number) if isinstance(detail, Fit) and number is not None else str(detail)
@@ -75,11 +79,15 @@ CATALOGUE: list[Fault] = []
 _Function = Callable[[Module, Tensor], Variants]
 
 
-def fault(name: str, *kinds: Kind, small: bool = False) -> Callable[[_Function], _Function]:
+def fault(
+    name: str, *kinds: Kind, small: bool = False, rare: bool = False, first: bool = False
+) -> Callable[[_Function], _Function]:
     """Add a function to the catalogue."""
 
     def register(variants: _Function) -> _Function:
-        CATALOGUE.extend(Fault(name=name, kind=kind, variants=variants, small=small) for kind in kinds)
+        CATALOGUE.extend(
+            Fault(name=name, kind=kind, variants=variants, small=small, rare=rare, first=first) for kind in kinds
+        )
         return variants
 
     return register

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from debug.comparison.faults.applied import applied
 from debug.comparison.faults.catalogue import Detail, Fit
+from debug.comparison.faults.parts import rounded_bits
 from debug.comparison.modules import Module
-from refmodels.dtypes import unit_roundoff
+from refmodels.dtypes import torch_name, unit_roundoff
 from refmodels.taps import is_cache_tap
 
 _LOWER = {
@@ -32,8 +34,9 @@ def transformed(module: Module, expected: Tensor, engine: Tensor) -> Iterator[tu
     """
     yield "output missing (zero)", torch.zeros_like(expected)
     yield "sign of the output reversed", -expected
-    size = float(expected.square().sum())
-    factor = float((expected * engine).sum()) / size if size else 1.0
+    right, found = _real_rows(module, expected), _real_rows(module, engine)
+    size = float(right.square().sum())
+    factor = float((right * found).sum()) / size if size else 1.0
     if factor > 0:
         words = "output scaled by {}"
         yield Fit(words=words, value=factor, changes=lambda f: {"output": expected * f}), expected * factor
@@ -41,12 +44,26 @@ def transformed(module: Module, expected: Tensor, engine: Tensor) -> Iterator[tu
     if expected.shape[axis] > 1:
         for shift in (1, -1):
             yield f"tokens moved by {shift:+d}", expected.roll(shift, axis)
+        for place, index in (("first", 0), ("last", -1)):
+            yield (
+                f"the {place} token's for all tokens",
+                expected.select(axis, index).unsqueeze(axis).expand_as(expected),
+            )
+    yield from applied(expected, right, found, engine)
     heads = _heads_exchanged(module, expected, engine)
     if heads is not None:
         yield heads
     batch = len(expected)
     for order in itertools.islice(itertools.permutations(range(batch)), 1, 24 if batch > 1 else 1):
         yield f"rows of the batch exchanged: {list(order)}", expected[list(order)]
+
+
+def _real_rows(module: Module, tensor: Tensor) -> Tensor:
+    inputs = module.forward.inputs
+    if not is_cache_tap(module.tap):
+        return tensor[inputs.new_mask]
+    mask = inputs.attention_mask != 0
+    return tensor.transpose(1, 2)[:, : mask.shape[1]][mask].flatten(1)
 
 
 def _heads_exchanged(module: Module, expected: Tensor, engine: Tensor) -> tuple[str, Tensor] | None:
@@ -75,6 +92,36 @@ def stored_as(engine: Tensor, dtype: torch.dtype) -> torch.dtype | None:
     for narrow in _LOWER.get(dtype, ()):
         if bool(shown.any()) and torch.equal(shown.to(narrow).to(dtype), shown):
             return narrow
+    return None
+
+
+def on_a_grid(engine: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[str, Tensor] | None:
+    """(name, right output on that grid) if the engine's numbers are steps of one size, or have a short mantissa.
+
+    engine, expected: rows of real tokens, fp64.
+    """
+    unit = unit_roundoff(dtype)
+    levels = engine.unique()
+    if engine.numel() > 16 * len(levels) and 1 < len(levels) <= 256:
+        step = float((levels[1:] - levels[:-1]).min())
+        low, high = float(levels[0]), float(levels[-1])
+        if float((levels / step - (levels / step).round()).abs().max()) < 0.25:
+            rounded = ((expected / step).round() * step).clamp(low, high)
+            bits = max(1, int((high - low) / step).bit_length())
+            return f"output quantized to {bits} bits, in steps of {step:.4g}", rounded
+    largest = engine.abs().max()
+    for narrow, limit in ((torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)):
+        scale = largest / limit
+        shown = (engine / scale).float().to(narrow).double() * scale
+        if bool(((shown - engine).abs() <= 2 * unit * engine.abs() + unit * scale).all()):
+            rounded = (expected / scale).clamp(-limit, limit).float().to(narrow).double() * scale
+            return f"output rounded to {torch_name(narrow)} with one scale for all", rounded
+    mantissa, _ = torch.frexp(engine)
+    for bits in range(1, 12 if dtype == torch.float32 else 0):
+        scaled = mantissa * 2.0 ** (bits + 1)
+        if torch.equal(scaled, scaled.round()):
+            name = f"output rounded to {bits} bits of mantissa{' (TF32)' if bits == 10 else ''}"
+            return name, rounded_bits(expected, bits)
     return None
 
 

@@ -174,7 +174,7 @@ def _misread(grid: _Grid, weight: Tensor) -> Iterator[tuple[str, Made]]:
     )
 
 
-@fault("weight quantized wrongly", "linear")
+@fault("weight quantized wrongly", "linear", first=True)
 def weight_grid(m: Module, engine: Tensor) -> Variants:
     if isinstance(linear_of(m.decoder, m.tap), QuantizedLinear):
         return  # see debug.comparison.faults.quantized
@@ -197,7 +197,7 @@ def weight_grid(m: Module, engine: Tensor) -> Variants:
                     yield words, {"weight": made(slice(None)).to(m["weight"])}
 
 
-@fault("weight rounded", "linear")
+@fault("weight rounded", "linear", first=True)
 def weight_format(m: Module, engine: Tensor) -> Variants:
     weight: Tensor = m["weight"].double()
     tried = _Tried(m, engine, weight)
@@ -218,7 +218,7 @@ def weight_format(m: Module, engine: Tensor) -> Variants:
                 yield f"to {name}, one scale per {span}", {"weight": made(slice(None)).to(m["weight"])}
 
 
-@fault("input rounded", "linear")
+@fault("input rounded", "linear", first=True)
 def input_format(m: Module, _: Tensor) -> Variants:
     x: Tensor = m["input"]
     for name, rounded in FORMATS.items():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debug.comparison.faults.catalogue import Variants, fault
+from debug.comparison.faults.catalogue import MANY, Fit, Variants, fault
 from debug.comparison.modules import Module, float_weight, linear_of
 from refmodels.quantization.linear import QuantizedLinear
 
@@ -93,10 +93,11 @@ def norm_head(m: Module, engine: Tensor) -> Variants:
         yield "rows normalized", {"weight": F.normalize(weight, dim=1)}
         yield "columns normalized", {"weight": F.normalize(weight, dim=0)}
         # Without the division, each row has its own length, which shows in the logits.
-        expected = m()
-        length = (engine * expected).flatten(0, -2).sum(0) / expected.flatten(0, -2).square().sum(0)
+        mask = m.forward.inputs.new_mask
+        expected, found = m()[mask], engine[mask]
+        length = (found * expected).sum(0) / expected.square().sum(0).clamp(min=1e-300)
         if m.decoder.spec.head_normalized:
-            yield "not normalized", {"weight": weight * length[:, None]}
+            yield Fit(words="not normalized", numbers=MANY), {"weight": weight * length[:, None]}
 
 
 @fault("embedding used as head, or head as embedding", "linear")

@@ -68,8 +68,10 @@ def row_factors(m: Module, engine: Tensor) -> Variants:
             else:
                 if abs(common + 1) < max(spread, 1e-6):
                     yield f"{words}: sign reversed", change(-1.0)
-                detail = f"{words}: scaled by {{}}"
-                yield Fit(words=detail, value=common, changes=change), change(common)
+                if m["bias"] is not None or not whole:
+                    # Otherwise it is the output that is scaled.
+                    detail = f"{words}: scaled by {{}}"
+                    yield Fit(words=detail, value=common, changes=change), change(common)
                 if not whole:
                     yield from _scaled_with_bias(m, words, p, mask, common)
         elif common is None:

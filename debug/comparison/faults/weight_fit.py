@@ -15,7 +15,7 @@ from debug.comparison.faults.parts import output_name
 from debug.comparison.modules import Module
 
 
-@fault("weight differs", "linear")
+@fault("weight differs", "linear", first=True)
 def weight_difference(m: Module, engine: Tensor) -> Variants:
     """A single element, a single column, a low rank, or everywhere."""
     p = Pairs(m, engine)
