@@ -258,7 +258,8 @@ def _attention_arguments(decoder: Decoder, layer: int, part: str, forward: Forwa
     reads = spec.taps[f"{path}.attn.context"].reads
     *normed, qkv = (forward.tensors[name].to(device=device, dtype=dtype) for name in reads)
     if normed:
-        qkv = join_qkv(*normed, qkv[..., sum(attn.widths) :])
+        query, key = normed
+        qkv = join_qkv(query, key, qkv[..., sum(attn.widths) :])
     given = AttentionInputs(
         qkv=qkv,
         **caches,
