@@ -41,7 +41,7 @@ def build_tables(
     """Make the tables for a model that runs in `dtype`.  `positions` is the cache capacity (slots).
 
     Raises:
-        LogitLockError: the base grows at every position, and the tables for so many would be larger than
+        LogitLockError: the base grows at every position, and all tables together would be larger than
             `MOST_TABLE_BYTES`.
     """
     cos = sin = logn = slopes = None

@@ -25,6 +25,11 @@ _VARIANTS = {
     "Baichuan2 13B": "baichuan2_13b",
     "Qwen": "qwen_ntk",
     "Qwen2": "qwen2",
+    "Qwen3": "qwen3_yarn_b1",
+    "Llama 3": "llama3",
+    "Mistral": "mistral",
+    "GLM-4 (own class)": "glm_hf",
+    "GLM-4-0414": "glm4_hf",
     "GPT-2": "gpt2",
     "GPTBigCode": "gpt_bigcode",
     "StarCoder2": "starcoder2_sliding",
@@ -63,6 +68,8 @@ def facts() -> str:
                     fact
                     for fact, there in (
                         ("dynamic NTK", spec.uses_ntk),
+                        ("norms of heads", a.head_norms),
+                        ("norms of what is added", spec.sandwich_norms),
                         ("logn", a.logn_seq_length is not None),
                         ("window", a.window is not None),
                         ("qkv bias", a.qkv_bias),

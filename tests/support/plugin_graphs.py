@@ -14,13 +14,15 @@ from trt_runtime.bundle import Precision
 
 CAPACITY = 32
 BATCH, TOKENS = 4, 8
-# NTK and logn; ALiBi; interleaved partial rope and grouped heads; sliding window; learned positions and one kv head.
+# NTK and logn; ALiBi; interleaved partial rope and grouped heads; sliding window; learned positions and one kv head;
+# norms of heads.
 CASES: tuple[tuple[str, Precision], ...] = (
     ("qwen_ntk", "fp16"),
     ("baichuan_13b", "fp32"),
     ("chatglm2", "bf16"),
     ("starcoder2_sliding", "fp16"),
     ("gpt_bigcode", "fp32"),
+    ("qwen3_yarn_b1", "bf16"),
 )
 
 

@@ -308,6 +308,7 @@ def test_kernels_for_every_shape_are_among_those_compiled(case: str, precision: 
     spec = case_source(case).spec
     compiled = {kernel_key(launch) for launch in needed_launches(spec, precision, capability)}
     model = graph_of(case, precision)
+    widths = {weight.name: weight.dims[0] for weight in model.graph.initializer}
     kernels = FakeKernels()
     half = {"fp32": trt.float32, "fp16": trt.float16, "bf16": trt.bfloat16}[precision]
     for kind in (CachedAttentionPlugin, FusedRmsNormPlugin):
@@ -317,8 +318,9 @@ def test_kernels_for_every_shape_are_among_those_compiled(case: str, precision: 
             a = spec.attention
             for batch, tokens in ((1, 1), (3, 1), (1, 2), (2, 70), (1, 300)):
                 if kind is FusedRmsNormPlugin:
-                    x = desc(half, batch, tokens, spec.hidden_size)
-                    plugin.enqueue([x, desc(half, spec.hidden_size)], [x], [16, 16], [16], 0, 0)
+                    width = widths[node.input[1]]
+                    x = desc(half, batch, tokens, width)
+                    plugin.enqueue([x, desc(half, width)], [x], [16, 16], [16], 0, 0)
                     continue
                 cache = desc(half, batch, a.kv_heads, 512, a.head_dim)
                 descs = {

@@ -1,6 +1,6 @@
 """Makes the golden cases of Llama's kin: tiny random models of transformers, recorded by `logitlock record`.
 
-python -m tests.goldens.make [NAME ...]
+python -m tests.support.record_goldens [NAME ...]
 """
 
 from __future__ import annotations
