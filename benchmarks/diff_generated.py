@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -91,6 +92,7 @@ def main() -> None:
         f"{sum(engines)} of {len(engines)} clean engines aligned; {1000 * seconds / max(len(found), 1):.0f} ms CPU each"
     )
     document = {
+        "command": shlex.join(["python", "benchmarks/diff_generated.py", *sys.argv[1:]]),
         "seed": arguments.seed, "draws": arguments.draws, "split": arguments.split, "models": arguments.models,
         "precisions": arguments.precisions, "kinds": {half: len({r.kind for r in rs}) for half, rs in halves.items()},
         "clean": {"engines": len(engines), "aligned": sum(engines)}, "cpu_seconds": round(seconds, 1),

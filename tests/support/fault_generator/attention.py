@@ -177,7 +177,9 @@ def drop_head(draw: Draw) -> Planted:
     return _context(
         draw,
         fault,
-        Name(r"head.*(?:missing|zero|dropped|lost|not|without)|(?:missing|zero|no).*head|head \d"),
+        Name(
+            r"head.*(?:missing|zero|dropped|lost|not|without)|(?:missing|zero|no).*head|head \d", vague="zero|missing"
+        ),
         numbers=f"head {head}",
     )
 

@@ -14,7 +14,8 @@ from refmodels.spec import ModelSpec
 from tests.support.mutate import Fault
 
 Judgement = Literal["right", "partly", "unknown", "wrong"]
-"""partly: the family is right and its number is not said, or one of two faults is named."""
+"""partly: the family is right and its number is not said, one of two faults is named, or what is said is true but says
+less than there is to say."""
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\s*(?:to|and|\.\.|–|,)\s*({_NUMBER})", re.IGNORECASE)
 _AROUND = re.compile(rf"({_NUMBER})\s*(?:±|\+/-|\+-)\s*({_NUMBER})", re.IGNORECASE)
@@ -28,20 +29,22 @@ class Name:
     """How a right diagnosis may read.
 
     words: a pattern of the family's words.  values: the numbers of which the text must say one: within `tolerance`
-    (relative), or inside an interval that it gives; empty: no number is asked for.  said: words for that number.
+    (relative), or inside an interval that it gives; empty: no number is asked for.  said: words for that number.  vague: words
+    that are true of the fault, and fewer than there are to say.
     """
 
     words: str
     values: tuple[float, ...] = ()
     tolerance: float = 0.02
     said: str | None = None
+    vague: str | None = None
 
     def judge(self, text: str) -> Judgement:
         if _UNNAMED.search(text):
             return "unknown"
         text = _TITLE.sub("", text)
         if not re.search(self.words, text, re.IGNORECASE):
-            return "wrong"
+            return "partly" if self.vague is not None and re.search(self.vague, text, re.IGNORECASE) else "wrong"
         said = [float(n) for n in re.findall(rf"(?<![\w.]){_NUMBER}", text, re.IGNORECASE)]
         if self.said is not None and re.search(self.said, text, re.IGNORECASE):
             return "right"

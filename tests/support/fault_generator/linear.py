@@ -12,7 +12,9 @@ from tests.support.mutate import Fault, both, edit_factor, rework
 
 SCALED = r"scal|times|factor|multipl|divid"
 NO_BIAS = r"bias.*(?:missing|dropped|zero|not added|absent)|(?:missing|no|without).*bias"
-ORDER = r"permut|order|exchang|swap|shuffl"
+ORDER = r"permut|order|exchang|swap|shuffl|wrong place|moved"
+OTHER = r"other values|other weights|differ|changed|fitted"
+"""Words that are true of any other weight."""
 GRID = r"quanti|grid|bits?\b|int\d|steps? of|rounded to (?:a |int|\d)"
 """Names of a grid of equal steps; a float type is none."""
 
@@ -198,7 +200,7 @@ def noise(draw: Draw) -> Planted:
     tap, size = draw.chance.choice(linears(draw)), draw.log_between(0.02, 0.5)
     shape = draw.weights[f"{tap}.weight"].shape
     draws = draw.generator.standard_normal(shape)
-    name = Name(r"noise|differ|deviat|other weights", (size, 100 * size), tolerance=0.2)
+    name = Name(rf"noise|deviat|{OTHER}", (size, 100 * size), tolerance=0.2)
     return changed(draw, tap, lambda w: w + size * np.sqrt(np.mean(w**2)) * draws, name, numbers=f"{size:.2g}")
 
 
@@ -317,7 +319,9 @@ def bias_order(draw: Draw) -> Planted | None:
     tap = draw.chance.choice(biased(draw))
     order = draw.order(len(draw.weights[f"{tap}.bias"]))
     return Planted(
-        tap=tap, apply=edit_bias(tap, lambda b: b[order]), names=(Name(rf"bias.*(?:{ORDER}|differ|changed|fitted)"),)
+        tap=tap,
+        apply=edit_bias(tap, lambda b: b[order]),
+        names=(Name(rf"bias.*(?:{ORDER})", vague=rf"bias.*(?:{OTHER})"),),
     )
 
 
@@ -330,7 +334,7 @@ def bias_of_other(draw: Draw) -> Planted | None:
     return Planted(
         tap=tap,
         apply=edit_bias(tap, lambda b: other),
-        names=(Name(r"bias.*(?:other|layer|blocks|differ|changed|fitted)"),),
+        names=(Name(r"bias.*(?:another|layer|blocks|that of)", vague=rf"bias.*(?:{OTHER})"),),
     )
 
 
@@ -352,7 +356,11 @@ def query_heads(draw: Draw) -> Planted | None:
     order = np.arange((a.heads + 2 * a.kv_heads) * a.head_dim).reshape(-1, a.head_dim)
     order[: a.heads] = order[: a.heads][draw.order(a.heads)]
     flat = order.flatten()
-    return Planted(tap=tap, apply=with_bias(tap, draw, lambda w: w[..., flat]), names=(Name(r"head"),))
+    return Planted(
+        tap=tap,
+        apply=with_bias(tap, draw, lambda w: w[..., flat]),
+        names=(Name(rf"head|blocks of {a.head_dim}\b", vague=ORDER),),
+    )
 
 
 @kind("linear", "scale missing and bias missing")

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 
 from tests.support.fault_generator.kinds import Draw, Name, Planted, kind
-from tests.support.fault_generator.linear import GRID, NO_BIAS, ORDER, SCALED
+from tests.support.fault_generator.linear import GRID, NO_BIAS, ORDER, OTHER, SCALED
 from tests.support.mutate import Fault, Rework, attribute, both, constant, edit, node, place, rework
 
 _NO_WEIGHT = r"weight.*(?:missing|dropped|of ones|not applied)|without.*weight"
@@ -61,19 +61,19 @@ def ones(draw: Draw) -> Planted:
 @kind("norm", "permute weight")
 def permute(draw: Draw) -> Planted:
     order = draw.order(draw.spec.hidden_size)
-    return _weight(draw, lambda w: w[order], Name(ORDER), bias=True)
+    return _weight(draw, lambda w: w[order], Name(ORDER, vague=OTHER), bias=True)
 
 
 @kind("norm", "reverse weight")
 def reverse(draw: Draw) -> Planted:
-    return _weight(draw, lambda w: w[::-1], Name(rf"revers|{ORDER}"))
+    return _weight(draw, lambda w: w[::-1], Name(rf"revers|{ORDER}", vague=OTHER))
 
 
 @kind("norm", "weight noise")
 def noise(draw: Draw) -> Planted:
     size = draw.log_between(0.05, 0.5)
     draws = 1.0 + size * draw.generator.standard_normal(draw.spec.hidden_size)
-    return _weight(draw, lambda w: w * draws, Name(r"noise|differ|deviat|changed|fitted"), numbers=f"{size:.2g}")
+    return _weight(draw, lambda w: w * draws, Name(rf"noise|deviat|{OTHER}"), numbers=f"{size:.2g}")
 
 
 @kind("norm", "replace by another norm's")

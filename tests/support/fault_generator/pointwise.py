@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 
 from tests.support.fault_generator.kinds import Draw, Name, Planted, kind
-from tests.support.fault_generator.linear import GRID, ORDER, SCALED, changed
+from tests.support.fault_generator.linear import GRID, ORDER, OTHER, SCALED, changed
 from tests.support.mutate import Fault, Patch, Rework, both, edit, node, replace_input, reroute, rework, swapped
 
 # The activation
@@ -392,7 +392,7 @@ def head_noise(draw: Draw) -> Planted | None:
         return None
     size = draw.log_between(0.03, 0.3)
     draws = draw.generator.standard_normal((draw.spec.hidden_size, draw.spec.vocab_size))
-    name = Name(r"noise|differ|deviat", (size, 100 * size), tolerance=0.2)
+    name = Name(rf"noise|deviat|{OTHER}", (size, 100 * size), tolerance=0.2)
     return changed(draw, "logits", lambda w: w + size * np.sqrt(np.mean(w**2)) * draws, name, numbers=f"{size:.2g}")
 
 
