@@ -9,7 +9,7 @@ import onnx
 
 from tests.support.fault_generator.kinds import Draw, Name, Planted, kind
 from tests.support.fault_generator.linear import GRID, ORDER
-from tests.support.mutate import Fault, Patch, Rework, both, constant, reroute, rework
+from tests.support.mutate import Fault, Patch, Rework, both, constant, identity, node, reroute, rework
 
 _SCALE = r"scale|factor|times"
 
@@ -226,8 +226,6 @@ def not_transposed(draw: Draw) -> Planted:
     """The context is reshaped without the transpose."""
 
     def fault(model: onnx.ModelProto) -> None:
-        from tests.support.mutate import identity, node
-
         identity(f"{draw.path}.attn.context_by_token")(model)
         node(model, f"{draw.path}.attn.context_rows_shape").attribute[0].ints[1] = -1
 
@@ -334,6 +332,4 @@ def logn(draw: Draw) -> Planted:
 def no_logn(draw: Draw) -> Planted | None:
     if draw.spec.attention.logn_seq_length is None:
         return None
-    from tests.support.mutate import identity
-
     return _context(draw, identity(f"{draw.path}.attn.query_logn"), Name(r"logn|log-n|log n"))

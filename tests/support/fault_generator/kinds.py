@@ -29,8 +29,8 @@ class Name:
     """How a right diagnosis may read.
 
     words: a pattern of the family's words.  values: the numbers of which the text must say one: within `tolerance`
-    (relative), or inside an interval that it gives; empty: no number is asked for.  said: words for that number.  vague: words
-    that are true of the fault, and fewer than there are to say.
+    (relative), or inside an interval that it gives; empty: no number is asked for.  said: words for that number.
+    vague: words that are true of the fault, and fewer than there are to say.
     """
 
     words: str

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import ml_dtypes
 import numpy as np
+import onnx
 
 from tests.support.fault_generator.kinds import Draw, Name, Planted, kind
-from tests.support.mutate import Fault, both, edit_factor, rework
+from tests.support.mutate import Fault, Patch, both, edit, edit_factor, reroute, rework
 
 SCALED = r"scal|times|factor|multipl|divid"
 NO_BIAS = r"bias.*(?:missing|dropped|zero|not added|absent)|(?:missing|no|without).*bias"
@@ -44,8 +46,6 @@ def with_bias(tap: str, draw: Draw, change: Callable[[np.ndarray], np.ndarray]) 
 
 
 def edit_bias(tap: str, change: Callable[[np.ndarray], np.ndarray]) -> Fault:
-    from tests.support.mutate import edit
-
     return edit(f"{tap}.bias", change)
 
 
@@ -267,8 +267,6 @@ def saturated(draw: Draw) -> Planted:
 
 @kind("linear", "round to float8")
 def float8(draw: Draw) -> Planted:
-    import ml_dtypes
-
     tap = draw.chance.choice(linears(draw))
     kind_of = draw.chance.choice([ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
     name = Name(r"fp8|float8|e4m3|e5m2|8.?bit|quanti")
@@ -281,12 +279,10 @@ def rounded_inputs(draw: Draw) -> Planted:
     tap = draw.chance.choice(linears(draw))
     scale = draw.log_between(0.05, 0.3)
 
-    def fault(model):  # type: ignore[no-untyped-def]
-        from tests.support.mutate import reroute
-
+    def fault(model: onnx.ModelProto) -> None:
         product = next(n for n in model.graph.node if n.name in (f"{tap}.product", tap) and n.op_type == "MatMul")
 
-        def grid(p, x):  # type: ignore[no-untyped-def]
+        def grid(p: Patch, x: str) -> str:
             return p("Mul", p("Clip", p("Round", p("Div", x, scale)), -128.0, 127.0), scale)
 
         reroute(product.name, product.input[0], grid)(model)

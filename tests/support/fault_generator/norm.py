@@ -7,7 +7,20 @@ import onnx
 
 from tests.support.fault_generator.kinds import Draw, Name, Planted, kind
 from tests.support.fault_generator.linear import GRID, NO_BIAS, ORDER, OTHER, SCALED
-from tests.support.mutate import Fault, Rework, attribute, both, constant, edit, node, place, rework
+from tests.support.mutate import (
+    Fault,
+    Patch,
+    Rework,
+    attribute,
+    both,
+    constant,
+    edit,
+    node,
+    place,
+    replace_input,
+    rework,
+    working_type,
+)
 
 _NO_WEIGHT = r"weight.*(?:missing|dropped|of ones|not applied)|without.*weight"
 
@@ -128,7 +141,7 @@ def twice(draw: Draw) -> Planted | None:
     tap = draw.chance.choice(norms(draw))
     weight = draw.weights[f"{tap}.weight"].astype(np.float32)
 
-    def again(p, x):  # type: ignore[no-untyped-def]
+    def again(p: Patch, x: str) -> str:
         mean = p("ReduceMean", p("Mul", x, x), np.array([-1]))
         return p("Mul", p("Div", x, p("Sqrt", p("Add", mean, 1e-6))), weight)
 
@@ -143,7 +156,7 @@ def statistic(draw: Draw) -> Planted | None:
     tap, which = draw.chance.choice(norms(draw)), draw.chance.choice(["mean abs", "sum", "half"])
     size = draw.spec.hidden_size
 
-    def other(p, x):  # type: ignore[no-untyped-def]
+    def other(p: Patch, x: str) -> str:
         last = np.array([-1])
         if which == "mean abs":
             mean = p("ReduceMean", p("Sqrt", x), last)
@@ -153,8 +166,6 @@ def statistic(draw: Draw) -> Planted | None:
         return p("ReduceMean", p("Slice", x, np.array([0]), np.array([size // 2]), last), last)
 
     def fault(model: onnx.ModelProto) -> None:
-        from tests.support.mutate import Patch, replace_input
-
         patch = Patch(model, place(model, f"{tap}.biased"))
         replace_input(model, f"{tap}.biased", f"{tap}.mean", other(patch, f"{tap}.square"))
 
@@ -170,8 +181,6 @@ def center(draw: Draw) -> Planted:
     if draw.spec.norm.kind == "rms":
 
         def centered(model: onnx.ModelProto) -> None:
-            from tests.support.mutate import Patch, replace_input
-
             wide = str(node(model, f"{tap}.square").input[0])
             patch = Patch(model, place(model, f"{tap}.square"))
             other = patch("Sub", wide, patch("ReduceMean", wide, np.array([-1])))
@@ -181,8 +190,6 @@ def center(draw: Draw) -> Planted:
         return Planted(tap=tap, apply=centered, names=(name,))
 
     def uncentered(model: onnx.ModelProto) -> None:
-        from tests.support.mutate import Patch, working_type
-
         at = place(model, tap)
         maker = model.graph.node[at]
         x, eps = maker.input[0], attribute(maker, "epsilon").f
@@ -202,7 +209,7 @@ def rounded(draw: Draw) -> Planted:
     tap, bits = draw.chance.choice(norms(draw)), draw.chance.choice([3, 4, 5])
     step = 2.0**-bits
 
-    def grid(p, x):  # type: ignore[no-untyped-def]
+    def grid(p: Patch, x: str) -> str:
         return p("Mul", p("Round", p("Div", x, step)), step)
 
     return Planted(tap=tap, apply=rework(tap, grid), names=(Name(GRID),), numbers=f"{step}")

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 
+from refmodels.positions import ntk_alphas
 from tests.support.fault_generator.kinds import Draw, Name, Planted, kind
-from tests.support.mutate import Fault, Patch, attribute, identity, node, replace_input
+from tests.support.mutate import Fault, Patch, attribute, identity, node, replace_input, rework
 
 Angles = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """positions [n, 1] and right frequencies [dim / 2] -> angles [n, dim / 2]."""
@@ -45,8 +46,6 @@ def _tables(draw: Draw, angles: Angles, layers: list[int] | None = None) -> Faul
 
 
 def _alphas(draw: Draw, rows: int) -> list[float]:
-    from refmodels.positions import ntk_alphas
-
     assert draw.spec.rope is not None
     for tables in range(1, 64):
         if rows % tables == 0 and len(found := ntk_alphas(draw.spec.rope, rows // tables)) == tables:
@@ -211,8 +210,6 @@ def rotated_values(draw: Draw) -> Planted | None:
     attn, rope = f"{draw.path}.attn", draw.spec.rope
 
     def fault(model: onnx.ModelProto) -> None:
-        from tests.support.mutate import rework
-
         def change(p: Patch, x: str) -> str:
             return p("RotaryEmbedding", x, "rope_cos.rows", "rope_sin.rows", num_heads=draw.spec.attention.kv_heads,
                      rotary_embedding_dim=rope.dim, interleaved=int(rope.interleaved))  # fmt: skip
@@ -232,8 +229,6 @@ def query_offset(draw: Draw) -> Planted | None:
     angle = by / rope.position_divisor * rope.theta ** (-np.arange(0, rope.dim, 2) / rope.dim)
 
     def fault(model: onnx.ModelProto) -> None:
-        from tests.support.mutate import rework
-
         def change(p: Patch, x: str) -> str:
             # One row for all tokens, spread over them by a sum with zeros of the right shape.
             zeros = p("Mul", "rope_cos.rows", 0.0)

@@ -143,7 +143,9 @@ def _outcome(result: DiffResult, planted: Planted, change: float) -> tuple[str, 
     text = first.diagnosis[0].fault if first is not None and first.diagnosis else None
     if first is not None and first.tap == planted.tap:
         return judge(text, planted.names), first.tap, text
-    if change <= MULTIPLE and (first is None or first.tap != planted.tap):
+    order = [tap.tap for tap in result.taps]
+    earlier = first is not None and order.index(first.tap) < order.index(planted.tap)
+    if change <= MULTIPLE and not earlier:
         # What shows further down is then a consequence that adds up, or nothing.
         return "below the floor", first.tap if first else None, text
     return ("missed" if first is None else "wrong tap"), first.tap if first else None, text
