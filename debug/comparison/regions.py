@@ -18,7 +18,10 @@ def region(place: Tensor, needed: Tensor, excluded: Tensor) -> tuple[str, int] |
     """
     if not bool(excluded.any()):
         return "", 0
-    return next((found for inside, *found in _regions(place, needed) if _separates(inside, needed, excluded)), None)  # type: ignore[return-value]
+    for inside, words, numbers in _regions(place, needed):
+        if _separates(inside, needed, excluded):
+            return words, numbers
+    return None
 
 
 def _separates(inside: Tensor, needed: Tensor, excluded: Tensor) -> bool:

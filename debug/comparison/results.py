@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from debug.comparison.metrics import json_number
+from debug.comparison.repeats import Repeat, repeats_of
 from refmodels.errors import LogitLockError
 from refmodels.json_records import read_record
 
@@ -331,6 +332,11 @@ class DiffResult:
     def first_wrong_tap(self) -> str | None:
         return self.culprits[0].tap if self.culprits else None
 
+    @property
+    def repeats(self) -> list[Repeat]:
+        """The faults that several layers share; their culprits are among `culprits`."""
+        return repeats_of(self.culprits, list(dict.fromkeys(e.tap for e in self.taps)))
+
     def to_frame(self) -> pd.DataFrame:
         """One row per tap and step, with the columns of `TapError`; worst_row and worst_position replace worst.
 
@@ -349,6 +355,7 @@ class DiffResult:
             "verdict": self.verdict,
             "first_wrong_tap": self.first_wrong_tap,
             "culprits": [c.to_json() for c in self.culprits],
+            "repeats": [r.to_json() for r in self.repeats],
             "logits": self.logits.to_json(),
             "observer_effect": self.observer_effect.to_json(),
             "taps": [t.to_json() for t in self.taps],
@@ -380,7 +387,7 @@ class DiffResult:
         own = {name: value for name, value in settings.items() if name in _SETTINGS}
         context = {name: value for name, value in settings.items() if name not in _SETTINGS}
         # Derived from the rest, or of an earlier diff.
-        derived = ("schema", "settings", "first_wrong_tap", "other", "baseline")
+        derived = ("schema", "settings", "first_wrong_tap", "repeats", "other", "baseline")
         record = {name: value for name, value in document.items() if name not in derived} | own | {"context": context}
         if isinstance(tokens := record.get("logit_tokens"), list):
             record["logit_tokens"] = [

@@ -103,6 +103,8 @@ def culprits_section(result: DiffResult) -> str:
         "<p>Taps that are wrong by themselves, in the order of execution. A diagnosis is a known fault: planted in the "
         "reference module, it makes the module reproduce the engine's output up to rounding.</p>"
     )
+    shared = "".join(f"<li>{escape(repeat.text)}</li>" for repeat in result.repeats)
+    intro += f"<ul>{shared}</ul>" if shared else ""
     more = f"<summary>{len(parts) - _WORST} more</summary>{''.join(parts[_WORST:])}"
     rest = f'<details class="culprit">{more}</details>' if len(parts) > _WORST else ""
     return section("Culprits", intro + "".join(parts[:_WORST]) + rest)

@@ -94,8 +94,13 @@ def print_diff(result: DiffResult, *, every_tap: bool = False) -> None:
     if result.other is not None and result.between is not None:
         _print_other(console, result, result.other, result.between)
     console.print(verdict_line(result), style="green" if result.verdict == "aligned" else "bold red", highlight=False)
+    said = set()
+    for repeat in result.repeats:
+        console.print(f"  {repeat.text}", style="bold", highlight=False)
+        said.update(repeat.taps[1:])
     for culprit in result.culprits:
-        _print_culprit(console, culprit)
+        if culprit.tap not in said:
+            _print_culprit(console, culprit)
 
 
 def print_changes(changes: Changes) -> None:
