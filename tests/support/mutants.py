@@ -28,7 +28,7 @@ LEAST = {"tap": 0.95, "name": 0.85}
 
 
 class TappedEngine(OnnxRuntimeEngine):
-    """Runs with taps always: one session instead of two, for mutants, whose observer effect nobody asks for."""
+    """Runs with taps always: one session instead of two, for mutants, whose observer effect is of no interest."""
 
     def _session(self, mode: Any) -> Any:
         return super()._session("tapped")
