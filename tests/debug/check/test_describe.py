@@ -142,6 +142,6 @@ def test_the_verbs(tmp_path: Path) -> None:
     document = json.loads(logitlock("inspect", folder, "--json").out)
     assert document == json.loads(logitlock("check", folder, "--json").out)
     logitlock("check", "qwen", "--tokens", 0).assert_bad_input("--tokens is 0")
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    logitlock("check", folder).assert_bad_input("unknown model_type 'llama'")
+    (folder / "config.json").write_text('{"model_type": "mpt"}')
+    logitlock("check", folder).assert_bad_input("unknown model_type 'mpt'")
     logitlock("check", tmp_path / "nowhere").assert_bad_input("nowhere")

@@ -283,7 +283,7 @@ def test_damaged_config(content: bytes, tmp_path: Path) -> None:
         ("chatglm2_b1", "num_layers"),
         ("baichuan_7b_b1", "intermediate_size"),
         ("qwen_b1", "seq_length"),
-        ("qwen2_b1", "hidden_size"),
+        ("qwen2_b1", "rms_norm_eps"),
         ("gpt2_b1", "n_head"),
         ("starcoder2_b1", "intermediate_size"),
     ],
@@ -296,7 +296,7 @@ def test_config_without_a_needed_key(case: str, key: str, tmp_path: Path) -> Non
     assert "config.json" in message
 
 
-@pytest.mark.parametrize("model_type", ["falcon", None, "", 7])
+@pytest.mark.parametrize("model_type", ["mpt", None, "", 7])
 def test_unknown_architecture(model_type: object, tmp_path: Path) -> None:
     config, tensors, _ = read_case("qwen_b1")
     message = refusal(write_model(tmp_path, config | {"model_type": model_type, "architectures": None}, tensors))
