@@ -62,7 +62,7 @@ def llama_spec(
         hidden_size=hidden,
         layers=layers,
         max_positions=positions,
-        norm=NormSpec(kind="rms", eps=config.get(float, "rms_norm_eps", default=1e-6)),
+        norm=NormSpec(kind="rms", eps=config.get(float, "rms_norm_eps")),
         attention=AttentionSpec(
             heads=heads,
             kv_heads=config.get(int, "num_key_value_heads", default=heads if kv_heads is None else kv_heads),

@@ -4,7 +4,8 @@ Three file formats cover all families, and `read_tokenizer` chooses by the files
 
 * `qwen.tiktoken` (Qwen v1), `tokenizer.model` of GLM-4: ranks of a byte BPE; special tokens follow them.
 * `tokenizer.model` (ChatGLM2 and 3, Baichuan): SentencePiece; ChatGLM appends its special tokens after the pieces.
-* `tokenizer.json`, or `vocab.json` and `merges.txt` (GPT, StarCoder, Qwen2, the bundled toys): byte-level BPE.
+* `tokenizer.json`, or `vocab.json` and `merges.txt` (GPT, StarCoder, Qwen2, Llama 3, the bundled toys): byte-level BPE;
+  `tokenizer.json` of Llama 1 and 2 and Mistral: SentencePiece's BPE.
 
 All of them have the interface of one class, `Tokenizer`. Two switches of `encode` matter for fidelity: `add_special`
 adds the tokens that the upstream tokenizer puts around a bare prompt (GLM: `[gMASK] sop`), and `parse_special` says
@@ -20,6 +21,7 @@ from __future__ import annotations
 import base64
 import binascii
 import importlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,6 +35,7 @@ from refmodels.text.chat_template import read_template
 from refmodels.text.tokenizer_types import (
     ByteBpeTokenizer,
     Padded,
+    PieceBpeTokenizer,
     SentencePieceTokenizer,
     SpecialIds,
     TextStream,
@@ -43,6 +46,7 @@ from refmodels.text.tokenizer_types import (
 __all__ = [
     "ByteBpeTokenizer",
     "Padded",
+    "PieceBpeTokenizer",
     "SentencePieceTokenizer",
     "SpecialIds",
     "TextStream",
@@ -236,15 +240,19 @@ def _load_byte_bpe(folder: Path, family: str) -> Tokenizer:
     path = folder / "tokenizer.json"
     library = _library("tokenizers", path)
     settings = _settings(folder)
+    pieces: list[str] | None = None
     if path.is_file():
         try:
             model = library.Tokenizer.from_file(str(path))
         except Exception as error:
             raise LogitLockError(f"{path} is not a tokenizer of the tokenizers library (damaged?): {error}") from error
-        if type(model.model).__name__ != "BPE" or type(model.decoder).__name__ != "ByteLevel":
+        decoder = type(model.decoder).__name__
+        pieces = _decoder_of_pieces(model) if decoder == "Sequence" else None
+        if type(model.model).__name__ != "BPE" or (decoder != "ByteLevel" and pieces is None):
             raise LogitLockError(
-                f"{path} is a {type(model.model).__name__} tokenizer with {type(model.decoder).__name__} decoding; "
-                "only byte-level BPE (model BPE, decoder ByteLevel) is supported"
+                f"{path} is a {type(model.model).__name__} tokenizer with {decoder} decoding; only byte-level BPE "
+                "(model BPE, decoder ByteLevel) and SentencePiece's BPE (decoder Replace, ByteFallback, Fuse, Strip) "
+                "are supported"
             )
     else:
         model = _bpe_from_vocabulary(folder, settings, family, library)
@@ -265,7 +273,19 @@ def _load_byte_bpe(folder: Path, family: str) -> Tokenizer:
     if not around and family in GLM_PREFIX:
         found = [model.token_to_id(name) for name in GLM_PREFIX[family]]
         prefix = found if None not in found else []
-    return ByteBpeTokenizer(model, special=_declared_ids(folder, special), prefix=prefix, suffix=suffix)
+    special = _declared_ids(folder, special)
+    if pieces is None:
+        return ByteBpeTokenizer(model, special=special, prefix=prefix, suffix=suffix)
+    return PieceBpeTokenizer(model, special=special, prefix=prefix, suffix=suffix, strips="Strip" in pieces)
+
+
+def _decoder_of_pieces(model: Any) -> list[str] | None:
+    """The steps of a decoder as Llama 2's: blanks, bytes, fused, perhaps without the first blank; None: another one."""
+    steps = json.loads(model.to_str())["decoder"]["decoders"]
+    blanks = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    known = [blanks, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    stripped = [*known, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    return [step["type"] for step in steps] if steps in (known, stripped) else None
 
 
 def _check_distinct(vocabulary: Mapping[str, int], path: Path) -> None:

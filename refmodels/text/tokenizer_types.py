@@ -51,6 +51,8 @@ class Tokenizer(ABC):
     """
 
     chat_template: ChatTemplate | None = None
+    restarts = True
+    """Whether a new text starts after a control token that is shown."""
 
     def __init__(
         self,
@@ -155,8 +157,7 @@ class TextStream:
         if not tokenizer._visible([token_id], self._skip_special):
             return ""
         if token_id in tokenizer.hidden_ids:
-            # A new text starts after a control token; `decode` does the same.
-            data, self._opening = tokenizer.token_bytes(token_id), []
+            data, self._opening = tokenizer.token_bytes(token_id), [] if tokenizer.restarts else None
         elif self._opening is None:
             data = tokenizer.token_bytes(token_id)
         else:
@@ -333,6 +334,35 @@ class ByteBpeTokenizer(Tokenizer):
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         self._model.encode_special_tokens = not parse_special
         return list(self._model.encode(text, add_special_tokens=False).ids)
+
+
+class PieceBpeTokenizer(ByteBpeTokenizer):
+    """SentencePiece's BPE in a tokenizer.json: Llama 1 and 2, Mistral.
+
+    A piece is text with U+2581 for blanks, or "<0xE4>" for a byte; `strips`: decoding takes one blank off the start.
+    """
+
+    restarts = False
+
+    def __init__(
+        self, model: Any, *, special: SpecialIds, prefix: Sequence[int], suffix: Sequence[int], strips: bool
+    ) -> None:
+        super().__init__(model, special=special, prefix=prefix, suffix=suffix)
+        self._strips = strips
+
+    def token_bytes(self, token_id: int) -> bytes:
+        surface = self._surfaces.get(token_id, "")
+        byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", surface)
+        return bytes.fromhex(byte[1]) if byte else surface.replace("\u2581", " ").encode()
+
+    def opening_bytes(self, ids: Sequence[int]) -> bytes:
+        first = self.token_bytes(ids[-1])
+        # A first piece of nothing but the blank leaves no bytes; the next one keeps its own.
+        return first[1:] if self._strips and len(ids) == 1 and first.startswith(b" ") else first
+
+    def _decode(self, ids: list[int], skip_special: bool) -> str:
+        text = super()._decode(ids, skip_special)
+        return text[1:] if self._strips and text.startswith(" ") else text
 
 
 def _byte_characters() -> dict[str, int]:

@@ -250,7 +250,7 @@ def test_nothing_is_left_after_a_failure(models: Callable[[str], Path], tmp_path
     with pytest.raises(LogitLockError, match="NaN or Inf"):
         record_case(model, tmp_path / "case", steps=1)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "mpt"}))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(LogitLockError, match=r"has the unknown tensors model.layers.0.self_attn.k_proj.bias"):
         record_case(model, tmp_path / "case", steps=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from refmodels.errors import LogitLockError
 from refmodels.text.tokenizer import QWEN_SPECIAL, Tokenizer, read_tokenizer
 from tests.support.paths import GOLDENS, REAL
+from tests.support.piece_bpe import piece_bpe
 
 TOKENIZERS = GOLDENS / "_tokenizers"
 REAL_QWEN = REAL / "Qwen-7B"
@@ -94,13 +95,15 @@ def _with_pieces(folder: Path, pieces: Path, *, settings: dict[str, Any] | None 
 
 @pytest.fixture
 def every_format(tmp_path: Path, pieces: Path, byte_bpe: tokenizers.Tokenizer) -> dict[str, Tokenizer]:
-    for name in ("qwen", "chatglm2", "baichuan", "gpt"):
+    names = ("qwen", "chatglm2", "baichuan", "gpt", "llama")
+    for name in names:
         (tmp_path / name).mkdir()
+    piece_bpe().save(str(tmp_path / "llama" / "tokenizer.json"))
     byte_bpe.save(str(tmp_path / "gpt" / "tokenizer.json"))
     _tiktoken_folder(tmp_path / "qwen")
     _with_pieces(tmp_path / "chatglm2", pieces)
     _with_pieces(tmp_path / "baichuan", pieces)
-    return {name: read_tokenizer(tmp_path / name, family=name) for name in ("qwen", "chatglm2", "baichuan", "gpt")}
+    return {name: read_tokenizer(tmp_path / name, family=name) for name in names}
 
 
 # Qwen v1
