@@ -15,14 +15,10 @@ import torch
 from torch import Tensor
 
 from debug.comparison.faults.catalogue import Variants, fault
+from debug.comparison.faults.pairs import LARGEST, SMALL, Block
 from debug.comparison.faults.parts import FORMATS, real_rows
 from debug.comparison.modules import Module, linear_of
 from refmodels.quantization.linear import QuantizedLinear
-
-_BLOCK = 1 << 16
-"""Number of weights on which a grid is tried first: hundreds of grids then take a fraction of a second."""
-_PROMISING = 0.7
-"""A grid that is not the right one makes an error of its own, and leaves more than there was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +103,10 @@ def _ranges(m: Module, weight: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
             grouped = weight.unflatten(1, (-1, size))
             yield f"groups of {size}", grouped.amin(2), grouped.amax(2)
     yield "one scale for all", low.amin().expand(rows, 1), high.amax().expand(rows, 1)
-    yield (
-        "one scale per input channel",
-        weight.amin(0, keepdim=True).expand(rows, columns),
-        weight.amax(0, keepdim=True).expand(rows, columns),
-    )
+    if weight.numel() <= SMALL:
+        # A scale for each element of a block: this is as much work as the whole weight, for each grid.
+        least, most = weight.amin(0, keepdim=True), weight.amax(0, keepdim=True)
+        yield "one scale per input channel", least.expand(rows, columns), most.expand(rows, columns)
     if m.part == "attn.qkv":
         a = m.decoder.spec.attention
         parts = [n * a.head_dim for n in (a.heads, a.kv_heads, a.kv_heads)]
@@ -178,11 +173,13 @@ def _misread(grid: _Grid, weight: Tensor) -> Iterator[tuple[str, Made]]:
 def weight_grid(m: Module, engine: Tensor) -> Variants:
     if isinstance(linear_of(m.decoder, m.tap), QuantizedLinear):
         return  # see debug.comparison.faults.quantized
+    if m["weight"].numel() > LARGEST:
+        return
     exact: Tensor = m["weight"].double()
     stored = exact.to(m.forward.tensors[m.tap].dtype).double()
     # Quantization starts from the weights in the dtype of the engine, or from those of the checkpoint.
     starts = [stored] if torch.equal(stored, exact) else [stored, exact]
-    tried = _Tried(m, engine, exact)
+    tried = Block(m, engine, exact)
     for weight in starts:
         for grid in _grids(m, weight):
             right: Tensor | None = None
@@ -199,8 +196,10 @@ def weight_grid(m: Module, engine: Tensor) -> Variants:
 
 @fault("weight rounded", "linear", first=True)
 def weight_format(m: Module, engine: Tensor) -> Variants:
+    if m["weight"].numel() > LARGEST:
+        return
     weight: Tensor = m["weight"].double()
-    tried = _Tried(m, engine, weight)
+    tried = Block(m, engine, weight)
     for name, rounded in FORMATS.items():
         if tried.promising(rounded(weight[tried.rows])):
             yield f"to {name}", {"weight": rounded(weight).to(m["weight"])}
@@ -248,24 +247,3 @@ def input_format(m: Module, _: Tensor) -> Variants:
             f"to float8_e4m3fn, one scale per {span}",
             {"input": (FORMATS["float8_e4m3fn"](wide / scale) * scale).to(x)},
         )
-
-
-class _Tried:
-    """Whether a weight is worth trying: on a few rows, and whatever the bias is."""
-
-    def __init__(self, m: Module, engine: Tensor, weight: Tensor) -> None:
-        self.x = real_rows(m, m["input"])
-        self.x = self.x - self.x.mean(0)
-        wanted = max(4, _BLOCK // weight.shape[1])
-        y = real_rows(m, engine)
-        off = (y - y.mean(0) - self.x @ weight.t()).norm(dim=0) if weight.numel() <= 1 << 22 else None
-        # Around the row with the largest error: only some rows may be wrong.
-        worst = 0 if off is None else int(off.argmax())
-        start = max(0, min(worst - wanted // 2, len(weight) - wanted))
-        self.rows = slice(start, min(len(weight), start + wanted))
-        self.y = y[:, self.rows] - y[:, self.rows].mean(0)
-        self.before = float((self.y - self.x @ weight[self.rows].t()).norm())
-
-    def promising(self, block: Tensor) -> bool:
-        """`block`: the rows `self.rows` of a weight."""
-        return float((self.y - self.x @ block.t()).norm()) < _PROMISING * self.before

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from debug.comparison.faults.catalogue import MANY, Fit, Variants, fault
-from debug.comparison.faults.pairs import CLOSE, COLUMNS, ROWS, Pairs, regressed
+from debug.comparison.faults.pairs import CLOSE, COLUMNS, LARGEST, ROWS, SMALL, Block, Pairs, regressed
 from debug.comparison.faults.parts import input_name, order_name, output_name
 from debug.comparison.modules import Module, float_weight, linear_of
 from refmodels.quantization.linear import QuantizedLinear
@@ -147,9 +147,13 @@ def _orders(n: int, m: Module) -> Iterator[tuple[str, Tensor]]:
 
 @fault("input channels in the wrong order", "linear")
 def input_order(m: Module, engine: Tensor) -> Variants:
-    columns = m["weight"].shape[1]
+    rows, columns = m["weight"].shape
+    if rows * columns > LARGEST:
+        return
+    block = Block(m, engine, m["weight"].double())
     for detail, order in _orders(columns, m):
-        yield detail, {"weight": m["weight"][:, order]}
+        if rows * columns <= SMALL or block.promising(m["weight"][block.rows][:, order].double()):
+            yield detail, {"weight": m["weight"][:, order]}
     shift = _shift(m, engine)
     if shift is not None:
         yield f"shifted by {shift:+d}", {"weight": m["weight"].roll(-shift, 1)}

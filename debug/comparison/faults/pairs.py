@@ -13,6 +13,15 @@ COLUMNS = 2048
 """Largest number of input channels for which factors per channel are solved for: the cost is its cube."""
 ROWS = 1 << 15
 """Largest number of outputs that are looked up among the rows of all matrices; the head of a large model has more."""
+SMALL = 1 << 20
+"""Up to this many weights, every hypothesis is tried on all of them; of larger weights first on a block of rows."""
+LARGEST = 1 << 26
+"""Above this many weights (the head of a large vocabulary), only fits of its outputs are made: each hypothesis about
+the weight is a copy of it in fp64."""
+_BLOCK = 1 << 16
+"""Number of weights on which a hypothesis is tried first: hundreds then take a fraction of a second."""
+_PROMISING = 0.7
+"""A weight that is not the right one makes an error of its own, and leaves more than there was."""
 CLOSE = 8.0
 """Roundings of the working dtype, and of the sums, that a fitted factor may be off."""
 
@@ -52,3 +61,27 @@ def regressed(m: Module, engine: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     solution = torch.linalg.lstsq(x, p.y).solution.t()
     return (solution[:, :-1], solution[:, -1]) if biased else (solution, p.bias)
+
+
+class Block:
+    """Whether a weight is worth trying: on a few rows, and whatever the bias is."""
+
+    def __init__(self, m: Module, engine: Tensor, weight: Tensor) -> None:
+        self.x = real_rows(m, m["input"])
+        self.x = self.x - self.x.mean(0)
+        wanted = max(4, _BLOCK // weight.shape[1])
+        y = real_rows(m, engine)
+        off = (y - y.mean(0) - self.x @ weight.t()).norm(dim=0) if weight.numel() <= 1 << 22 else None
+        # Around the row with the largest error: only some rows may be wrong.
+        worst = 0 if off is None else int(off.argmax())
+        start = max(0, min(worst - wanted // 2, len(weight) - wanted))
+        self.rows = slice(start, min(len(weight), start + wanted))
+        self.y = y[:, self.rows] - y[:, self.rows].mean(0)
+        self.before = float((self.y - self.x @ weight[self.rows].t()).norm())
+
+    def left(self, block: Tensor) -> float:
+        """The error with `block` as the rows `self.rows` of the weight."""
+        return float((self.y - self.x @ block.t()).norm())
+
+    def promising(self, block: Tensor) -> bool:
+        return self.left(block) < _PROMISING * self.before

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from debug.comparison.faults.catalogue import MANY, Fit, Variants, fault
-from debug.comparison.faults.pairs import CLOSE, ROWS, Pairs, regressed
+from debug.comparison.faults.pairs import CLOSE, LARGEST, ROWS, SMALL, Block, Pairs, regressed
 from debug.comparison.faults.parts import output_name
 from debug.comparison.modules import Module
 
@@ -18,6 +18,8 @@ from debug.comparison.modules import Module
 @fault("weight differs", "linear", first=True)
 def weight_difference(m: Module, engine: Tensor) -> Variants:
     """A single element, a single column, a low rank, or everywhere."""
+    if m["weight"].numel() > LARGEST:
+        return
     p = Pairs(m, engine)
     off = p.y - p.product - p.bias
     wrong = p.wrong(p.product + p.bias)
@@ -27,6 +29,7 @@ def weight_difference(m: Module, engine: Tensor) -> Variants:
     if int(wrong.sum()) <= 4:
         yield from _elements(p, off, wrong, like)
     yield from _directions(p, off, like)
+    yield from _thresholds(m, engine, p, like)
     yield from _low_rank(m, p, off)
     found = regressed(m, engine)
     if found is not None:
@@ -84,20 +87,31 @@ def _directions(p: Pairs, off: Tensor, like: Tensor) -> Variants:
     changed = p.weight.clone()
     changed[:, column] += delta
     yield Fit(words=f"other values in column {column}", numbers=MANY), {"weight": changed.to(like)}
+
+
+def _thresholds(m: Module, engine: Tensor, p: Pairs, like: Tensor) -> Variants:
+    """Weights below a threshold pruned, or above one clamped."""
+    block = Block(m, engine, p.weight)
+    part, small = p.weight[block.rows], p.weight.numel() <= SMALL
+    # Of a large weight, every n-th element tells roughly where the threshold is.
+    sample = p.weight.abs().flatten()[:: max(1, p.weight.numel() // SMALL)].sort().values
     for share in (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9):
-        largest = p.weight.abs()
-        limit = float(largest.flatten().kthvalue(max(1, int(share * largest.numel()))).values)
-        pruned = torch.where(largest <= limit, torch.zeros_like(p.weight), p.weight)
-        yield f"the smallest {share:.0%} of its elements set to zero", {"weight": pruned.to(like)}
+        limit = float(sample[max(0, int(share * len(sample)) - 1)])
+        if small or block.promising(torch.where(part.abs() <= limit, 0.0, part)):
+            if not small:
+                limit = float(p.weight.abs().flatten().kthvalue(int(share * p.weight.numel())).values)
+            pruned = torch.where(p.weight.abs() <= limit, 0.0, p.weight)
+            yield f"the smallest {share:.0%} of its elements set to zero", {"weight": pruned.to(like)}
     if p.weight.shape[1] % 4 == 0:
-        fours = p.weight.unflatten(1, (-1, 4))
-        kept = fours.abs().argsort(-1).argsort(-1) >= 2
-        yield "pruned 2:4", {"weight": (fours * kept).flatten(1).to(like)}
+        kept = (part.unflatten(1, (-1, 4)).abs().argsort(-1).argsort(-1) >= 2).flatten(1)
+        if small or block.promising(part * kept):
+            kept = (p.weight.unflatten(1, (-1, 4)).abs().argsort(-1).argsort(-1) >= 2).flatten(1)
+            yield "pruned 2:4", {"weight": (p.weight * kept).to(like)}
     for quantile in (0.5, 0.75, 0.9, 0.95, 0.99, 0.999):
-        limit = float(p.weight.abs().flatten().kthvalue(max(1, int(quantile * p.weight.numel()))).values)
-        if float((off + p.x @ (p.weight - p.weight.clamp(-limit, limit)).t()).norm()) < 0.7 * float(off.norm()):
+        limit = float(sample[int(quantile * len(sample)) - 1])
+        if block.promising(part.clamp(-limit, limit)):
             clamp = partial(_clamped, p.weight, like)
-            best = _least(lambda c: float((off + p.x @ (p.weight - p.weight.clamp(-c, c)).t()).norm()), limit)
+            best = _least(lambda c: block.left(part.clamp(-c, c)), limit)
             yield Fit(words="clamped at {}", value=best, changes=clamp, least=0.0), clamp(best)
             break
 
