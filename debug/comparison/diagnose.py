@@ -43,7 +43,7 @@ _OVERFIT = 3.0
 number, the least that is fitted, 0.45 of it."""
 
 _MORE = 2
-"""An explanation with this many numbers more than another one, which is as good, is none."""
+"""If an explanation has this number of free numbers more than one that is equally good, it is left out."""
 
 
 def diagnose(
@@ -217,7 +217,7 @@ class _Search:
         return interval(explains, fit.value, fit.least, fit.most)
 
     def _tie(self, t: _Tried, best: _Tried) -> str:
-        """A sentence about what would tell two explanations apart that are equally good here."""
+        """The inputs or the precision that would tell apart two explanations that are equally good here."""
         stage = self.stages[0]
         one, two = (stage.rows(c.planted().double()) for c in (t, best))
         if float((one - two).norm()) <= 1e-9 * float(two.norm()):

@@ -117,7 +117,7 @@ def _diagnosis(culprit: Culprit, result: DiffResult) -> str:
         why = {
             "nonfinite": "NaN and Inf are not diagnosed: look at the inputs' range and at this module's dtype.",
             "accumulated": "There is no single module to diagnose.",
-        }.get(culprit.kind, "Unknown: no fault of the catalogue explains it.")
+        }.get(culprit.kind, "Unknown: no known fault explains it.")
         return f"<p>{why} Local error {number(culprit.local)}, floor {floor}.</p>"
     systematic = culprit.kind == "systematic"
     rows = [

@@ -133,7 +133,7 @@ def _print_culprit(console: Console, culprit: Culprit) -> None:
         if found.note:
             console.print(f"      {found.note}", highlight=False)
     if not culprit.diagnosis:
-        console.print("    unknown: no fault of the catalogue explains it", highlight=False)
+        console.print("    unknown: no known fault explains it", highlight=False)
     evidence = culprit.evidence
     if evidence.channels:
         named = ", ".join(f"{index} ({share:.0%})" for index, share in evidence.channels[:3])

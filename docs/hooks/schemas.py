@@ -49,7 +49,8 @@ SECTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
     ),
     "logitlock diff --json": (
         f"Schema {results.SCHEMA}. The document has the keys `schema`, `verdict`, `first_wrong_tap`, `culprits`, "
-        "`logits`, `observer_effect`, `taps`, `settings`, and for two executors `other` (side a, the same document) "
+        "`repeats` (faults that several layers share: part, fault, taps, layers, layers without it), `logits`, "
+        "`observer_effect`, `taps`, `settings`, and for two executors `other` (side a, the same document) "
         "and `between`. `inputs` has the token ids of the prompts and the seed, `environment` has date, versions "
         "and commit; `baseline` is there with --baseline. NaN and Inf are null.",
         (

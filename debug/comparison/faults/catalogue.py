@@ -57,8 +57,8 @@ class Fault:
 
     kind: kind of module this fault applies to.  variants: takes the right module and the engine's output.  small: the
     fault can be smaller than the rounding of half precision (see `debug.comparison.systematic`).  rare: of two faults
-    that explain the engine equally well, the other one comes first.  first: it is
-    only tried as the first of two faults, because its variants are many or its fits long.
+    that explain the engine equally well, the other one comes first.  first: it has hundreds of variants or long
+    fits, and is only tried as the first of two faults.
     """
 
     name: str

@@ -67,7 +67,11 @@ def scales(m: Module, _: Tensor) -> Variants:
             )
         yield "read as [groups, out]", _weight(weight, m, scale=weight.scale.reshape(groups, rows).t())
         yield "one for all groups", _weight(weight, m, scale=weight.scale[:, :1].expand(rows, groups))
+        yield "in reverse order of groups", _weight(weight, m, scale=weight.scale.flip(1))
     yield "of the row before", _weight(weight, m, scale=weight.scale.roll(1, 0))
+    yield "of the row after", _weight(weight, m, scale=weight.scale.roll(-1, 0))
+    yield "in reverse order of rows", _weight(weight, m, scale=weight.scale.flip(0))
+    yield "one for all rows", _weight(weight, m, scale=weight.scale[:1].expand(rows, groups))
     yield "missing", _weight(weight, m, scale=torch.ones_like(weight.scale))
 
 

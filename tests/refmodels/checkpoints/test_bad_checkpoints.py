@@ -283,7 +283,7 @@ def test_damaged_config(content: bytes, tmp_path: Path) -> None:
         ("chatglm2_b1", "num_layers"),
         ("baichuan_7b_b1", "intermediate_size"),
         ("qwen_b1", "seq_length"),
-        ("qwen2_b1", "rms_norm_eps"),
+        ("qwen2_b1", "hidden_size"),
         ("gpt2_b1", "n_head"),
         ("starcoder2_b1", "intermediate_size"),
     ],
