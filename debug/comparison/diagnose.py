@@ -20,7 +20,7 @@ from debug.comparison.candidates import Candidate, candidates, changed
 from debug.comparison.evidence import evidence_of
 from debug.comparison.faults.catalogue import ESTIMATED, MANY
 from debug.comparison.faults.generic import on_a_grid, rounded_sums, stored_as
-from debug.comparison.faults.pairs import SMALL
+from debug.comparison.faults.pairs import LARGEST, SMALL
 from debug.comparison.intervals import described, interval, roundest
 from debug.comparison.metrics import compare
 from debug.comparison.modules import Module
@@ -33,8 +33,8 @@ from refmodels.model import Decoder
 _MOST = 5
 """Maximum number of diagnoses per tap: two faults may be equal on these inputs, but a long list does not help."""
 _PAIRS = 4
-"""If no single fault explains a module, the number of best faults that are tried in pairs; of a large weight one, as
-each hypothesis takes a product with all of it."""
+"""If no single fault explains a module, the number of best faults that are tried in pairs; of a large weight one,
+and of the largest none, as each hypothesis takes a product with all of it."""
 _ALIKE = 1.5
 """Local errors within this factor do not tell two faults apart."""
 
@@ -106,8 +106,9 @@ class _Search:
             # A number per row and another fault would explain anything.
             single = [t for t in single if t.candidate.numbers < MANY]
             helping = sorted((t for t in single if t.after < self.before), key=lambda t: t.after)
-            large = first.module.kind == "linear" and first.module["weight"].numel() > SMALL
-            helping = helping[: 1 if large else _PAIRS]
+            size = first.module["weight"].numel() if first.module.kind == "linear" else 0
+            pairs = _PAIRS if size <= SMALL else int(size <= LARGEST)
+            helping = helping[:pairs]
             for t in helping:
                 both = self._tried(t.planted, t.candidate)
                 found += self._explaining([b for b in both if b.candidate.numbers < MANY])

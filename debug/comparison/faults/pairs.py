@@ -13,7 +13,7 @@ COLUMNS = 2048
 """Largest number of input channels for which factors per channel are solved for: the cost is its cube."""
 ROWS = 1 << 15
 """Largest number of outputs that are looked up among the rows of all matrices; the head of a large model has more."""
-SMALL = 1 << 20
+SMALL = 1 << 18
 """Up to this many weights, every hypothesis is tried on all of them; of larger weights first on a block of rows."""
 LARGEST = 1 << 26
 """Above this many weights (the head of a large vocabulary), only fits of its outputs are made: each hypothesis about
