@@ -9,7 +9,7 @@ arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debug.capture.capture import Forward
+from debug.comparison.attend import attend
 from refmodels.attention import ATTENTION_INPUTS, AttentionFacts, AttentionInputs
 from refmodels.dtypes import wide_dtype
 from refmodels.model import Attention, Decoder, RmsNorm, activate
@@ -267,36 +268,35 @@ def _attention_arguments(decoder: Decoder, layer: int, part: str, forward: Forwa
         key_scale=attn.key_scale,
         value_scale=attn.value_scale,
     )
-    return {"part": part, **given._asdict(), **vars(attn.facts), "causal": True, "after": None}
+    hooks = {"read": None, "seen": None, "scores": None, "weights": None}
+    return {"part": part, **given._asdict(), **vars(attn.facts), **hooks, "causal": True, "after": None}
 
 
-def _attention(*, part: str, causal: bool, after: Callable[[Tensor], Tensor] | None, **arguments: Any) -> Tensor:
+def _attention(
+    *,
+    part: str,
+    causal: bool,
+    after: Callable[[Tensor], Tensor] | None,
+    read: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    seen: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    scores: Callable[[Tensor], Tensor] | None,
+    weights: Callable[[Tensor, Tensor], Tensor] | None,
+    **arguments: Any,
+) -> Tensor:
     """`cached_attention` on copies of the caches; `part` selects its result.
 
-    causal False: every query sees all visible slots.  after: a function that changes the result.
+    causal False: every query sees all visible slots.  after: a function that changes the result.  read, seen, scores,
+    weights: as in `attend`, for the context.
     """
     given = AttentionInputs(**{row.name: arguments[row.name] for row in ATTENTION_INPUTS})
     given = given._replace(key_cache=given.key_cache.clone(), value_cache=given.value_cache.clone())
     facts = AttentionFacts(**{field.name: arguments[field.name] for field in fields(AttentionFacts)})
+    if part == "attn.context" and (not causal or any(f is not None for f in (read, seen, scores, weights))):
+        if not causal:
+            seen = seen or (lambda slot, query, visible: visible)
+        context = attend(given, facts, read=read, seen=seen, scores=scores, weights=weights)
+        return context if after is None else after(context)
     context, key, value = cached_attention(given, facts)
-    if part == "attn.context" and not causal:
-        # The keys are written; now each query runs again, from a hidden slot after all of them.
-        lengths, visible = given.cache_lengths, given.visible
-        key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
-        slot, slots = torch.full_like(lengths, visible.shape[1]), torch.arange(visible.shape[1], device=visible.device)
-        by_token = [row.name for row in ATTENTION_INPUTS if "tokens" in row.axes and arguments[row.name] is not None]
-        rows = []
-        for s in range(given.qkv.shape[1]):
-            seen = visible if not facts.window else visible & (slots > (lengths[:, None] + s - facts.window))
-            query = given._replace(
-                **{name: arguments[name][:, s : s + 1] for name in by_token},
-                key_cache=key,
-                value_cache=value,
-                cache_lengths=slot,
-                visible=F.pad(seen, (0, 1)),
-            )
-            rows.append(cached_attention(query, replace(facts, window=0))[0])
-        context = torch.cat(rows, 1)
     # A quantized cache is compared by its quantized values.
     result = {"key": key, "value": value, "attn.context": context}[part].to(context.dtype)
     return result if after is None else after(result)

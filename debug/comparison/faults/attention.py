@@ -142,32 +142,8 @@ def head_order(m: Module, _: Tensor) -> Variants:
 # The cache
 
 
-@fault("cache written at the wrong slot", "attention")
-def cache_slot(m: Module, _: Tensor) -> Variants:
-    for shift in (1, -1):
-        moved = m["cache_lengths"] + shift
-        inside = bool((moved >= 0).all()) and int(moved.max()) + m["qkv"].shape[1] <= m[_cache(m)].shape[2]
-        if m.part != "attn.context" and inside:
-            yield f"{shift:+d}", {"cache_lengths": moved}
-        elif m.part != "attn.context" and shift > 0:
-            yield "+1", {"after": _shifted(m)}
-
-
 def _cache(m: Module) -> str:
     return "value_cache" if m.part == "value" else "key_cache"
-
-
-def _shifted(m: Module) -> Callable[[Tensor], Tensor]:
-    before: Tensor = m[_cache(m)]
-    lengths = m["cache_lengths"].tolist()
-
-    def move(cache: Tensor) -> Tensor:
-        moved = before.clone()
-        for row, start in enumerate(lengths):
-            moved[row, :, start + 1 :] = cache[row, :, start:-1]
-        return moved
-
-    return move
 
 
 @fault("cache not updated", "attention")

@@ -10,7 +10,7 @@ import torch
 import refmodels
 from debug.capture.capture import Forward
 from debug.capture.prompts import random_prompts
-from debug.comparison.faults import CATALOGUE, grids, linear_fit, quantized, weight_fit
+from debug.comparison.faults import CATALOGUE, grids, heads, linear_fit, quantized, scores, weight_fit
 from debug.comparison.modules import module_at
 from refmodels.recorder import Recorder, recording
 from refmodels.taps import is_cache_tap, tap_names
@@ -72,7 +72,7 @@ def test_no_fault_is_the_right_thing() -> None:
     # Faults of rounding change nothing in fp64; those of the cache begin with the first decode step; none of these
     # models holds codes (see test_quantized_diff.py); fits find nothing in a module that is right (see test_named.py).
     silent = {"norm weight applied on the wrong side of the cast", "cache not updated"}
-    fitted = {m.__name__ for m in (quantized, grids, linear_fit, weight_fit)}
+    fitted = {m.__name__ for m in (quantized, grids, heads, linear_fit, scores, weight_fit)}
     silent |= {f.name for f in CATALOGUE if f.variants.__module__ in fitted}
     assert {f.name for f in CATALOGUE} - {name for name, count in seen.items() if count} <= silent
 
