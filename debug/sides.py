@@ -18,7 +18,8 @@ from debug.comparison.compare import diff_capture, spec_difference
 from debug.comparison.cut import cut_errors
 from debug.comparison.logits import LogitComparison
 from debug.comparison.metrics import token_errors
-from debug.comparison.results import Between, Culprit, Diagnosis, DiffResult, TapDistance
+from debug.comparison.node_attributes import configuration_culprit, wrong_attributes
+from debug.comparison.results import Between, Culprit, DiffResult, TapDistance
 from debug.drift import DriftResult, measure_drift
 from debug.environment import environment
 from debug.executors.before_quantization import check_floats, folded_model, quantized_source
@@ -369,8 +370,8 @@ def _judged(capture: Capture, side: Side, source: ModelSource, progress: Progres
         result.taps = [
             replace(error, cut=side.cuts.get(error.tap)) if error.step == 0 else error for error in result.taps
         ]
-    if side.bundle is not None and (culprit := _wrong_stop_ids(side.bundle, source)) is not None:
-        result.culprits.append(culprit)
+    if side.bundle is not None and (wrong := _wrong_settings(side.bundle, source)):
+        result.culprits.extend(wrong)
         if result.verdict == "aligned":
             result.verdict = "diverged"
     tokenizer = _tokenizer(source)
@@ -378,6 +379,11 @@ def _judged(capture: Capture, side: Side, source: ModelSource, progress: Progres
         ids = {i for t in result.logit_tokens for i in (t.token, t.expected, t.chosen)}
         result.token_texts = {i: tokenizer.decode([i], skip_special=False) for i in ids}
     return result
+
+
+def _wrong_settings(bundle: Bundle, source: ModelSource) -> list[Culprit]:
+    stop = _wrong_stop_ids(bundle, source)
+    return [*wrong_attributes(bundle, bundle.spec), *([] if stop is None else [stop])]
 
 
 def _wrong_stop_ids(bundle: Bundle, source: ModelSource) -> Culprit | None:
@@ -388,25 +394,7 @@ def _wrong_stop_ids(bundle: Bundle, source: ModelSource) -> Culprit | None:
         return None  # there are no stop ids then
     if ours == theirs:
         return None
-    return Culprit(
-        tap="stop_ids",
-        phase="decode",
-        step=0,
-        kind="configuration",
-        local=0.0,
-        floor=0.0,
-        ratio=0.0,
-        worst=(0, 0),
-        occurrences=1,
-        diagnosis=[
-            Diagnosis(
-                fault=f"wrong stop id: generation ends at {theirs} instead of {ours}",
-                local_before=1.0,
-                local_after=0.0,
-                ratio_after=0.0,
-            )
-        ],
-    )
+    return configuration_culprit("stop_ids", f"wrong stop id: generation ends at {theirs} instead of {ours}")
 
 
 def _stop_ids(directory: Path, source: ModelSource) -> list[int]:

@@ -18,7 +18,7 @@ from refmodels.quantization.arithmetic import dequantize_cache
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What attention multiplies.
+    """The factors of attention.
 
     query: [batch, heads, tokens, head_dim], rotated and scaled by logn.  key, value: [batch, kv_heads, slots,
     head_dim], the live slots after the step.  slot [slots], query_slot [batch, tokens, 1], visible [batch, 1, slots].

@@ -20,7 +20,7 @@ from refmodels.dtypes import torch_name
 _FARTHEST = 64
 
 Change = Callable[[Tensor], Tensor]
-"""Of new keys or values, [batch, kv_heads, tokens, head_dim]."""
+"""A change of new keys or values, [batch, kv_heads, tokens, head_dim]."""
 
 
 def is_cache(m: Module) -> bool:
@@ -35,7 +35,7 @@ def _slots(m: Module) -> tuple[Tensor, Tensor]:
 
 
 def _new(m: Module, cache: Tensor) -> Tensor:
-    """What a cache has in the new slots, [batch, tokens, kv_heads, head_dim]."""
+    """The new slots of a cache, [batch, tokens, kv_heads, head_dim]."""
     rows, slots = _slots(m)
     new: Tensor = cache[rows, :, slots]
     return new
@@ -59,7 +59,7 @@ def _placed(m: Module, slots: Tensor) -> dict[str, Any]:
     def after(cache: Tensor) -> Tensor:
         before = m[f"{m.part}_cache"].to(cache.dtype)
         new = _new(m, cache)
-        moved = before.clone()
+        moved: Tensor = before.clone()
         rows, _ = _slots(m)
         for token in range(slots.shape[1]):
             inside = (slots[:, token] >= 0) & (slots[:, token] < cache.shape[2])
@@ -138,7 +138,7 @@ def exchanged(m: Module, _: Tensor) -> Variants:
 
 
 def _rows(m: Module, engine: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What should be written and what the engine wrote, [real tokens, kv_heads, head_dim]."""
+    """The right new tokens and those that the engine wrote, [real tokens, kv_heads, head_dim]."""
     real = m.forward.inputs.new_mask.to(engine.device)
     _, slots = _slots(m)
     if not is_cache(m) or int(slots.max()) >= engine.shape[2]:
