@@ -36,6 +36,10 @@ def test_one_of_two_faults_is_half_a_name() -> None:
     assert judge("bias missing; wrong rope theta: 12345", both) == "right"
 
 
+def test_a_fault_too_many_is_half_a_name() -> None:
+    assert judge("wrong rope theta: 12345 instead of 10000; rope table: float16", (THETA,)) == "partly"
+
+
 def test_a_title_of_the_catalogue_says_nothing_by_itself() -> None:
     assert judge("residual missing or doubled: branch scaled by 2", (Name(r"residual.*missing"),)) == "wrong"
 

@@ -66,13 +66,14 @@ def noise(draw: Draw) -> Planted:
 
 
 def _seen(draw: Draw, make: Callable[[Patch, str, str, str], str]) -> Fault:
-    """Another mask: `make` gets the patch, the right mask [batch, 1, tokens, slots] and the slots of key and query."""
+    """Another mask before the window: `make` gets the patch, the right mask [batch, 1, tokens, slots] and the slots of key and query."""
     attn = f"{draw.path}.attn"
 
     def change(p: Patch, seen: str) -> str:
         return make(p, seen, f"{attn}.key_slot", f"{attn}.query_slot")
 
-    return rework(f"{attn}.seen", change, wide=True)
+    unlimited = "_unlimited" if draw.spec.attention.window is not None else ""
+    return rework(f"{attn}.seen{unlimited}", change, wide=True)
 
 
 def _padding(draw: Draw) -> str:
@@ -137,8 +138,8 @@ def padding_of_other(draw: Draw) -> Planted:
 @kind("mask", "first token hidden")
 def first_hidden(draw: Draw) -> Planted:
     """The attention sink is cut off: slots below a number are not seen, as in a ring buffer without sinks."""
-    by = draw.chance.choice([1, 2, 4])
-    start = draw.prompt_length // 2 + by
+    # Not a padding of the prompts: that would be another fault with the same effect.
+    start = draw.prompt_length // 2 + draw.chance.choice([2, 4, 5])
 
     def make(p: Patch, seen: str, key: str, query: str) -> str:
         return p("And", seen, p("GreaterOrEqual", key, np.array(start)))

@@ -14,8 +14,8 @@ from refmodels.spec import ModelSpec
 from tests.support.mutate import Fault
 
 Judgement = Literal["right", "partly", "unknown", "wrong"]
-"""partly: the family is right and its number is not said, one of two faults is named, or what is said is true but says
-less than there is to say."""
+"""partly: the family is right and its number is not said, one of two faults is named, one too many is
+named, or what is said is true but says less than there is to say."""
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\s*(?:to|and|\.\.|–|,)\s*({_NUMBER})", re.IGNORECASE)
 _AROUND = re.compile(rf"({_NUMBER})\s*(?:±|\+/-|\+-)\s*({_NUMBER})", re.IGNORECASE)
@@ -64,6 +64,9 @@ def judge(text: str | None, names: tuple[Name, ...]) -> Judgement:
     """Judge the first diagnosis of the first culprit; several names are those of several faults in one module."""
     if text is None:
         return "unknown"
+    if len([part for part in text.split(";") if ":" in part]) > len(names):
+        # A fault more than there are.
+        return "partly" if any(name.judge(text) != "wrong" for name in names) else "wrong"
     found = {name.judge(text) for name in names}
     if len(found) == 1:
         return found.pop()
