@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from debug.executors.onnx_file import Group, OnnxFileEngine
 from debug.executors.roles import FLOATS
 from debug.executors.step import ForeignStep, regroup_heads
 from refmodels.spec import ModelSpec
+from trt_runtime.onnxruntime.graph_edits import infer_types
 
 _CHUNK = 1024
 """Number of values captured at a time; the graph is opened again for each chunk."""
@@ -64,7 +64,7 @@ class Captured:
 
 def capture(engine: OnnxFileEngine, seed: int) -> Captured:
     spec = engine.spec
-    graph = passes.ShapeInferencePass()(engine.load_graph()).model.graph
+    graph = infer_types(engine.load_graph()).graph
     taken = {2, *_widths(spec), spec.attention.head_dim, spec.attention.heads, spec.attention.kv_heads}
     tokens = next(n for n in _LENGTHS if n not in taken)
     batch = 1 if engine.roles.one_row else 2

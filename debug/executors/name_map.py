@@ -5,10 +5,11 @@
               "blocks.0.mlp.gate": {"value": "val_131", "columns": [0, 4096]},
               "blocks.0.attn.context": {"value": "val_120", "transpose": [0, 2, 1, 3]}},
      "inputs": {"input_ids": "tokens", "blocks.0.key": "layer0_k_in"},
-     "outputs": {"logits": "lm_out", "blocks.0.key": "layer0_k_out"}}
+     "outputs": {"logits": "lm_out", "blocks.0.key": "layer0_k_out"},
+     "axes": {"kv_cache_dim": "head_dim"}}
 
-`inputs` and `outputs` are needed only if names and shapes do not identify them.  A file may also hold only the object
-under `taps`.
+`inputs`, `outputs` and `axes` (what a symbolic size of the cache inputs is) are needed only if names and shapes do not
+identify them.  A file may also hold only the object under `taps`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from refmodels.files import write_text
 from refmodels.json_records import read_json, read_record
 from refmodels.spec import ModelSpec
 from refmodels.taps import tap_names
+
+AXES = {"B": "batch", "H": "kv_heads", "S": "slots", "D": "head_dim"}
+"""The axes of a cache tensor by their letter in `debug.executors.step.CacheAxes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +114,20 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class NameMap:
-    """`taps`: sources by tap; `inputs`, `outputs`: names in the graph by role (see `debug.executors.roles`)."""
+    """`taps`: sources by tap; `inputs`, `outputs`: names in the graph by role (see `debug.executors.roles`); `axes`:
+    one of `AXES` by the name of a symbolic size of the cache inputs."""
 
     taps: dict[str, Source] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
+    axes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, axis in self.axes.items():
+            if axis not in AXES.values():
+                raise LogitLockError(
+                    f"the name map calls the axis {name} {axis!r}; it must be one of {', '.join(AXES.values())}"
+                )
 
     def values(self) -> list[str]:
         """Every value of the graph that a tap reads, once."""
@@ -122,7 +135,8 @@ class NameMap:
 
     def to_json(self) -> dict[str, Any]:
         taps = {tap: source.to_json() for tap, source in self.taps.items()}
-        return {"taps": taps, "inputs": self.inputs, "outputs": self.outputs}
+        found = {"taps": taps, "inputs": self.inputs, "outputs": self.outputs}
+        return {**found, "axes": self.axes} if self.axes else found
 
 
 def read_name_map(file: Path, spec: ModelSpec) -> NameMap:
@@ -132,7 +146,7 @@ def read_name_map(file: Path, spec: ModelSpec) -> NameMap:
         LogitLockError: the file cannot be read, or has an unknown key or a tap that this model does not have.
     """
     data = read_json(file)
-    if not data.keys() & {"taps", "inputs", "outputs"}:
+    if not data.keys() & {"taps", "inputs", "outputs", "axes"}:
         data = {"taps": data}
     # The comments of a proposal are for people.
     data = {key: value for key, value in data.items() if key not in ("confidence", "ambiguous", "unmatched")}

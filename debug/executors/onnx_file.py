@@ -102,7 +102,12 @@ class OnnxFileEngine(Engine):
         """The model with function bodies inlined; external weights stay on disk."""
         check_regular(self.path)
         with graph_errors(cannot_read(self.path)):
-            return passes.InlinePass()(ir.load(self.path)).model
+            model = passes.InlinePass()(ir.load(self.path)).model
+        # onnxruntime-genai names the slots of its fp16 attention "sequence_length", as the new tokens; a copy of that
+        # shape on another value would make ONNX Runtime share buffers of unequal sizes.
+        for value in (v for node in model.graph for v in node.outputs if not v.is_graph_output()):
+            value.shape = None
+        return model
 
     def session(self, values: Iterable[str]) -> ort.InferenceSession:
         """A session that also outputs these values."""

@@ -68,10 +68,13 @@ class Proposal:
         }
 
     def summary(self) -> str:
-        """One phrase that says what to know before trusting the map."""
+        """One phrase that says what to know before trusting the map.
+
+        A guessed tap is unlike the reference's, but the module that reads it computes the graph's next tap from it.
+        """
         unlike = [tap for tap, cosine in self.confidence.items() if cosine < _SURE]
         parts = [f"{len(self.names.taps)} taps by a proposed map"]
-        for what, taps in (("not found", self.unmatched), ("ambiguous", [*self.ambiguous]), ("unlike", unlike)):
+        for what, taps in (("not found", self.unmatched), ("ambiguous", [*self.ambiguous]), ("guessed", unlike)):
             if taps:
                 parts.append(f"{what}: {', '.join(taps[:4])}" + (f" and {len(taps) - 4} more" if len(taps) > 4 else ""))
         return ", ".join(parts)
@@ -140,7 +143,7 @@ class _Search:
         known = {*taps, *names.taps, *self.engine.roles.present, "logits"}
         others = {tap: match.others for tap, match in self.matches.items() if match.others}
         return Proposal(
-            names=NameMap(taps={**taps, **names.taps}, inputs=names.inputs, outputs=names.outputs),
+            names=replace(names, taps={**taps, **names.taps}),
             confidence={tap: match.cosine for tap, match in self.matches.items()} | {"logits": self.logits},
             ambiguous={tap: [_text(source) for source in sources] for tap, sources in others.items()},
             unmatched=[tap for tap in tap_names(self.spec) if tap not in known],
@@ -234,13 +237,15 @@ class _Search:
         return found
 
     def _window(self, tap: str, width: int, matches: Mapping[str, _Match]) -> list[Candidate]:
-        """The first values of this width that are computed from the previous tap."""
+        """The first values of this width that are computed from the previous tap and are no other tap."""
         name = self._before(tap)
         while name is not None and name not in matches:
             name = self._before(name)
         after = sum(1 << node for node in matches[name].found.nodes) if name is not None else -1
         before = self.captured.before
-        later = (c for c in self.captured.by_width[width] if before[c.nodes[0]] & after)
+        # A value serves one tap: twice a residual would otherwise be the residual and its branch.
+        used = [match.found.source for match in matches.values()]
+        later = (c for c in self.captured.by_width[width] if before[c.nodes[0]] & after and c.source not in used)
         return list(islice(later, _WINDOW))
 
     def _before(self, tap: str) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from debug.executors.name_map import NameMap
+from debug.executors.name_map import AXES, NameMap
 from debug.executors.step import CacheAxes
 from refmodels.dtypes import DTYPE_TABLE, DTYPES
 from refmodels.errors import LogitLockError
@@ -91,7 +91,7 @@ def read_roles(graph: ir.Graph, spec: ModelSpec, names: NameMap, path: Path) -> 
         past=past,
         present=present,
         logits=logits or "",
-        axes=CacheAxes("BHSD" if first is None else _axes(first, spec, path)),
+        axes=CacheAxes("BHSD" if first is None else _axes(first, spec, names.axes, path)),
         one_row=single or any(node.op_type in _NEEDS_ROWS for node in graph),
     )
 
@@ -180,21 +180,32 @@ def _cache_names(values: Sequence[ir.Value], spec: ModelSpec) -> dict[str, str]:
     }
 
 
-def _axes(value: ir.Value, spec: ModelSpec, path: Path) -> str:
-    """The layout that fits the fixed sizes of a cache input; if several fit, the usual one."""
+def _axes(value: ir.Value, spec: ModelSpec, axes: Mapping[str, str], path: Path) -> str:
+    """The layout that fits the sizes of a cache input and the axes that the name map states; if several fit, the one
+    with the most of them, then the usual one."""
     assert value.shape is not None
-    dims = list(value.shape)
-    fixed = {"H": spec.attention.kv_heads, "D": spec.attention.head_dim}
-    if not any(isinstance(dim, int) for dim in dims):
+    dims = [dim if isinstance(dim, int) else str(dim.value or "") for dim in value.shape]
+    if not axes and all(isinstance(dim, str) for dim in dims):
         return _LAYOUTS[0]
+    fixed = {"H": spec.attention.kv_heads, "D": spec.attention.head_dim}
+
+    def known(axis: str, dim: int | str) -> int | None:
+        """1: the axis is this one; 0: it may be; None: it is another."""
+        if isinstance(dim, int):
+            return 1 if dim == fixed.get(axis, 1 if axis == "B" else None) else None
+        if dim in axes:
+            return 1 if axes[dim] == AXES[axis] else None
+        return 0 if axis == "S" or not re.search("seq|past", dim) else None
+
+    found = []
     for order in _LAYOUTS:
-        by_axis = dict(zip(order, dims, strict=True))
-        fits = all(by_axis[axis] == size for axis, size in fixed.items()) and not isinstance(by_axis["S"], int)
-        batch = by_axis["B"]
-        name = "" if isinstance(batch, int) else str(batch.value or "")
-        if fits and (batch == 1 or not isinstance(batch, int)) and not re.search("seq|past", name):
-            return order
+        fits = [known(axis, dim) for axis, dim in zip(order, dims, strict=True)]
+        if None not in fits:
+            found.append((-sum(fit or 0 for fit in fits), _LAYOUTS.index(order), order))
+    if found:
+        return min(found)[2]
     raise LogitLockError(
         f"{path}: the cache input {value.name} of {_describe(value)} is not understood; expected the axes batch, "
-        f"{fixed['H']} key heads, any number of slots and a head_dim of {fixed['D']}"
+        f"{fixed['H']} key heads, any number of slots and a head_dim of {fixed['D']} (the name map can say under "
+        f'"axes" what a symbolic size is: {{"its name": "head_dim"}})'
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import runpy
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -267,3 +270,26 @@ def fused_graph(decoder: Any, path: Path) -> Path:
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
     return path
+
+
+def genai(directory: Path, folder: Path, precision: str) -> Path:
+    """The model.onnx that onnxruntime-genai's builder writes for its CPU provider.
+
+    directory: a model in Hugging Face layout.
+    precision: fp32, fp16 or int4.  What it prints is dropped.
+    """
+    options = ["-m", "x", "-i", directory, "-o", folder, "-p", precision, "-e", "cpu", "-c", folder / "cache"]
+    logging.disable()
+    arguments, sys.argv = sys.argv, ["builder", *map(str, options)]
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+    finally:
+        logging.disable(logging.NOTSET)
+        sys.argv = arguments
+    return folder / "model.onnx"

@@ -24,17 +24,24 @@ def graph_errors(what: str) -> Iterator[None]:
     """Raise a `LogitLockError` that begins with `what` for any error of the libraries except files, memory and bugs.
 
     For a broken graph they raise anything from TypeError to their own classes, so every Exception counts.
-    onnx_ir also logs what it meets, in many lines; only the sentence is shown.
     """
+    with quiet():
+        try:
+            yield
+        except (LogitLockError, OSError, MemoryError, AssertionError):
+            raise
+        except Exception as error:
+            raise LogitLockError(f"{what}: {said(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing of what onnx_ir logs, in many lines and with tracebacks, is printed."""
     logger = logging.getLogger("onnx_ir")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         yield
-    except (LogitLockError, OSError, MemoryError, AssertionError):
-        raise
-    except Exception as error:
-        raise LogitLockError(f"{what}: {said(error)}") from error
     finally:
         logger.setLevel(level)
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from refmodels.errors import LogitLockError
-from trt_runtime.onnxruntime.errors import cannot_read, graph_errors
+from trt_runtime.onnxruntime.errors import cannot_read, graph_errors, quiet
 
 
 def load_graph(path: Path, *, files: Iterable[str]) -> ir.Model:
@@ -64,8 +64,16 @@ def cut_at(model: ir.Model, names: Iterable[str], *, prefix: str) -> None:
 
 def inline_and_type(model: ir.Model) -> ir.Model:
     """Inline function bodies and infer the dtype of every value."""
-    model = passes.InlinePass()(model).model
-    return passes.ShapeInferencePass()(model).model
+    return infer_types(passes.InlinePass()(model).model)
+
+
+def infer_types(model: ir.Model) -> ir.Model:
+    """Infer dtype and shape of every value, in place.
+
+    A graph that contradicts onnx's rules (onnxruntime-genai's do) keeps the types that its own file states.
+    """
+    with quiet():
+        return passes.ShapeInferencePass()(model).model
 
 
 def emit(

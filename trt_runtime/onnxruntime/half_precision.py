@@ -43,7 +43,7 @@ class _Widening:
 
     def __init__(self, graph: ir.Graph, half: ir.DataType, *, rounded: bool) -> None:
         self.graph, self.half, self.rounded = graph, half, rounded
-        self.movable = (_MOVES & _ops_with_kernel(half)) | {"Constant"}
+        self.movable = (_MOVES & _ops_with_kernel(half)) | {"Constant", "ConstantOfShape"}
         self.first = graph[0]
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 

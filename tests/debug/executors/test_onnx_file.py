@@ -107,7 +107,7 @@ def test_a_map_of_a_faulty_graph_finds_the_fault(name: str, exported: Callable[.
         # The same nodes, so the same names as without the fault.
         assert proposal.names == proposed(exported("qwen2"), "qwen2")[0].names
     if name == "transposed":
-        assert proposal.summary() == "24 taps by a proposed map, unlike: blocks.0.attn.out"
+        assert proposal.summary() == "24 taps by a proposed map, guessed: blocks.0.attn.out"
     result = diff(engine, "qwen2")
     assert [c.tap for c in result.culprits if c.kind in CULPRIT_OF_A_MODULE] == wrong
     assert (result.verdict == "aligned") == (not wrong)
@@ -170,7 +170,7 @@ def test_a_fault_before_a_tap_that_is_not_there(tmp_path: Path) -> None:
     weight = decoder.blocks[1].mlp.out.weight
     weight.copy_(weight.roll(3, 0))
     proposal, engine = proposed(foreign.fused_graph(decoder, tmp_path / "model.onnx"), "qwen2")
-    assert proposal.unmatched == ["blocks.1"] and "unlike: blocks.1.mlp.out" in proposal.summary()
+    assert proposal.unmatched == ["blocks.1"] and "guessed: blocks.1.mlp.out" in proposal.summary()
     assert first_wrong(diff(engine, "qwen2")) == "blocks.1.mlp.out"
 
 

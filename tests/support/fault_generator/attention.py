@@ -66,7 +66,10 @@ def noise(draw: Draw) -> Planted:
 
 
 def _seen(draw: Draw, make: Callable[[Patch, str, str, str], str]) -> Fault:
-    """Another mask before the window: `make` gets the patch, the right mask [batch, 1, tokens, slots] and the slots of key and query."""
+    """Another mask before the window.
+
+    `make` gets the patch, the right mask [batch, 1, tokens, slots] and the slots of key and query.
+    """
     attn = f"{draw.path}.attn"
 
     def change(p: Patch, seen: str) -> str:
