@@ -53,14 +53,19 @@ def _on_new(m: Module, change: Change) -> dict[str, Any]:
     return {"after": after}
 
 
-def _placed(m: Module, slots: Tensor) -> dict[str, Any]:
-    """The new tokens at other slots [batch, tokens]; those outside the cache are lost."""
+def _placed(m: Module, slots: Tensor, engine: Tensor | None = None) -> dict[str, Any]:
+    """The new tokens at other slots [batch, tokens]; those outside the cache are lost.
+
+    engine: its cache, if earlier tokens may lie in slots that were not visible yet.
+    """
 
     def after(cache: Tensor) -> Tensor:
         before = m[f"{m.part}_cache"].to(cache.dtype)
         new = _new(m, cache)
         moved: Tensor = before.clone()
         rows, _ = _slots(m)
+        if engine is not None:
+            _take_late(moved, engine, m["cache_lengths"].tolist())
         for token in range(slots.shape[1]):
             inside = (slots[:, token] >= 0) & (slots[:, token] < cache.shape[2])
             row = rows[inside, 0]
@@ -68,6 +73,13 @@ def _placed(m: Module, slots: Tensor) -> dict[str, Any]:
         return moved
 
     return {"after": after}
+
+
+def _take_late(cache: Tensor, engine: Tensor, lengths: list[int]) -> None:
+    """Where a row's first slot was left out, its last tokens lie behind those that were captured before this step."""
+    for row, length in enumerate(lengths):
+        if length and not bool(cache[row, :, 0].any()):
+            cache[row, :, length : engine.shape[2]] = engine[row, :, length : cache.shape[2]].to(cache.dtype)
 
 
 @fault("cache written at the wrong slot", "attention")
@@ -87,7 +99,7 @@ def wrong_slot(m: Module, engine: Tensor) -> Variants:
     nearest = off.argmin(1)
     shifts = (nearest - slots[rows, last]).tolist()
     for by in sorted({1, -1, *(s for s in shifts if 0 < abs(s) <= _FARTHEST)}, key=abs):
-        yield f"{by:+d}", _placed(m, slots + by)
+        yield f"{by:+d}", _placed(m, slots + by, engine if by > 0 else None)
         yield f"{by:+d}, at most to the first", _placed(m, (slots + by).clamp(min=0))
     constant = set(nearest.tolist())
     if len(constant) == 1 and tokens == 1:

@@ -60,10 +60,13 @@ def other_token(m: Module, _: Tensor) -> Variants:
 @fault("a norm of the input is missing or too many", "linear", "residual")
 def normed_input(m: Module, _: Tensor) -> Variants:
     """A module that is given its input normalized once more, or the sum normalized after it (post-norm)."""
+    size = m.decoder.spec.hidden_size
     norms = [(n, mod) for n, mod in m.decoder.named_modules() if n.endswith("norm") and n.startswith(_near(m))]
+    # Those of heads are narrower.
+    norms = [(name, module) for name, module in norms if next(module.parameters()).shape[-1] == size]
     for argument in _READS[m.kind]:
         for name, module in norms:
-            if next(module.parameters()).is_meta or m[argument].shape[-1] != m.decoder.spec.hidden_size:
+            if next(module.parameters()).is_meta or m[argument].shape[-1] != size:
                 continue
             yield f"{argument} normalized by {name}", {argument: module(m[argument])}
     if m.kind == "residual":

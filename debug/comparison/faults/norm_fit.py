@@ -89,7 +89,8 @@ def entries(m: Module, engine: Tensor) -> Variants:
     """Each channel's weight and bias, by regression on the normalized input."""
     weight: Tensor = m["weight"].double()
     unit = m(weight=torch.ones_like(m["weight"]), bias=None)
-    x, y = real_rows(m, unit), real_rows(m, engine)
+    # Heads that are normalized one by one are rows of their own.
+    x, y = (t.reshape(-1, len(weight)) for t in (real_rows(m, unit), real_rows(m, engine)))
     biased = m["bias"] is not None
     bias = m["bias"].double() if biased else torch.zeros_like(weight)
     if len(x) < 4:
@@ -150,7 +151,7 @@ def _numbers(m: Module, weight: Tensor, fitted: Tensor, like: Tensor) -> Variant
 
 @fault("norm bias wrong", "norm")
 def bias_wrong(m: Module, engine: Tensor) -> Variants:
-    x, y = real_rows(m, m(bias=None)), real_rows(m, engine)
+    x, y = (t.reshape(-1, len(m["weight"])) for t in (real_rows(m, m(bias=None)), real_rows(m, engine)))
     constant = (y - x).mean(0)
     like = m["weight"]
     if m["bias"] is not None:

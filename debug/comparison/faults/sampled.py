@@ -120,7 +120,11 @@ def sample(m: Module, engine: Tensor) -> Sample | None:
     if m["alibi_slopes"] is not None:
         scores = scores + m["alibi_slopes"][:, None].to(scores) * (made.slot - slot[:, None])[:, None]
     right = made.causal(m["window"])[row, token]
-    seen = right if m["seen"] is None else m["seen"](made.slot, made.query_slot, made.visible)[row, token]
+    seen = right
+    if m["seen"] is not None:
+        # A mask may be the same for all tokens, or for all rows.
+        masked = m["seen"](made.slot, made.query_slot, made.visible)
+        seen = masked.expand(*made.query_slot.shape[:2], masked.shape[-1])[row, token]
     return Sample(
         row=row,
         token=token,
