@@ -11,6 +11,7 @@ import onnx_ir as ir
 from rich.console import Console
 from rich.table import Table
 
+from refmodels.errors import LogitLockError
 from refmodels.taps import split_name
 from refmodels.terminal import new_console
 from trt_runtime.bundle import LAYERS_NAME, Bundle, read_bundle
@@ -80,6 +81,8 @@ def _operator(node: ir.Node) -> str:
 def _weight(name: str, value: ir.Value) -> dict[str, Any]:
     tensor = value.const_value
     assert tensor is not None
+    if tensor.dtype == ir.DataType.STRING:
+        raise LogitLockError(f"the weight {name} of the bundle's graph holds text; it must hold numbers")
     return {
         "name": name,
         "dtype": "float32" if tensor.dtype == ir.DataType.FLOAT else tensor.dtype.name.lower(),

@@ -220,7 +220,12 @@ def _check_tensors(file: Any, spec: ModelSpec, taps: tuple[str, ...], shape: tup
     def check(name: str, expected: tuple[int, ...]) -> None:
         if name not in names:
             raise LogitLockError(f"it lacks the tensor {name}")
-        found = tuple(file.get_slice(name).get_shape())
+        stored = file.get_slice(name)
+        if stored.get_dtype() not in {
+            known.safetensors for known in BY_TORCH.values() if known.torch.is_floating_point
+        }:
+            raise LogitLockError(f"{name} is of type {stored.get_dtype()}; it must hold floating-point numbers")
+        found = tuple(stored.get_shape())
         if found != expected:
             raise LogitLockError(f"{name} has the shape {list(found)}; it must be {list(expected)}")
 

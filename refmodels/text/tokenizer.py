@@ -369,6 +369,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _surface(token: Any) -> str | None:
     content = token.get("content") if isinstance(token, dict) else token
+    if isinstance(content, str) and any("\ud800" <= letter <= "\udfff" for letter in content):
+        raise LogitLockError(f"the special token {content!r} of tokenizer_config.json has no UTF-8 form")
     return content if isinstance(content, str) else None
 
 

@@ -182,8 +182,8 @@ def _judge(verdict: Verdict, before: dict[str, tuple[int, ...]], after: dict[str
     if verdict.code == 2:
         if len(lines) != 1 or not lines[0].startswith("error: "):
             faults.append(f"stderr: {lines[:4]}"[:400])
-        # The page of `check` is its answer: it names what is refused.
-        if out and not (case.scenario.verb == "check" and re.search(r"^ refused ", out, re.MULTILINE)):
+        # The page of `check`, and of `inspect` where there is no bundle, is its answer: it names what is refused.
+        if out and not (case.scenario.verb in ("check", "inspect") and re.search(r"^ refused ", out, re.MULTILINE)):
             faults.append(f"stdout of a refusal: {out[:100]!r}")
     elif verdict.code in (0, 1) and lines:
         faults.append(f"stderr of a success: {lines[:4]}"[:400])
